@@ -313,7 +313,7 @@ def _check_standard_output(v2: bool) -> None:
     if sys.stdout is None:
         raise UsageError("standard output is closed: name a FILE")
     if sys.stdout.isatty():
-        raise UsageError("a CAR is not for a terminal: name a FILE, or send it on with | or >")
+        raise UsageError("a CAR is not for a terminal: name a FILE, or redirect it with | or >")
 
 
 async def _root(arguments: argparse.Namespace) -> Cid:

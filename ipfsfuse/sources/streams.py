@@ -68,6 +68,16 @@ class Send(Generic[T]):
             await self._turn.acquire()
 
 
+class Shifted(Send[Delivery]):
+    """For who sends the leaves from `start` on of a longer range."""
+
+    def __init__(self, send: Send[Delivery], start: int) -> None:
+        self._send, self._start = send, start
+
+    async def send(self, value: Delivery) -> None:
+        await self._send.send(value._replace(first=self._start + value.first))
+
+
 class Receive(Generic[T]):
     """What a stream sends, to iterate over."""
 
@@ -123,24 +133,24 @@ class Leases:
     def __init__(self, give: Callable[[int], None]) -> None:
         """`give` gives back so much of it."""
         self._give = give
-        self._held: dict[int, int] = {}
+        self._unreleased: dict[int, int] = {}
         self._number = 0
 
     def take(self, size: int) -> Callable[[], None]:
         """`size` was taken for a delivery. Returns its `release`."""
         self._number = number = self._number + 1
-        self._held[number] = size
+        self._unreleased[number] = size
         return lambda: self._release(number)
 
     def _release(self, number: int) -> None:
-        size = self._held.pop(number, None)
+        size = self._unreleased.pop(number, None)
         if size is not None:
             self._give(size)
 
     def close(self) -> None:
         """Gives back what was not released."""
-        while self._held:
-            self._give(self._held.popitem()[1])
+        while self._unreleased:
+            self._give(self._unreleased.popitem()[1])
 
 
 def can_range(leaves: Sequence[Leaf]) -> bool:

@@ -174,11 +174,11 @@ def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
         given[name] = tuple(given[name])
     given |= {
         "env": tuple(env.items()),
-        "dirs": tuple(map(parsing.folder, asked.get("dirs", ()))),
+        "dirs": tuple(map(parsing.parse_dir, asked.get("dirs", ()))),
         "tmp": None if "tmp" not in asked else units.size_or_zero(str(asked["tmp"])),
         "return_cid": "out" in asked,
         "preload": tuple((name, os.fspath(path)) for name, path in asked.get("preload", {}).items()),
-        "root": None if asked.get("root") is None else parsing.root(str(asked["root"])),
+        "root": None if asked.get("root") is None else parsing.parse_root(str(asked["root"])),
         "limits": limits,
         "mount_options": (
             *(f"--from={each}" for each in asked.get("sources", ())),

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.confinement import Access
@@ -45,7 +46,7 @@ class Plan(NamedTuple):
     """The kernel's number of the mount at `mountpoint`, where it must be that one."""
     command: str | None = None
     """The wasmtime command that runs the guest; None for the library."""
-    keep: int | None = None
+    guest_copy: int | None = None
     """The descriptor of a file that gets a copy of the guest's bytes."""
     shown_as: str | None = None
     """The guest's name in messages, where that is not `options.guest`."""
@@ -74,7 +75,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     code = COULD_NOT_RUN
     try:
         # the guest's process needs nothing else that the runner and its caller had open
-        processes.close_all_but(0, 1, 2, plan.keep, reports.file, _named_descriptor(plan.options.guest))
+        processes.close_all_but(0, 1, 2, plan.guest_copy, reports.file, _named_descriptor(plan.options.guest))
         processes.handle_signals(signal.SIG_DFL)
         processes.die_with(parent)
         code = _run(plan, reports)
@@ -101,8 +102,8 @@ def _run(plan: Plan, reports: Reports) -> int:
     if plan.command is not None:
         from ipfsfuse_run import command
 
-        with _opened(plan) as file:
-            data = _content(plan, file)
+        with _open_guest(plan) as file:
+            data = _read_guest(plan, file)
         try:
             return _run_command(plan, plan.command, data, reports)
         except command.TooOld as exc:
@@ -118,14 +119,8 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:
     from ipfsfuse_run import command
 
     given = plan.options.limits
-    code = _compiled(
-        plan,
-        command.key(path, given),
-        lambda kind, code: command.build(path, given, kind, code, plan.name),
-        reports,
-        data,
-        lambda: command.check_version(path),
-    )
+    key, build = command.key(path, given), partial(command.build, path, given)
+    code = _compiled(plan, key, build, reports, data, lambda: command.check_version(path))
     if plan.options.compile_only:
         return 0
     with sandbox.opened_folders(plan.box) as folders:
@@ -143,18 +138,12 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.options.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
         engine = guest.make_engine(settings)
-
-        def compiled(plan: Plan, data: bytes | None) -> Code:
-            def build(kind: str, code: bytes) -> bytes:
-                return guest.build(engine, kind, code, plan.name)
-
-            return _compiled(plan, guest.key(settings), build, reports, data)
-
+        key, build = guest.key(settings), partial(guest.build, engine)
         preloaded = {
-            name: compiled(plan._replace(options=plan.options._replace(guest=place)), None)
+            name: _compiled(plan._replace(options=plan.options._replace(guest=place)), key, build, reports)
             for name, place in plan.options.preload
         }
-        code = compiled(plan, data)
+        code = _compiled(plan, key, build, reports, data)
         if plan.options.compile_only:
             return 0
         call = None if plan.options.invoke is None else guest.Call(plan.options.invoke, plan.box.argv[1:])
@@ -270,7 +259,7 @@ def _limit_process(plan: Plan, grown: Growth) -> None:
 def _compiled(
     plan: Plan,
     key: Key,
-    build: Callable[[str, bytes], bytes],
+    build: Callable[[str, bytes, str], bytes],
     reports: Reports,
     data: bytes | None = None,
     check: Callable[[], None] = lambda: None,
@@ -278,35 +267,37 @@ def _compiled(
     """The guest, compiled before or now; `data` is its content if that was read already. `check` is called
     before `build`. Compilation forks, which is safe: this process has no thread yet."""
     cache = CodeCache.of_user()
-    with _opened(plan) if data is None else io.BytesIO(data) as file:
-        if plan.keep is None and plan.guest_sha256 is None:
+    with _open_guest(plan) if data is None else io.BytesIO(data) as file:
+        if plan.guest_copy is None and plan.guest_sha256 is None:
             kept = cache.kept(file, plan.name, key)
             if kept is not None:
                 return kept
-        data = _content(plan, file)
+        data = _read_guest(plan, file)
     check()
     reports.send({"compiling": True})
     memory = plan.options.limits.compile_bytes
     kind, code = binary(data, plan.name, memory)
     if plan.guest_sha256 not in (None, hashlib.sha256(code).hexdigest()):
         raise GuestRefused(f"{plan.name} is not the guest that was recorded")
-    if plan.keep is not None:
-        with open(plan.keep, "wb", closefd=False) as out:
+    if plan.guest_copy is not None:
+        with open(plan.guest_copy, "wb", closefd=False) as out:
             out.write(code)
-    made = cache.compiled(kind, code, plan.name, memory, key, lambda: build(kind, code))
+    made = cache.compiled(kind, code, plan.name, memory, key, lambda: build(kind, code, plan.name))
     reports.send({"compiling": False})
     return made
 
 
 @contextmanager
-def _opened(plan: Plan) -> Iterator[io.BufferedIOBase]:
+def _open_guest(plan: Plan) -> Iterator[io.BufferedIOBase]:
     """The guest's file. Raises GuestRefused, also where the `with` block raises OSError."""
     named = plan.options.guest
     try:
         if named == "-":
             yield io.BytesIO(sys.stdin.buffer.read(MAX_GUEST + 1))
         elif named.startswith(IPFS + "/"):
-            place = sandbox.inside(plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id)
+            place = sandbox.open_beneath(
+                plan.mountpoint, named[len(IPFS) + 1 :], named, mount_id=plan.mount_id
+            )
             with place as found, open(f"/proc/self/fd/{found}", "rb") as file:
                 yield file
         else:
@@ -316,7 +307,7 @@ def _opened(plan: Plan) -> Iterator[io.BufferedIOBase]:
         raise GuestRefused(f"{plan.name} can't be read: {exc.strerror}") from exc
 
 
-def _content(plan: Plan, file: io.BufferedIOBase) -> bytes:
+def _read_guest(plan: Plan, file: io.BufferedIOBase) -> bytes:
     data = file.read(MAX_GUEST + 1)
     if len(data) > MAX_GUEST:
         raise GuestRefused(f"{plan.name} has more than {MAX_GUEST} bytes: no larger guest is run")

@@ -59,7 +59,7 @@ def _execute(options: Options) -> CompletedRun:
         return CompletedRun(_run_on(mountpoint, options, mount_id))
     with mounts.mounted(options) as mount:
         mounts.warn_of_disclosure(options, mount)
-        names = mounts.resolved(options, mount)
+        names = mounts.resolved_names(options, mount)
         quota = None if mount.quota is None else mount.quota.fileno()
         outcome = _run_on(mount.mountpoint, options, mount.mount_id, names, quota)
         if quota is not None and mount.control.ask("quota")["reached"]:

@@ -116,12 +116,12 @@ def serve(file: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _import_all()
     gc.freeze()  # so that a forked process need not copy these pages
-    watched = _Watched()
-    watched.add(control.fileno(), select.POLLIN, lambda: _accept(control, watched))
-    watched.loop()
+    poller = _Poller()
+    poller.add(control.fileno(), select.POLLIN, lambda: _accept(control, poller))
+    poller.loop()
 
 
-class _Watched:
+class _Poller:
     """Descriptors, and what to call when something happens to them."""
 
     def __init__(self) -> None:
@@ -144,12 +144,12 @@ class _Watched:
                     self._calls[file]()
 
 
-def _accept(control: socket.socket, watched: _Watched) -> None:
+def _accept(control: socket.socket, poller: _Poller) -> None:
     _message, files, _flags, _from = socket.recv_fds(control, 16, _FILES)
     if len(files) == _FILES:
-        _begin(watched, files)
+        _begin(poller, files)
     else:
-        watched.remove(control.fileno())
+        poller.remove(control.fileno())
 
 
 def _import_all() -> None:
@@ -159,7 +159,7 @@ def _import_all() -> None:
     import_module("wasmtime.component")
 
 
-def _begin(watched: _Watched, files: list[int]) -> None:
+def _begin(poller: _Poller, files: list[int]) -> None:
     pid = processes.fork(lambda: _run(files))
     run, *others = files
     for each in others:
@@ -168,17 +168,17 @@ def _begin(watched: _Watched, files: list[int]) -> None:
 
     def left() -> None:
         """The program has closed its end of the socket, or has ended."""
-        watched.remove(run)
+        poller.remove(run)
         signal.pidfd_send_signal(ended, signal.SIGTERM)
 
     def reap() -> None:
         os.waitpid(pid, 0)
         for each in (ended, run):
-            watched.remove(each)
+            poller.remove(each)
             os.close(each)
 
-    watched.add(run, select.POLLRDHUP, left)
-    watched.add(ended, select.POLLIN, reap)
+    poller.add(run, select.POLLRDHUP, left)
+    poller.add(ended, select.POLLIN, reap)
 
 
 def _run(files: list[int]) -> None:
@@ -205,9 +205,9 @@ def _answer(request: Request) -> dict[str, Any]:
     os.environ.update(request.environment)
     try:
         os.chdir(request.cwd)
-        return _told(execute(request.options))
+        return _as_json(execute(request.options))
     except NotKept as exc:
-        return _told(exc.run) | {"not_kept": str(exc)}
+        return _as_json(exc.run) | {"not_kept": str(exc)}
     except IpfsFuseError as exc:
         return {"error": type(exc).__name__, "text": str(exc)}
     except Exception as exc:
@@ -217,6 +217,6 @@ def _answer(request: Request) -> dict[str, Any]:
         }
 
 
-def _told(run: "CompletedRun") -> dict[str, Any]:
+def _as_json(run: "CompletedRun") -> dict[str, Any]:
     receipt = None if run.receipt is None else run.receipt.decode()
     return {"outcome": run.outcome._asdict(), "out": run.out, "receipt": receipt}

@@ -290,7 +290,7 @@ def _mount_options(options: Options, isolated: bool) -> Sequence[str]:
 # -- what a guest can tell others --------------------------------------------------------------------------
 
 
-def resolved(options: Options, mount: Mount) -> dict[str, str]:
+def resolved_names(options: Options, mount: Mount) -> dict[str, str]:
     """What each of the run's IPNS names stands for now: a path below the mountpoint. Raises GuestRefused,
     UsageError."""
     found: dict[str, str] = {}

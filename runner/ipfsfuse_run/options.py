@@ -212,7 +212,7 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         "--dir",
         "HOST[::GUEST[::ro]]",
         "a folder of the host, to write too but for ::ro",
-        type=folder,
+        type=parse_dir,
         dest="dirs",
     )
     group.add_argument(
@@ -229,7 +229,7 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--root",
         metavar="CID[/path]",
-        type=root,
+        type=parse_root,
         help="the guest's / is this directory, with /ipfs, /tmp and /out over it",
     )
     group.add_argument(
@@ -402,7 +402,7 @@ def _variable(text: str) -> tuple[str, str]:
     return name, value
 
 
-def folder(text: str) -> Dir:
+def parse_dir(text: str) -> Dir:
     """What --dir says. Raises UsageError."""
     host, *rest = text.split("::")
     guest = rest[0] if rest and rest[0] else host
@@ -411,7 +411,7 @@ def folder(text: str) -> Dir:
     return Dir(host, guest, writable=rest[1:] != ["ro"])
 
 
-def root(text: str) -> str:
+def parse_root(text: str) -> str:
     """What --root says. Raises UsageError."""
     path = text.removeprefix("/ipfs/")
     if not path.strip("/") or path.startswith("/"):

@@ -205,11 +205,11 @@ def decode(data: bytes) -> Receipt:
         raise ReceiptRefused(f"the receipt names what is not a CID: {exc}") from exc
     except UsageError as exc:
         raise ReceiptRefused(f"the receipt's limits can't be used: {exc}") from exc
-    except _Unfit as exc:
+    except _BadField as exc:
         raise ReceiptRefused(f"the receipt has no usable field {exc}") from exc
 
 
-class _Unfit(Exception):
+class _BadField(Exception):
     """A field that is missing, or not what it must be; names it."""
 
 
@@ -234,10 +234,10 @@ _FIELDS = {1: _COMMON | _ENDS, 2: _COMMON | {"root", "tmp", "engine", "paths", "
 
 
 def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
-    """Raises _Unfit, NotACid, UsageError."""
+    """Raises _BadField, NotACid, UsageError."""
     for name in sorted(_FIELDS[number] ^ fields.keys()):
         is_known = name in _FIELDS[number]
-        raise _Unfit(name if is_known else f"{name[:80]!r}: this format has no such field")
+        raise _BadField(name if is_known else f"{name[:80]!r}: this format has no such field")
     results = fields if number == 1 else _record(fields["results"], "results", _ENDS | {"out", "limit"})
     streams = {STDIN: fields["stdin"], STDOUT: results["stdout"], STDERR: results["stderr"]}
     keys = {"sha256", "size"} if number == 1 else {"cid", "sha256", "size"}
@@ -246,16 +246,16 @@ def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
     salt, env = _environment(fields["env"], number)
     argv = _texts(fields["argv"], "argv")
     if not argv:
-        raise _Unfit("argv")
+        raise _BadField("argv")
     if arguments_size(argv, [(each.name, each.value or "") for each in env]) > MAX_ARGUMENTS:
-        raise _Unfit(f"argv, env: they have more than {MAX_ARGUMENTS} bytes")
+        raise _BadField(f"argv, env: they have more than {MAX_ARGUMENTS} bytes")
     cwd = fields["cwd"]
     if cwd is not None and not _text(cwd, "cwd").startswith("/"):
-        raise _Unfit("cwd: it is not absolute")
+        raise _BadField("cwd: it is not absolute")
     trapped = _flag(results["trapped"], "trapped")
     exit_code = _number(results["exit_code"], "exit_code", 255)
     if trapped and exit_code != TRAPPED:
-        raise _Unfit(f"exit_code: a guest that trapped has {TRAPPED}")
+        raise _BadField(f"exit_code: a guest that trapped has {TRAPPED}")
     _texts(fields["differs"], "differs")
     found = Receipt(
         guest=_cid(guest["cid"], "guest"),
@@ -287,9 +287,9 @@ def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
         return found
     root, out, limit = fields["root"], results["out"], results["limit"]
     if limit is not None and _text(limit, "limit") not in (*Limits._fields, "tmp"):
-        raise _Unfit("limit")
+        raise _BadField("limit")
     if root is not None and (not _text(root, "root").strip("/") or root.startswith("/")):
-        raise _Unfit("root")
+        raise _BadField("root")
     return found._replace(
         root=root,
         tmp=_number(fields["tmp"], "tmp"),
@@ -306,7 +306,7 @@ def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
     if number == 1:
         pairs = [_texts(each, "env") for each in _list(given, "env")]
         if any(len(pair) != 2 or not pair[0] or "=" in pair[0] for pair in pairs):
-            raise _Unfit("env")
+            raise _BadField("env")
         return "", [Variable(name, "", value) for name, value in pairs]
     env = _record(given, "env", {"salt", "variables"})
     salt = _hexadecimal(env["salt"], "env", 32)
@@ -318,10 +318,10 @@ def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
         )
         name, value = _text(fields["name"], "env", MAX_ARGUMENTS), fields.get("value")
         if not name or "=" in name or name in found:
-            raise _Unfit("env")
+            raise _BadField("env")
         hashed = _hexadecimal(fields["sha256"], "env", 64)
         if "value" in fields and variable_hash(salt, name, _text(value, "env", MAX_ARGUMENTS)) != hashed:
-            raise _Unfit(f"env: the value of {name[:80]!r} is not the one whose hash is given")
+            raise _BadField(f"env: the value of {name[:80]!r} is not the one whose hash is given")
         found[name] = Variable(name, hashed, value)
     return salt, list(found.values())
 
@@ -345,13 +345,13 @@ def arguments_size(argv: Sequence[str], env: Sequence[tuple[str, str]]) -> int:
 
 def _record(given: object, name: str, keys: Collection[str] | None = None) -> dict[str, Any]:
     if not isinstance(given, dict) or (keys is not None and given.keys() != set(keys)):
-        raise _Unfit(name)
+        raise _BadField(name)
     return given
 
 
 def _list(given: object, name: str, most: int = MAX_BYTES) -> list[Any]:
     if not isinstance(given, list) or len(given) > most:
-        raise _Unfit(name)
+        raise _BadField(name)
     return given
 
 
@@ -362,11 +362,11 @@ def _texts(given: object, name: str) -> list[str]:
 def _text(given: object, name: str, most: int = MAX_TEXT) -> str:
     """A text that a guest can be given. JSON may name half of a surrogate pair, which no text has."""
     if not isinstance(given, str) or len(given) > most or "\0" in given:
-        raise _Unfit(name)
+        raise _BadField(name)
     try:
         given.encode()
     except UnicodeEncodeError as exc:
-        raise _Unfit(f"{name}: {given[:80]!r} is not UTF-8") from exc
+        raise _BadField(f"{name}: {given[:80]!r} is not UTF-8") from exc
     return given
 
 
@@ -380,19 +380,19 @@ def _cids(given: object, name: str) -> list[Cid]:
 
 def _flag(given: object, name: str) -> bool:
     if not isinstance(given, bool):
-        raise _Unfit(name)
+        raise _BadField(name)
     return given
 
 
 def _number(given: object, name: str, most: int = (1 << 63) - 1) -> int:
     if not isinstance(given, int) or isinstance(given, bool) or not 0 <= given <= most:
-        raise _Unfit(name)
+        raise _BadField(name)
     return given
 
 
 def _seconds(given: object) -> float:
     if not isinstance(given, int | float) or isinstance(given, bool) or not 0 <= given <= _MAX_SECONDS:
-        raise _Unfit("seconds")
+        raise _BadField("seconds")
     return float(given)
 
 
@@ -401,7 +401,7 @@ def _time(given: object) -> str:
     try:
         datetime.datetime.fromisoformat(text)
     except ValueError as exc:
-        raise _Unfit("started: it is not a time of ISO 8601") from exc
+        raise _BadField("started: it is not a time of ISO 8601") from exc
     return text
 
 
@@ -420,5 +420,5 @@ def _digest(fields: Mapping[str, Any], name: str) -> Digest:
 
 def _hexadecimal(given: object, name: str, digits: int) -> str:
     if not isinstance(given, str) or len(given) != digits or not _HEXADECIMAL.fullmatch(given):
-        raise _Unfit(f"{name}: {given!r:.80} is not {digits} hexadecimal digits")
+        raise _BadField(f"{name}: {given!r:.80} is not {digits} hexadecimal digits")
     return given

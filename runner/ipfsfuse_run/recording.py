@@ -92,10 +92,10 @@ def record(options: Options) -> CompletedRun:
             *(stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in RunFiles._fields)
         )
         _spool_stdin(files.stdin, options.limits.max_stdin)
-        with mounted(options, files.used) as mount:
+        with mounted(options, files.block_log) as mount:
             mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
-            plan = Plan(options, mount.mountpoint, box, mount.mount_id, keep=files.guest.fileno())
+            plan = Plan(options, mount.mountpoint, box, mount.mount_id, guest_copy=files.guest.fileno())
             started, begin = datetime.datetime.now(datetime.UTC), time.monotonic()
             outcome = supervisor.run(plan, files=files)
             run = _Run(
@@ -174,7 +174,7 @@ def _write(
     with written(target) as file, open(os.devnull, "wb") as nowhere:
         is_car = target.suffix == ".car"
         writer = RecordWriter(file if is_car else nowhere)
-        asked, ahead = used_blocks(files.used)
+        asked, ahead = logged_blocks(files.block_log)
         blocks = _Blocks(writer, asked, control)
         files.guest.seek(0)
         parts = {receipts.GUEST: writer.add_file(files.guest)}
@@ -271,7 +271,7 @@ def _encoded(receipt: Receipt) -> bytes:
     return data
 
 
-def used_blocks(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
+def logged_blocks(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
     """What a daemon wrote down: (read, only fetched ahead), each in the order of first use."""
     record.seek(0)
     found: dict[str, list[Cid]] = {"read": [], "ahead": []}
@@ -430,7 +430,7 @@ def replay(options: Options) -> int:
                 check_content(car, receipt, name, files.stdin if name == receipts.STDIN else None, bound)
             if options.out is not None and receipt.out is None:
                 raise UsageError(f"--out {options.out}: the recorded run had no /out")
-            given_again = repeated_options(path, receipt, options, chosen)
+            recorded = repeated_options(path, receipt, options, chosen)
             most_of_guest = min(MAX_GUEST, max(64 << 20, 4 * car.size))
             files.guest.writelines(car.content(receipt.guest, most_of_guest))
             files.guest.seek(0)
@@ -441,7 +441,7 @@ def replay(options: Options) -> int:
                 given_out = places.scratch_folder("out", os.getpid()) if options.out is None else options.out
                 folder = places.results_folder(given_out)
         try:
-            repeated = _repeat(given_again, receipt, files, folder)
+            repeated = _repeat(recorded, receipt, files, folder)
         finally:
             if folder is not None and options.out is None:
                 places.remove_tree(folder.path)
@@ -599,7 +599,7 @@ def _repeat(
     options: Options, receipt: Receipt, files: RunFiles, out: places.ResultsFolder | None
 ) -> _Repeated:
     chosen = options.limits
-    with mounted(options, files.used) as mount:
+    with mounted(options, files.block_log) as mount:
         given = options._replace(
             guest=options.guest or f"/proc/self/fd/{files.guest.fileno()}",
             dirs=_dirs(receipt, mount.mountpoint),
@@ -626,7 +626,7 @@ def _repeat(
         digest_of(files.stdout),
         digest_of(files.stderr),
         cid,
-        used_blocks(files.used)[0],
+        logged_blocks(files.block_log)[0],
     )
 
 

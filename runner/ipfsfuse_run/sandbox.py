@@ -168,7 +168,7 @@ def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
         found: list[OpenFolder] = []
 
         def add(given: Preopen, top: str, rest: str, name: str, guest: str) -> None:
-            place = inside(top, rest, name, os.O_DIRECTORY, given.mount_id)
+            place = open_beneath(top, rest, name, os.O_DIRECTORY, given.mount_id)
             file = stack.enter_context(place)
             found.append(OpenFolder(name, file, guest, given.writable, given.mount_id is not None))
 
@@ -209,7 +209,9 @@ def _below(path: str, folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def inside(base: str, rest: str, name: str, flags: int = 0, mount_id: int | None = None) -> Iterator[int]:
+def open_beneath(
+    base: str, rest: str, name: str, flags: int = 0, mount_id: int | None = None
+) -> Iterator[int]:
     """A descriptor (O_PATH) of what `rest` leads to below `base`. Raises GuestRefused if a symlink leads out
     of `base`.
 

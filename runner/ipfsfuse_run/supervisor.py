@@ -45,7 +45,7 @@ _DAY = 86400.0
 class RunFiles(NamedTuple):
     """What a recorded or replayed run is given and leaves: files without a name."""
 
-    used: BinaryIO
+    block_log: BinaryIO
     """The daemon's record: JSON lines."""
     guest: BinaryIO
     stdin: BinaryIO
@@ -183,7 +183,7 @@ class _Supervisor:
     def _on_wakeup(self, wake: int) -> None:
         os.read(wake, 64)
         if self._signals and not self._final:
-            self._end(Outcome(128 + self._signals[0], signal=self._signals[0]))
+            self._kill(Outcome(128 + self._signals[0], signal=self._signals[0]))
 
     def _fork(self) -> None:
         reports, write_end = os.pipe2(os.O_CLOEXEC)
@@ -228,7 +228,7 @@ class _Supervisor:
                     kept.flush()
             except OSError as exc:
                 why = f"what the guest writes can't be kept for the receipt: {exc.strerror}"
-                self._end(Outcome(COULD_NOT_RUN, refused=why))
+                self._kill(Outcome(COULD_NOT_RUN, refused=why))
                 return False
             try:
                 while self._show and passed:
@@ -241,7 +241,7 @@ class _Supervisor:
             if left < 0:
                 name = "standard output" if target == 1 else "standard error"
                 why = f"the guest wrote more than max-stdout={units.size_text(bound)} to {name}"
-                self._end(Outcome(TRAPPED, limit="max_stdout", why=why))
+                self._kill(Outcome(TRAPPED, limit="max_stdout", why=why))
             return left >= 0
 
         def resume() -> None:
@@ -273,15 +273,15 @@ class _Supervisor:
                 raise ValueError("a report without an end")
             for line in lines:
                 if not self._final:
-                    self._heed(json.loads(line))
+                    self._on_message(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             # a guest that broke out of wasmtime may send anything
             self._pending = b""
             if not self._final:
                 why = f"{self._plan.name} was ended: its process reported what can't be understood"
-                self._end(Outcome(TRAPPED, trapped=True, why=why))
+                self._kill(Outcome(TRAPPED, trapped=True, why=why))
 
-    def _heed(self, message: Mapping[str, Any]) -> None:
+    def _on_message(self, message: Mapping[str, Any]) -> None:
         """Once the guest has begun, only how it ended is heeded."""
         if "says" in message and not self._has_begun:
             self._progress.erase()
@@ -335,7 +335,7 @@ class _Supervisor:
             self._deadline = None
         if why:
             what, _space, text = why.decode().partition(" ")
-            self._end(Outcome(TRAPPED, limit=what, why=f"{self._plan.name} {text}"))
+            self._kill(Outcome(TRAPPED, limit=what, why=f"{self._plan.name} {text}"))
 
     def _stop_watcher(self) -> None:
         if self._watched is not None and self._watcher is not None:
@@ -350,7 +350,7 @@ class _Supervisor:
         self._stop_quota()
         if _is_yes(answer):
             why = f"{self._plan.name} {_quota_text(self._plan.options.limits)}"
-            self._end(Outcome(TRAPPED, limit="max_fetch", why=why))
+            self._kill(Outcome(TRAPPED, limit="max_fetch", why=why))
 
     def _stop_quota(self) -> None:
         if self._quota is not None and self._quota in self._selector.get_map():
@@ -376,9 +376,9 @@ class _Supervisor:
         if code == -signal.SIGXFSZ and self._growth:
             first = self._growth[0]
             why = f"{self._plan.name} wrote more than {first.text} to one file"
-            self._end(Outcome(TRAPPED, limit=first.what, why=why))
+            self._kill(Outcome(TRAPPED, limit=first.what, why=why))
 
-    def _end(self, outcome: Outcome) -> None:
+    def _kill(self, outcome: Outcome) -> None:
         """Kills the guest for a reason of the runner's, and prints it."""
         self._outcome, self._final = outcome, True
         self._deadline = time.monotonic() + GRACE
@@ -403,10 +403,10 @@ class _Supervisor:
         elif not self._has_begun:
             given = limits.value_text("compile_timeout", self._plan.options.limits.compile_seconds)
             why = f"{self._plan.name} was not compiled within {given}: give -W compile-timeout=TIME for more"
-            self._end(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
+            self._kill(Outcome(COULD_NOT_RUN, refused=why, limit="compile_timeout"))
         else:
             why = f"{self._plan.name} ran out of time after {self._plan.options.limits.timeout:g} s"
-            self._end(Outcome(OUT_OF_TIME, limit="timeout", why=why))
+            self._kill(Outcome(OUT_OF_TIME, limit="timeout", why=why))
         return False
 
     def watch(self) -> Outcome:

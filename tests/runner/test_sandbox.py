@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse_run.errors import GuestRefused
-from ipfsfuse_run.sandbox import inside
+from ipfsfuse_run.sandbox import open_beneath
 from tests.mounting import Home
 from tests.runner.conftest import DEMO, Runner, lines
 from tests.runner.writesp2 import CALLS, NOT_PERMITTED, OPENED_TO_CHANGE, SUCCESS, TRIES, component
@@ -127,13 +127,13 @@ def test_a_folder_that_was_looked_at_is_the_one_that_is_given(tmp_path: Path) ->
     work = tmp_path / "given" / "work"
     (work / "right").mkdir(parents=True)
     (tmp_path / "elsewhere" / "wrong").mkdir(parents=True)
-    with inside(str(tmp_path / "given"), "work", "--cwd /given/work") as folder:
+    with open_beneath(str(tmp_path / "given"), "work", "--cwd /given/work") as folder:
         work.rename(tmp_path / "given" / "moved")
         work.symlink_to(tmp_path / "elsewhere")
         assert os.listdir(f"/proc/self/fd/{folder}") == ["right"]
     with (
         pytest.raises(GuestRefused, match="leads out"),
-        inside(str(tmp_path / "given"), "work", "--cwd /given/work"),
+        open_beneath(str(tmp_path / "given"), "work", "--cwd /given/work"),
     ):
         pass
 

@@ -39,8 +39,7 @@ from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls
 from ipfsfuse.sources.http.transport import Connection
 
 OWN_TRANSPORT = True
-"""Whether plain HTTP to this machine goes by `transport.Connection`; False to test and measure httpcore
-there."""
+"""Whether plain HTTP to this machine goes by our `Connection`; False to test and measure httpcore there."""
 USER_AGENT: Final = f"ipfsfuse/{ipfsfuse.__version__}"
 REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS: Final = 5
@@ -50,8 +49,7 @@ UNCOUNTED: Final = 64 * 1024
 """Bodies of so many bytes are not counted among those that are on their way."""
 MAX_THREADS: Final = 16
 SHORTEST_SILENCE, SILENCE = 1.0, 3.0
-"""Seconds, at least and at most, after which a request over a kept connection is sent again over a new
-one."""
+"""Seconds, at least and at most, until a request over a kept connection is sent again over a new one."""
 END_SECONDS: Final = 1.0  # for the end of a body all of whose bytes have come
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
@@ -197,13 +195,13 @@ class _Transport(httpx.AsyncBaseTransport):
     def __init__(self, named: Origin, settings: HttpSettings, own: bool) -> None:
         self._named, self._settings, self._own = named, settings, own
         self._threads = trio.CapacityLimiter(MAX_THREADS)
-        self.kept: list[tuple[float, AnyConnection]] | None = []
+        self.idle: list[tuple[float, AnyConnection]] | None = []
         """Those that can be used again, and since when; None once this is closed."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         origin: Origin = request.extensions["origin"]
-        while self.kept and origin == self._named:
-            since, connection = self.kept.pop()
+        while self.idle and origin == self._named:
+            since, connection = self.idle.pop()
             if trio.current_time() - since < self._settings.idle_seconds and connection.is_fresh():
                 break
             await connection.aclose()
@@ -224,31 +222,30 @@ class _Transport(httpx.AsyncBaseTransport):
         return httpx.Response(connection.status, extensions={"connection": connection})
 
     async def _opened(self, origin: Origin) -> AnyConnection:
-        settings = self._settings
         if origin != self._named or not self._own:
-            return _HttpcoreConnection(origin, settings, origin == self._named)
-        with trio.fail_after(settings.connect):
+            return _HttpcoreConnection(origin, self._settings, origin == self._named)
+        with trio.fail_after(self._settings.connect):
             if origin.unix is None:
                 stream = await trio.open_tcp_stream(origin.host, origin.port)
             else:
                 stream = await trio.open_unix_socket(origin.unix)
-        return Connection(stream, settings.idle, self._threads)
+        return Connection(stream, self._settings.idle, self._threads)
 
     async def release(self, connection: AnyConnection, whole: bool) -> None:
         """After each response. `whole`: its body was read to the end."""
-        kept = self.kept if whole and connection.keep_alive else None
-        if kept is not None and len(kept) < self._settings.idle_connections:
-            kept.append((trio.current_time(), connection))
+        idle = self.idle if whole and connection.keep_alive else None
+        if idle is not None and len(idle) < self._settings.idle_connections:
+            idle.append((trio.current_time(), connection))
         else:
             await connection.aclose()
 
-    async def drop_kept(self) -> None:
-        while self.kept:
-            await self.kept.pop()[1].aclose()
+    async def close_idle(self) -> None:
+        while self.idle:
+            await self.idle.pop()[1].aclose()
 
     async def aclose(self) -> None:
-        await self.drop_kept()
-        self.kept = None
+        await self.close_idle()
+        self.idle = None
 
 
 # -- the client ----------------------------------------------------------------------------------------------
@@ -306,7 +303,9 @@ class Response:
         return piece
 
     async def _receive(self) -> bytes:
-        piece = b"" if self.left == 0 else await self.connection.receive()
+        if self.left == 0:
+            return b""
+        piece = await self.connection.receive()
         self._count(len(piece))
         return piece
 
@@ -369,7 +368,6 @@ class Http:
     async def aclose(self) -> None:
         """Who still asks gets a connection that is not kept."""
         await self._transport.aclose()
-        await trio.lowlevel.checkpoint()
 
     @asynccontextmanager
     async def ask(
@@ -438,7 +436,7 @@ class Http:
             extensions={"origin": origin, "path": path},
         )
         began, patience = trio.current_time(), math.inf
-        if repeatable and self._transport.kept and origin == self._named:
+        if repeatable and self._transport.idle and origin == self._named:
             # A kept one may be dead in silence: after the machine has slept or has changed its network.
             current = current_request.get()
             left = min(current.deadline, current.wanted_until) - began
@@ -448,7 +446,7 @@ class Http:
             with trio.move_on_after(patience) as silence:
                 sent = await self._client.send(request, stream=True)
             if silence.cancelled_caught and self._answered < began:
-                await self._transport.drop_kept()  # else it is this answer alone that does not come
+                await self._transport.close_idle()  # else it is this answer alone that does not come
         except DEAD:
             if not repeatable:
                 raise

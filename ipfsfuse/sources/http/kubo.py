@@ -9,7 +9,6 @@ import base64
 import json
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Final
 from urllib.parse import urlencode
 
@@ -60,8 +59,7 @@ class Kubo(Source):
         """The block. One that was read in the repository may come with its hash."""
         if self.blocks is not None and (block := await self.blocks.get(cid)) is not None:
             return block
-        gateway = await self._find_gateway()
-        if gateway is not None:
+        if gateway := await self._find_gateway():
             try:
                 return await gateway.get(cid)
             except SourceFailed as exc:
@@ -97,23 +95,19 @@ class Kubo(Source):
         start = 0 if self.blocks is None else await self.blocks.send_leaves(wanted, send, self.name)
         if start == len(wanted.leaves):
             return
-        rest = replace(wanted, leaves=wanted.leaves[start:])
+        if start:
+            wanted, send = replace(wanted, leaves=wanted.leaves[start:]), streams.Shifted(send, start)
         if gateway := await self._find_gateway():
-            stream = gateway.stream(rest)
+            await gateway.send_leaves(wanted, send)
         else:
-            singly = partial(streams.send_singly, self.get, rest.leaves, connections=CONNECTIONS_HERE)
-            stream = streams.streaming(singly)
-        async with stream as deliveries:
-            async for first, blocks, release in deliveries:
-                await send.send(Delivery(start + first, blocks, release))
+            await streams.send_singly(self.get, wanted.leaves, send, CONNECTIONS_HERE)
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         """The node is asked for the many small nodes of a listing: it sends them sooner than they are found
         here."""
         if subtree.whole and self.blocks is not None and await self.blocks.send_subtree(subtree, send):
             return
-        gateway = await self._find_gateway()
-        if gateway is not None:
+        if gateway := await self._find_gateway():
             try:
                 await gateway.send_subtree(subtree, send)
             except SourceFailed as exc:
