@@ -496,7 +496,7 @@ async def _end_when_released(server: ControlServer, end: End) -> None:
     with trio.move_on_after(HOLD_SECONDS):
         await server.first_holder.wait()
     await server.until_released()
-    log.info("nobody holds this mount any more: unmounting")
+    log.info("the last holder of this mount has gone: unmounting")
     await end()
 
 

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import trio
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem  # type: ignore[import-untyped]
@@ -50,22 +50,9 @@ _ERRORS: Sequence[tuple[type[errors.IpfsFuseError], type[OSError]]] = (
 """What fsspec's users expect for each of our errors; the first that fits counts."""
 
 
-class _Backend(Protocol):
-    """Where content comes from. Paths are `CID/a/b`."""
-
-    def resolve(self, name: str) -> str:
-        """The path of an IPNS name: `CID/a`."""
-        ...
-
-    def stat(self, path: str) -> Stat: ...
-
-    def ls(self, path: str) -> Sequence[tuple[str, Stat]]:
-        """Names and what they are; the roots for an empty path."""
-        ...
-
-    def read(self, path: str, start: int, end: int) -> bytes: ...
-
-    def close(self) -> None: ...
+_Backend: TypeAlias = "_OwnThread | _ThroughMount"
+"""Where content comes from. Its paths are `CID/a/b`. `resolve` gives the path of an IPNS name, `ls` names and
+what they are, or the roots for an empty path."""
 
 
 class IpfsFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
@@ -211,7 +198,6 @@ def _backend(**options: Any) -> _Backend:
         found = _open.get(key)
         if found is None:
             found = _open[key] = _opened(options)
-            atexit.register(found.close)
         return found
 
 
@@ -237,6 +223,7 @@ class _OwnThread:
         self._thread = threading.Thread(target=self._run, name="ipfsfuse", daemon=True)
         self._thread.start()
         self._opened.result()
+        atexit.register(self._close)
 
     def _run(self) -> None:
         try:
@@ -297,7 +284,7 @@ class _OwnThread:
             for each in filter(None, [other, *map(self._files.pop, oldest)]):
                 await each.aclose()
 
-    def close(self) -> None:
+    def _close(self) -> None:
         with suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._end.set)
         self._thread.join(10)
@@ -353,6 +340,3 @@ class _ThroughMount:
                 pieces.append(piece)
                 start += len(piece)
             return b"".join(pieces)
-
-    def close(self) -> None:
-        pass

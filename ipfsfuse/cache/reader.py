@@ -262,9 +262,7 @@ class Reader:
                 continue
             if result.place is None or file.size <= MAX_PACKED:
                 small.append((leaf.cid, bytes(result.block)))
-            elif (
-                len(result.content) == leaf.size
-            ):  # else its parent states a wrong size: it is not of this file
+            elif len(result.content) == leaf.size:  # else its parent states a wrong size of it
                 last = runs[-1][2][-1] if runs and runs[-1][0] == file else None
                 if last is None or leaf.offset != last.offset + last.size:
                     runs.append((file, result.source.name, [], []))

@@ -165,8 +165,8 @@ class SingleFlight(Generic[K, V]):
         """Starts one `fetch(batch)` for those of `keys` that are not under way. It resolves each when it
         arrives, and may expect more. It is not started if there are none, unless it has `more` to expect.
 
-        Callers that wait for a key that is not resolved when it ends fetch that key alone. It raises
-        nothing."""
+        Callers that wait for a key that is not resolved when it ends fetch that key alone. It raises nothing,
+        and is cancelled with the last of those that wait for it."""
         asked = current_request.get()
         batch = Batch(asked.caller, number=asked.number, wanted_until=math.inf, flights=self)
         batch.expect(keys)

@@ -298,7 +298,7 @@ PLAIN_SECONDS = 5.0
 
 
 class Progress:
-    """Shows `{"done": n, "total": n or None, "unit": "B", "what": text}`, every key but `done` optional."""
+    """Shows how far something is: in a terminal as a bar, else as a line now and then."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -312,17 +312,21 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def __call__(self, values: Mapping[str, Any]) -> None:
-        done, total, unit = values.get("done", 0), values.get("total"), values.get("unit", "B")
+    def __call__(
+        self, done: int, total: int | None = None, what: str | None = None, unit: str = "B", **_more: object
+    ) -> None:
+        """`done` of `total` units, if that is known, of the thing `what`. A total that is exceeded was
+        wrong."""
+        total = None if total is not None and total < done else total
         if is_terminal(sys.stderr):
-            self._show_bar(done, total, unit, values.get("what"))
+            self._show_bar(done, total, unit, what)
         elif time.monotonic() - self._said >= PLAIN_SECONDS:
             self._said = time.monotonic()
             note(f"{self._what}: {_amount(done, unit)}" + (f" of {_amount(total, unit)}" if total else ""))
 
     def of_file(self, name: str, done: int, total: int) -> None:
         """Shows that `done` of `total` bytes of the file `name` are done."""
-        self({"done": done, "total": total, "what": name})
+        self(done, total, name)
 
     def line(self, text: str) -> None:
         """Prints a line of the command's own output, not through the bar."""

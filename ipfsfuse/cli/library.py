@@ -30,11 +30,7 @@ def add(arguments: argparse.Namespace) -> int:
     with ExitStack() as exits:
         progress = exits.enter_context(Progress("adding"))
         library = None if arguments.only_hash else exits.enter_context(opened_library(arguments))
-
-        def show(done: int, total: int | None, path: str) -> None:
-            progress({"done": done, "total": total, "what": path})
-
-        for added in add_all(arguments.paths, options, library, show):
+        for added in add_all(arguments.paths, options, library, progress):
             if arguments.quieter:
                 rows.clear()
             rows.append({"cid": cids.text(added.cid), "name": added.name})
@@ -76,7 +72,7 @@ def import_cars(arguments: argparse.Namespace) -> int:
     rows = []
     with Progress("importing") as progress, opened_library(arguments) as library:
         for file in arguments.files:
-            for root in cars.import_car(Path(file), library, lambda done: progress({"done": done})):
+            for root in cars.import_car(Path(file), library, progress):
                 rows.append({"cid": cids.text(root.cid), "name": root.name, "file": file})
                 if not arguments.json:
                     progress.line(f"imported {cids.text(root.cid)} {root.name}")
@@ -89,15 +85,11 @@ def check(arguments: argparse.Namespace) -> int:
     """Hashes what the library or a CAR file holds. 1 where a block is missing or wrong."""
     with ExitStack() as exits:
         progress = exits.enter_context(Progress("checking"))
-
-        def show(done: int) -> None:
-            progress({"done": done})
-
         if arguments.file is not None:
-            what, damage = arguments.file, cars.car_damage(Path(arguments.file), show)
+            what, damage = arguments.file, cars.car_damage(Path(arguments.file), progress)
         else:
             library = exits.enter_context(opened_library(arguments))
-            what, damage = library.folder, cars.library_damage(library, show)
+            what, damage = library.folder, cars.library_damage(library, progress)
         found = []
         for path, reason in damage:
             found.append({"path": path, "reason": reason})

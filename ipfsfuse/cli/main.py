@@ -16,8 +16,8 @@ from ipfsfuse.errors import FolderInUse, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit code: 0, 1 it failed, 2 usage, 130 interrupted or terminated, 141 nobody
-    reads what it prints."""
+    """Runs one command. Its exit code: 0, 1 it failed, 2 usage, 75 another mount has the cache folder, 130
+    interrupted or terminated, 141 nobody reads what it prints."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the locale's encoding lacks is escaped. Each line is written at once, also into a
         # pipe: `serve` and `metrics --listen` say where they listen, and then run on.

@@ -322,7 +322,7 @@ def _result(lines: BinaryIO) -> str:
             line = each.decode(errors="surrogateescape").rstrip("\n")
             if not line.startswith(PROGRESS):
                 return line
-            show(json.loads(line.removeprefix(PROGRESS)))
+            show(**json.loads(line.removeprefix(PROGRESS)))
     return ""
 
 
@@ -567,7 +567,7 @@ def take_away(point: Path, lazy: bool) -> None:
         "; ".join(users[:5]) + (f"; and {len(users) - 5} more" if len(users) > 5 else "")
         or "a process that this user can't see"
     )
-    raise MountFailed(f"{point} is busy: {who}. End that first, or take it away with --lazy")
+    raise MountFailed(f"{point} is busy: {who}: end that first, or unmount with --lazy")
 
 
 # -- who uses a mount: from /proc alone, because a mount that does not answer would block us -----------------

@@ -95,7 +95,7 @@ def _of_mount_8(words: list[str]) -> list[str]:
         if flag in ("-n", "-s", "-v", "-f"):
             continue
         if flag != "-o" or not rest:
-            raise UsageError(f"{flag} can't stand behind SOURCE DIR: write -o OPTION[,OPTION]...")
+            raise UsageError(f"{flag} can't come after SOURCE DIR: write -o OPTION[,OPTION]...")
         for option in filter(None, rest.pop(0).split(",")):
             name, equals, value = option.partition("=")
             spelled = name.replace("_", "-")
@@ -113,7 +113,8 @@ def build() -> Parser:
         prog="ipfsfuse",
         allow_abbrev=False,
         description="IPFS as a read-only directory.",
-        epilog="Exit codes: 0; 1 it failed; 2 usage; of status also 3: degraded.",
+        epilog="Exit codes: 0 done; 1 it failed; 2 usage; of mount also 75: another mount has the cache "
+        "folder; of status also 3: degraded.",
     )
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -224,7 +225,7 @@ def _library(commands: Any) -> None:
     _switches(add, {
         "-q --quiet": "print CIDs alone",
         "-Q --quieter": "print the last CID alone",
-        "-r --recursive": "accepted, as of `ipfs add`: a folder is always added whole",
+        "-r --recursive": "accepted as by `ipfs add`; a folder is always added whole",
         "-w --wrap-with-directory": "put the PATHs into a folder of their own",
         "-H --hidden": "add files whose names begin with a dot too",
         "-n --only-hash": "print the CIDs and add nothing",
@@ -259,7 +260,7 @@ def _content(commands: Any) -> None:
     )
     cat = _command(
         commands, "cat", "reading:cat", "write a file to standard output, without a mount",
-        "lines of JSON: pieces of the content in base64, then their sum",
+        "lines of JSON: pieces of the content in base64, then its size",
     )  # fmt: skip
     cat.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b")
     _switches(cat, {"--raw": "the block of the CID as it is, of any codec"})
@@ -269,7 +270,7 @@ def _content(commands: Any) -> None:
         "-o", "--output", metavar="PATH", type=_PATH, help="where to write it (its name, in this folder)"
     )
     serve = _command(
-        commands, "serve", "mounting:serve", "give out what is here as a trustless gateway",
+        commands, "serve", "mounting:serve", "serve what is here over HTTP, as a trustless gateway",
         "print the addresses and the pid",
     )  # fmt: skip
     serve.add_argument(
@@ -414,7 +415,7 @@ def _to_a_mount(commands: Any) -> None:
         "fetch CIDs whole, and keep them until they are unpinned; `pin ls` lists what is pinned",
     )
     items(pin, more="; or the word ls, to list pins")
-    items(command("unpin", "remote:unpin", "stop keeping pinned CIDs"))
+    items(command("unpin", "remote:unpin", "unpin CIDs, which may then be evicted"))
     prefetch = command("prefetch", "remote:prefetch", "fetch CIDs with all below them into the cache")
     items(prefetch)
     prefetch.add_argument("--depth", type=_COUNT, metavar="N", help="levels of folders to go down (all)")

@@ -161,7 +161,7 @@ class _Got:
 
     def add(self, count: int) -> None:
         self.bytes += count
-        self._progress({"done": self.bytes})
+        self._progress(self.bytes)
 
 
 def _copy(path: Path, target: Path, done: _Got) -> None:
@@ -223,17 +223,13 @@ async def _export(arguments: argparse.Namespace) -> int:
         async with _blocks(
             arguments, _sources_beside_mount(arguments), open_settings(arguments, indexing)
         ) as get:
-
-            def show(_blocks: int, written: int) -> None:
-                progress({"done": written})
-
             if to_stdout:
                 # a write that waits for a slow reader can't be cancelled,
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, signal.SIG_DFL)  # and nothing is left to clean up
-                await cars.export_to_stream(cid, get, sys.stdout.fileno(), show)
+                await cars.export_to_stream(cid, get, sys.stdout.fileno(), progress)
             else:
-                size = await cars.export(cid, get, Path(arguments.file), arguments.v2, show)
+                size = await cars.export(cid, get, Path(arguments.file), arguments.v2, progress)
                 console.answer(
                     arguments,
                     {"exported": cids.text(cid), "file": arguments.file, "bytes": size},
@@ -258,11 +254,7 @@ async def _push(arguments: argparse.Namespace) -> int:
             opened_sources([arguments.to], settings) as (node,),
         ):
             assert isinstance(node, Kubo)
-
-            def show(done: int, total: int | None) -> None:
-                progress({"done": done, "total": total if total and total >= done else None})
-
-            sent = await pushing.push(cid, get, node.rpc(), show)
+            sent = await pushing.push(cid, get, node.rpc(), progress)
     return console.answer(
         arguments,
         {"pushed": cids.text(cid), "to": node.name, "pinned": True} | sent._asdict(),
@@ -313,7 +305,7 @@ def _check_standard_output(v2: bool) -> None:
     if sys.stdout is None:
         raise UsageError("standard output is closed: name a FILE")
     if sys.stdout.isatty():
-        raise UsageError("a CAR is not for a terminal: name a FILE, or send it on with | or >")
+        raise UsageError("a CAR is not for a terminal: name a FILE, or redirect it with | or >")
 
 
 async def _root(arguments: argparse.Namespace) -> Cid:

@@ -120,7 +120,7 @@ def _ask(arguments: argparse.Namespace, command: str, **sent: Any) -> int:
 
 def _call(control: Path, command: str, timeout: float | None = None, **sent: Any) -> dict[str, Any]:
     with Progress(command) as progress:
-        return client.call(control, command, progress, timeout=timeout, **sent)
+        return client.call(control, command, lambda values: progress(**values), timeout=timeout, **sent)
 
 
 def _show(

@@ -149,7 +149,7 @@ class ControlServer:
             command, arguments = _parse(line)
             if command == "hold":
                 if self._ending:
-                    raise DaemonFailed("this mount is ending, for nobody held it any more: mount again")
+                    raise DaemonFailed("this mount is ending, because its last holder has gone: mount again")
                 return _HELD
             handler = self._commands.get(command)
             if handler is None:

@@ -38,12 +38,12 @@ _FETCHED_AHEAD = 16
 """Blocks fetched side by side."""
 
 GetBlock = Callable[[Cid], Awaitable[bytes]]
-ExportProgress = Callable[[int, int], None]
-"""Called with (blocks, bytes) written so far."""
+Progress = Callable[[int], None]
+"""Called with the bytes done so far."""
 
 
 async def export(
-    root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: ExportProgress | None = None
+    root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: Progress | None = None
 ) -> int:
     """Writes everything below `root` to `file`: a CARv1, or a CARv2 with its index if `indexed`.
 
@@ -57,7 +57,7 @@ async def export(
         return await _fill(CarWriter(fd, file.parent, [root], indexed), root, get, progress)
 
 
-async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: ExportProgress | None = None) -> int:
+async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: Progress | None = None) -> int:
     """Writes a CARv1 to a descriptor, which may be a pipe. Its reader must look at how this process ends,
     because a CAR that ends early can be a valid CAR.
 
@@ -72,7 +72,7 @@ async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: ExportPr
         raise StoreFailed(f"standard output: {exc.strerror}") from exc
 
 
-async def _fill(writer: CarWriter, root: Cid, get: GetBlock, progress: ExportProgress | None) -> int:
+async def _fill(writer: CarWriter, root: Cid, get: GetBlock, progress: Progress | None) -> int:
     try:
         await _write(root, get, writer, progress)
         await threads.run_sync(writer.finish)
@@ -106,7 +106,7 @@ def _umask() -> int:
     return mask
 
 
-async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportProgress | None) -> None:
+async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: Progress | None) -> None:
     walk = BlockWalk([root], None)
     written: set[bytes] = set()
     fetched: dict[Cid, bytes] = {}
@@ -122,7 +122,7 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: ExportPr
         written.add(multihash)
         await threads.run_sync(writer.add, cid, block)
         if progress is not None:
-            progress(writer.blocks, writer.size)
+            progress(writer.size)
 
 
 def links(cid: Cid, block: bytes) -> list[Cid]:
@@ -191,9 +191,6 @@ async def content(path: IpfsPath, get: GetBlock) -> AsyncIterator[memoryview]:
 
 
 # -- import --------------------------------------------------------------------------------------------------
-
-Progress = Callable[[int], None]
-"""Called with the bytes of blocks done so far."""
 
 
 def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot]:

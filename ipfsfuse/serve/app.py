@@ -84,16 +84,10 @@ class TrustlessGateway:
         self.served = Served()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            while (await receive())["type"] != "lifespan.shutdown":
-                await send({"type": "lifespan.startup.complete"})
-            await send({"type": "lifespan.shutdown.complete"})
-        elif scope["type"] != "http":  # a websocket: closed before it is opened, it is refused
+        """Answers one request, until its client has gone."""
+        if scope["type"] != "http":  # a websocket: closed before it is opened, it is refused
             await send({"type": "websocket.close"})
-        else:
-            await self._until_gone(scope, receive, send)
-
-    async def _until_gone(self, scope: Scope, receive: Receive, send: Send) -> None:
+            return
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
@@ -126,20 +120,7 @@ class TrustlessGateway:
                 log.info("an answer was cut off: %s", printable(str(exc)))
                 raise Broken from exc
             self.served.refused += 1
-            refused = exc if isinstance(exc, Refused) else self._refusal(exc)
-            await reply.refuse(refused.status, str(refused))
-
-    def _refusal(self, exc: Exception) -> Refused:
-        if isinstance(exc, NotHere | NotFound | NotADirectory):
-            return Refused(404, str(exc))
-        if isinstance(exc, Unavailable | SourceFailed | StoreFailed):
-            return Refused(504 if isinstance(exc, Unavailable) else 502, str(exc))
-        if isinstance(exc, Unsupported):
-            return Refused(501, str(exc))
-        if isinstance(exc, IpfsFuseError):
-            return Refused(500, str(exc))
-        log.error("a request failed unexpectedly", exc_info=exc)
-        return Refused(500, "this gateway failed unexpectedly: its log says more")
+            await reply.refuse(*_refusal(exc))
 
     async def _block(self, wanted: GatewayRequest, cid: Cid) -> bytes:
         try:
@@ -225,6 +206,24 @@ class TrustlessGateway:
 class Broken(Exception):
     """An answer that was begun and can't be completed. The server closes the connection, so that the client
     notices."""
+
+
+_STATUSES: Final = (
+    (Unavailable, 504), (SourceFailed, 502), (StoreFailed, 502), (Unsupported, 501),
+    (NotHere, 404), (NotFound, 404), (NotADirectory, 404), (IpfsFuseError, 500),
+)  # fmt: skip
+"""The status for each error; the first that fits counts."""
+
+
+def _refusal(exc: Exception) -> tuple[int, str]:
+    """The status and the line of text to answer."""
+    if isinstance(exc, Refused):
+        return exc.status, str(exc)
+    status = next((status for kind, status in _STATUSES if isinstance(exc, kind)), None)
+    if status is None:
+        log.error("a request failed unexpectedly", exc_info=exc)
+        return 500, "this gateway failed unexpectedly: its log says more"
+    return status, str(exc)
 
 
 def _check_method(scope: Scope) -> None:

@@ -133,24 +133,24 @@ class Leases:
     def __init__(self, give: Callable[[int], None]) -> None:
         """`give` gives back so much of it."""
         self._give = give
-        self._held: dict[int, int] = {}
+        self._unreleased: dict[int, int] = {}
         self._number = 0
 
     def take(self, size: int) -> Callable[[], None]:
         """`size` was taken for a delivery. Returns its `release`."""
         self._number = number = self._number + 1
-        self._held[number] = size
+        self._unreleased[number] = size
         return lambda: self._release(number)
 
     def _release(self, number: int) -> None:
-        size = self._held.pop(number, None)
+        size = self._unreleased.pop(number, None)
         if size is not None:
             self._give(size)
 
     def close(self) -> None:
         """Gives back what was not released."""
-        while self._held:
-            self._give(self._held.popitem()[1])
+        while self._unreleased:
+            self._give(self._unreleased.popitem()[1])
 
 
 def can_range(leaves: Sequence[Leaf]) -> bool:

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.confinement import Access
@@ -118,14 +119,8 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:
     from ipfsfuse_run import command
 
     given = plan.options.limits
-    code = _compiled(
-        plan,
-        command.key(path, given),
-        lambda kind, code: command.build(path, given, kind, code, plan.name),
-        reports,
-        data,
-        lambda: command.check_version(path),
-    )
+    key, build = command.key(path, given), partial(command.build, path, given)
+    code = _compiled(plan, key, build, reports, data, lambda: command.check_version(path))
     if plan.options.compile_only:
         return 0
     with sandbox.opened_folders(plan.box) as folders:
@@ -143,18 +138,12 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.options.deterministic)
     with sandbox.opened_folders(plan.box) as folders:
         engine = guest.make_engine(settings)
-
-        def compiled(plan: Plan, data: bytes | None) -> Code:
-            def build(kind: str, code: bytes) -> bytes:
-                return guest.build(engine, kind, code, plan.name)
-
-            return _compiled(plan, guest.key(settings), build, reports, data)
-
+        key, build = guest.key(settings), partial(guest.build, engine)
         preloaded = {
-            name: compiled(plan._replace(options=plan.options._replace(guest=place)), None)
+            name: _compiled(plan._replace(options=plan.options._replace(guest=place)), key, build, reports)
             for name, place in plan.options.preload
         }
-        code = compiled(plan, data)
+        code = _compiled(plan, key, build, reports, data)
         if plan.options.compile_only:
             return 0
         call = None if plan.options.invoke is None else guest.Call(plan.options.invoke, plan.box.argv[1:])
@@ -270,7 +259,7 @@ def _limit_process(plan: Plan, grown: Growth) -> None:
 def _compiled(
     plan: Plan,
     key: Key,
-    build: Callable[[str, bytes], bytes],
+    build: Callable[[str, bytes, str], bytes],
     reports: Reports,
     data: bytes | None = None,
     check: Callable[[], None] = lambda: None,
@@ -293,7 +282,7 @@ def _compiled(
     if plan.guest_copy is not None:
         with open(plan.guest_copy, "wb", closefd=False) as out:
             out.write(code)
-    made = cache.compiled(kind, code, plan.name, memory, key, lambda: build(kind, code))
+    made = cache.compiled(kind, code, plan.name, memory, key, lambda: build(kind, code, plan.name))
     reports.send({"compiling": False})
     return made
 

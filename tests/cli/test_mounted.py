@@ -135,7 +135,7 @@ def test_a_busy_mount_names_who_holds_it(user: Home, mounted: Mounted, cid: str)
         ran = user.run("unmount", mounted.path, check=False)
         assert ran.returncode == 1
         assert ran.stderr.startswith(f"ipfsfuse: {mounted.path} is busy: {holder.pid} ({sys.executable} -c ")
-        assert ran.stderr.endswith(f"uses {file}. End that first, or take it away with --lazy\n")
+        assert ran.stderr.endswith(f"uses {file}: end that first, or unmount with --lazy\n")
         assert os.listdir(mounted.path) == [cid]
         user.run("unmount", "--lazy", mounted.path)
         assert not fuse_mounts(user.folder)

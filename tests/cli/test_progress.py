@@ -15,21 +15,21 @@ SCRIPT = """
 from ipfsfuse.cli.console import Progress
 with Progress("fetching") as show:
     for done in range(0, 1025, 256):
-        show({"done": done << 20, "total": 1 << 30, "what": "a/b"})
+        show(done << 20, 1 << 30, "a/b")
 """
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
     with Progress("fetching") as show:
-        show({"done": 3 << 20, "total": 1 << 30})
-        show({"done": 7, "unit": "blocks"})
+        show(3 << 20, 1 << 30)
+        show(7, unit="blocks")
     assert capsys.readouterr() == ("", "fetching: 3.0 MiB of 1.0 GiB\nfetching: 7 blocks\n")
 
 
 def test_quick_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress("fetching") as show:
-        show({"done": 1})
+        show(1)
     assert capsys.readouterr() == ("", "")
 
 

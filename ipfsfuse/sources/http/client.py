@@ -195,13 +195,13 @@ class _Transport(httpx.AsyncBaseTransport):
     def __init__(self, named: Origin, settings: HttpSettings, own: bool) -> None:
         self._named, self._settings, self._own = named, settings, own
         self._threads = trio.CapacityLimiter(MAX_THREADS)
-        self.kept: list[tuple[float, AnyConnection]] | None = []
+        self.idle: list[tuple[float, AnyConnection]] | None = []
         """Those that can be used again, and since when; None once this is closed."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         origin: Origin = request.extensions["origin"]
-        while self.kept and origin == self._named:
-            since, connection = self.kept.pop()
+        while self.idle and origin == self._named:
+            since, connection = self.idle.pop()
             if trio.current_time() - since < self._settings.idle_seconds and connection.is_fresh():
                 break
             await connection.aclose()
@@ -233,19 +233,19 @@ class _Transport(httpx.AsyncBaseTransport):
 
     async def release(self, connection: AnyConnection, whole: bool) -> None:
         """After each response. `whole`: its body was read to the end."""
-        kept = self.kept if whole and connection.keep_alive else None
-        if kept is not None and len(kept) < self._settings.idle_connections:
-            kept.append((trio.current_time(), connection))
+        idle = self.idle if whole and connection.keep_alive else None
+        if idle is not None and len(idle) < self._settings.idle_connections:
+            idle.append((trio.current_time(), connection))
         else:
             await connection.aclose()
 
-    async def drop_kept(self) -> None:
-        while self.kept:
-            await self.kept.pop()[1].aclose()
+    async def close_idle(self) -> None:
+        while self.idle:
+            await self.idle.pop()[1].aclose()
 
     async def aclose(self) -> None:
-        await self.drop_kept()
-        self.kept = None
+        await self.close_idle()
+        self.idle = None
 
 
 # -- the client ----------------------------------------------------------------------------------------------
@@ -436,7 +436,7 @@ class Http:
             extensions={"origin": origin, "path": path},
         )
         began, patience = trio.current_time(), math.inf
-        if repeatable and self._transport.kept and origin == self._named:
+        if repeatable and self._transport.idle and origin == self._named:
             # A kept one may be dead in silence: after the machine has slept or has changed its network.
             current = current_request.get()
             left = min(current.deadline, current.wanted_until) - began
@@ -446,7 +446,7 @@ class Http:
             with trio.move_on_after(patience) as silence:
                 sent = await self._client.send(request, stream=True)
             if silence.cancelled_caught and self._answered < began:
-                await self._transport.drop_kept()  # else it is this answer alone that does not come
+                await self._transport.close_idle()  # else it is this answer alone that does not come
         except DEAD:
             if not repeatable:
                 raise

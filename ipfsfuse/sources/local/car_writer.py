@@ -124,7 +124,6 @@ class CarWriter:
         self._out.write(bytes(car.V2_BYTES if indexed else 0) + header)
         self._end = len(header)
         self._sent = 0
-        self.blocks = 0
 
     @property
     def size(self) -> int:
@@ -138,7 +137,6 @@ class CarWriter:
         if self._indexed:
             self._sorter.add(cids.multihash(cid), self._end)
         self._end += len(head) + len(block)
-        self.blocks += 1
         if self._on_disk and self._end - self._sent >= _SEND_EVERY:
             # The kernel begins to write to the disk what came since the last time, so that `finish` waits for
             # little. That is what this advice does with pages not written yet; it drops none of them.

@@ -48,7 +48,7 @@ PATIENCE = 3.0
 ALONE = 1 / 3
 """Part of the deadline for which a source that failed is left alone where no other may be asked: so each call
 asks it."""
-REMEMBERED_WRONG = 1000
+MAX_REPORTED = 1000
 """Blocks that are wrong, and blocks that are too large. Beyond so many the log says nothing more."""
 SINGLY = 4
 """Blocks that a run left out are asked for so many at a time."""
@@ -121,8 +121,8 @@ class SourcePool:
         self._managed = [ManagedSource(source, self.chance, self._share) for source in sources]
         self.in_place = [managed for managed in self._managed if managed.source.in_place]
         self._network = [managed for managed in self._managed if not managed.source.in_place]
-        self._known_wrong: set[tuple[str, Cid]] = set()
-        self._known_large: set[Cid] = set()
+        self._reported_wrong: set[tuple[str, Cid]] = set()
+        self._reported_large: set[Cid] = set()
         self.no_source_to_ask = ""
         """Why no source could be asked for a block that was not here; "" if that never happened."""
         self._under_way: dict[bytes, HedgedFetch] = {}
@@ -281,14 +281,14 @@ class SourcePool:
                 cids.text(cid),
                 seconds / 60,
             )
-        elif (name, cid) not in self._known_wrong and len(self._known_wrong) < REMEMBERED_WRONG:
-            self._known_wrong.add((name, cid))
+        elif (name, cid) not in self._reported_wrong and len(self._reported_wrong) < MAX_REPORTED:
+            self._reported_wrong.add((name, cid))
             log.warning("%s has wrong bytes for %s: %s", name, cids.text(cid), managed.repair)
 
     def too_large(self, cid: Cid, refusal: BlockTooLarge) -> None:
         """A source has `cid` as a block that is too large. Says so once."""
-        if cid not in self._known_large and len(self._known_large) < REMEMBERED_WRONG:
-            self._known_large.add(cid)
+        if cid not in self._reported_large and len(self._reported_large) < MAX_REPORTED:
+            self._reported_large.add(cid)
             log.warning("%s", refusal)
 
 
