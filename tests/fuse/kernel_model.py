@@ -133,7 +133,11 @@ class Kernel:
     def linked(self, path: Path, nodeid: int) -> None:
         """The kernel gets `nodeid` for `path`, with one reference."""
         thing = self.forest.things[path]
-        identity = path if thing.kind == DIRECTORY else cids.canonical(thing.cid)
+        identity: object = cids.canonical(thing.cid)
+        if thing.kind == DIRECTORY:
+            # by its parent's number, which may be another one when the kernel has forgotten it meanwhile and
+            # numbers collide
+            identity = self.dentries[path[:-1]], path[-1], identity
         held = self.inodes.get(nodeid)
         if held is None:
             assert identity not in [other.identity for other in self.inodes.values()], (
