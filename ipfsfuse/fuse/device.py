@@ -5,9 +5,9 @@ library that was loaded first: pyfuse3 then calls our `fuse_session_mount` (`dev
 
 The thread answers four kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`);
 small reads of staged leaves that were verified before (`pieces.c`); opens and releases, for reading, of small
-files that were allowed here; and the end and the release of a listing that Python has given whole (`opens.c`).
-It counts those opens, and `drain` tells Python of them afterwards. After 32 opens that were not drained, the
-next open goes to Python.
+files that were allowed here; and the end and the release of a listing that Python has given whole
+(`opens.c`). It counts those opens, and `drain` tells Python of them afterwards. After 32 opens that were not
+drained, the next open goes to Python.
 
 Concurrency: any thread may call the functions and `ReadWindows`. `Device` belongs to the event loop.
 """
