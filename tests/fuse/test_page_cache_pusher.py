@@ -19,6 +19,8 @@ class Kernel:
 
     def __init__(self) -> None:
         self.took: list[tuple[int, int, bytes]] = []
+        self.allowed: list[int] = []
+        """What may be opened in C from then on."""
         self.began, self.may_go_on = threading.Event(), threading.Event()
         self.may_go_on.set()
 
@@ -38,19 +40,17 @@ def inode(number: int) -> Inode:
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     kernel = Kernel()
     monkeypatch.setattr(pyfuse3, "notify_store", kernel.store)
+    monkeypatch.setattr(device, "allow", kernel.allowed.append)
     yield kernel
     kernel.may_go_on.set()
 
 
-def test_what_is_pushed_is_stored_in_order_and_one_failure_does_not_end_it(
-    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pusher, allowed = PageCachePusher(), list[int]()
-    monkeypatch.setattr(device, "allow", allowed.append)
+def test_what_is_pushed_is_stored_in_order_and_one_failure_does_not_end_it(kernel: Kernel) -> None:
+    pusher = PageCachePusher()
     with pusher.running():
         pusher.push([(inode(7), b"seven"), (inode(8), b"forgotten"), (inode(9), b"nine")])
         wait_until(lambda: len(kernel.took) == 2, "both were stored")
-        wait_until(lambda: allowed == [7, 9], "and may be opened in C")
+        wait_until(lambda: kernel.allowed == [7, 9], "and may be opened in C")
     assert kernel.took == [(7, 0, b"seven"), (9, 0, b"nine")]
 
 

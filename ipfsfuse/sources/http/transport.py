@@ -26,8 +26,6 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 PIECE: Final = 64 * 1024
-TOGETHER: Final = 32
-"""Chunks of a body, received at once: Kubo sends two for each block of a CAR."""
 FAST: Final = 32 * 1024
 """A receive that gives so much, with more than PIECE still to come, sends the rest to a thread."""
 THREAD_WAIT: Final = struct.pack("ll", 0, 20_000)
@@ -139,7 +137,7 @@ class Connection:
                 raise SourceFailed("the body was cut short", SHORT)
         with contextlib.suppress(BlockingIOError):
             # what has come meanwhile goes with it: each piece costs the tasks that it passes through 0.1 ms
-            while not self._complete and len(self._pieces) < TOGETHER:
+            while not self._complete and sum(map(len, self._pieces)) < PIECE:
                 piece = self._socket.recv(PIECE, socket.MSG_DONTWAIT)
                 if not piece:
                     break  # the next call finds this end, too
