@@ -218,8 +218,10 @@ class Budget:
 
     async def resize(self, configured: int) -> None:
         """Takes another budget. What is too much for it leaves before this returns."""
-        self.configured = self.limit = configured
-        await self.refit(self._overhead, self._margin)
+        async with self._lock:
+            self.configured = self.limit = configured
+            self._look()
+            await self._leave(self._shrink())
 
     def look_soon(self) -> None:
         """The next reservation looks at the free space first: a write has just found the disk full."""

@@ -97,10 +97,6 @@ class Inodes:
         """The inode of a number that the kernel holds."""
         return self._by_number[number]
 
-    def holds(self, inode: Inode) -> bool:
-        """Whether the kernel still holds this very inode."""
-        return self._by_number.get(inode.number) is inode
-
     def known(self, number: int) -> Inode | None:
         """The inode of a number, if the kernel holds it."""
         return self._by_number.get(number)

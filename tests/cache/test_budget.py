@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.budget import Budget
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.reader import OF_BUDGET
 from ipfsfuse.dag import cid as cids
@@ -217,5 +219,29 @@ def test_what_could_fill_much_of_the_budget_is_not_asked_for_at_once(tmp_path: P
             assert (chain.asked, len(chain.subtrees)) == ([wanted[0]], 0)
             await cache.reader.gather(replace(whole, limit=BUDGET // OF_BUDGET), wanted, none_besides).wait()
             assert len(chain.subtrees) == 1
+
+    trio.run(main)
+
+
+def test_a_new_budget_forgets_nothing_that_was_measured_before_it() -> None:
+    async def main() -> None:
+        async def evict(_key: object) -> None:
+            await trio.sleep(0.05)
+
+        budget = Budget(100 * MIB, evict, lambda: None)
+        budget.counted.set()
+        for key in range(20):
+            budget.settle(key, 0, reserved=await budget.reserve(key, 0, 4 * MIB))
+
+        async def needs_room() -> None:
+            budget.settle(20, 0, reserved=await budget.reserve(20, 0, 24 * MIB))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(needs_room)  # it is the first to have its turn, and evicts
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.start_soon(budget.refit, 40 * MIB, 0)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.start_soon(budget.resize, 90 * MIB)
+        assert budget.used == budget.arc.bytes + 40 * MIB <= 90 * MIB
 
     trio.run(main)

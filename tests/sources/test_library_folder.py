@@ -1,6 +1,7 @@
 """The library's folder: marked, ours alone, and whatever else lies in it or behind its links is left
 alone."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -11,8 +12,9 @@ import pytest
 
 from ipfsfuse import __version__
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.errors import NotFound, StoreFailed
-from ipfsfuse.sources.local.library import Library
+from ipfsfuse.errors import NotFound, SourceFailed, StoreFailed
+from ipfsfuse.sources.local.car_file import CarFile, Place
+from ipfsfuse.sources.local.library import Library, NewRoot
 from tests.sources.libraries import add, dag, packs
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
@@ -109,6 +111,37 @@ def test_what_is_not_ours_outlives_every_removal_and_compaction(folder: Path) ->
     library.compact()
     left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert left == {*strays, "format", "lock", "20260101T00000-0123abcd.car"}
+
+
+@pytest.mark.logs("space was not given back")
+def test_a_compaction_that_fails_writes_to_no_other_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptor of the file that it was writing belongs to the next file that is opened."""
+    library = Library(folder)
+    stays, goes = dag(range(200, 220)), dag(range(300, 400))
+    with library.open_writer() as writer:
+        for cid, block in (*stays, *goes):
+            writer.put(cid, block)
+        writer.commit([NewRoot(blocks[-1][0], "thing", 1) for blocks in (stays, goes)])
+    reads = 0
+    read = CarFile.read
+
+    def fail(self: CarFile, place: Place) -> bytes:
+        nonlocal reads
+        reads += 1
+        if reads > 10:
+            raise SourceFailed("the disk gives no more", "disk")
+        return read(self, place)
+
+    monkeypatch.setattr(CarFile, "read", fail)
+    library.remove(goes[-1][0])
+    assert reads == 11, "in the middle of a pack"
+    with (tmp_path / "precious").open("w+b", buffering=0) as file:
+        file.write(b"precious")
+        gc.collect()
+        file.seek(0)
+        assert file.read() == b"precious"
 
 
 def link_to_a_file(path: Path, outside: Path) -> None:

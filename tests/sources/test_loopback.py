@@ -1,7 +1,9 @@
 """Our transport reads heads, known lengths and chunks as h11 does, however they are cut into pieces; all else
 is refused."""
 
+import math
 import socket
+import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -276,4 +278,39 @@ def test_a_server_that_takes_a_request_byte_by_byte_has_no_more_time_than_anothe
             await connection.aclose()
             nursery.cancel_scope.cancel()
 
+    trio.run(main)
+
+
+@pytest.mark.parametrize("is_reset", [False, True])
+def test_what_has_come_before_a_connection_broke_is_given(is_reset: bool) -> None:
+    async def main() -> None:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listener, trio.open_nursery() as nursery:
+            nursery.start_soon(breaks_off, listener)
+            stream = await trio.open_tcp_stream(*listener.socket.getsockname())
+            connection = Connection(stream, 60, trio.CapacityLimiter(1))
+            await connection.request(b"GET / HTTP/1.1\r\n\r\n", math.inf)
+            await sent.wait()
+            got = bytearray()
+
+            async def receive_all() -> None:
+                while True:
+                    got.extend(await connection.receive())
+
+            with pytest.raises((SourceFailed, OSError)):
+                await receive_all()
+            assert got == bytes(20_000)
+            await connection.aclose()
+
+    async def breaks_off(listener: trio.SocketListener) -> None:
+        async with await listener.accept() as stream:
+            await stream.send_all(HEAD + (b"3e8\r\n" + bytes(1000) + b"\r\n") * 10)
+            await trio.sleep(0.05)
+            await stream.send_all((b"3e8\r\n" + bytes(1000) + b"\r\n") * 10)
+            if is_reset:
+                await trio.sleep(0.05)
+                stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sent.set()
+
+    sent = trio.Event()
     trio.run(main)

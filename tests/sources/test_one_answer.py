@@ -300,3 +300,19 @@ def test_a_car_of_tiny_sections_is_taken_apart_a_little_at_a_time() -> None:
     assert max(counts) <= gateway.SECTIONS
     with pytest.raises(SourceFailed, match="broken CAR"):
         deliveries(stream + b"\1\1", counts)
+
+
+def test_an_answer_that_is_not_ready_yet_is_asked_for_again_later() -> None:
+    def behave(ask: Ask) -> None:
+        if len(server.asked) == 1:
+            ask.connection.sendall(b"HTTP/1.1 202 Accepted\r\nContent-Length: 5\r\n\r\nlater")
+        else:
+            answer_well(ask)
+
+    async def main(gateway: Gateway) -> None:
+        with pytest.raises(SourceFailed, match="202"):
+            await brought(gateway)
+        assert await brought(gateway) == TREE.blocks
+
+    with Server(TREE.blocks, behave, trees=(TREE,)) as server:
+        with_gateway(server, main)

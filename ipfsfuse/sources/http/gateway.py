@@ -164,7 +164,7 @@ class Gateway(Source):
     async def _not_offered(self, response: Response, root: Cid, what: str) -> NotHere | SourceFailed:
         """The error for a response that does not contain `what`. What the server does not offer is not asked
         for again."""
-        if response.status >= 300:
+        if response.status not in (200, 206):
             declined = await response.declined(self._http.origin.text, cids.text(root))
             if response.status not in NOT_SUPPORTED:
                 return declined

@@ -26,6 +26,8 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 PIECE: Final = 64 * 1024
+TOGETHER: Final = 32
+"""Times that more is received at once after some has come, and PIECE bytes at most."""
 FAST: Final = 32 * 1024
 """A receive that gives so much, with more than PIECE still to come, sends the rest to a thread."""
 THREAD_WAIT: Final = struct.pack("ll", 0, 20_000)
@@ -135,13 +137,12 @@ class Connection:
                 self._complete = True
             else:
                 raise SourceFailed("the body was cut short", SHORT)
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # nothing more, or a failure, which the next call finds as an end
             # what has come meanwhile goes with it: each piece costs the tasks that it passes through 0.1 ms
-            while not self._complete and sum(map(len, self._pieces)) < PIECE:
-                piece = self._socket.recv(PIECE, socket.MSG_DONTWAIT)
-                if not piece:
-                    break  # the next call finds this end, too
+            room, more = PIECE, TOGETHER
+            while more and not self._complete and (piece := self._socket.recv(room, socket.MSG_DONTWAIT)):
                 self._feed(piece)
+                room, more = room - len(piece), more - 1
         if not self._pieces and "x-stream-error" in self.headers:  # how Kubo's RPC API says that it broke off
             raise SourceFailed(f"the body broke off: {one_line(self.headers['x-stream-error'])}", SHORT)
         piece = b"".join(self._pieces)

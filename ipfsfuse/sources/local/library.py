@@ -518,10 +518,14 @@ def _write(
     returned."""
     with _new_file(folder, path) as (fd, path):
         writer = CarWriter(fd, folder)
-        for pack, keep in contents:
-            for found in keep:
-                writer.add(found.cid, pack.read(Place(found.block, found.end - found.block)))
-        writer.finish()
+        try:
+            for pack, keep in contents:
+                for found in keep:
+                    writer.add(found.cid, pack.read(Place(found.block, found.end - found.block)))
+            writer.finish()
+        except BaseException:
+            writer.abandon()  # else it would write what it holds when it is freed: by then to another file
+            raise
     return path.name
 
 
