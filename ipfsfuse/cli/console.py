@@ -72,12 +72,14 @@ def write(name: str, content: str) -> None:
 
 def note(text: str) -> None:
     """One line on standard error: a reason, a warning, progress."""
-    print(printable(text), file=sys.stderr)
+    if sys.stderr is not None:  # with None `print` writes to standard output
+        print(printable(text), file=sys.stderr)
 
 
 def failure(exc: BaseException) -> None:
     """Why the command fails, on standard error."""
-    print(f"{paint('ipfsfuse:', 'red', sys.stderr)} {one_line(exc)}", file=sys.stderr)
+    if sys.stderr is not None:
+        print(f"{paint('ipfsfuse:', 'red', sys.stderr)} {one_line(exc)}", file=sys.stderr)
 
 
 def failure_values(exc: BaseException, code: int) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from ipfsfuse.errors import FolderInUse, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Its exit code: 0, 1 it failed, 2 usage, 75 another mount has the cache folder, 130
-    interrupted or terminated, 141 nobody reads what it prints."""
+    """Runs one command. Its exit code: 0, 1 it failed, 2 usage, 75 another process has the cache
+    folder, 130 interrupted or terminated, 141 nobody reads what it prints."""
+    _fill_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the locale's encoding lacks is escaped. Each line is written at once, also into a
         # pipe: `serve` and `metrics --listen` say where they listen, and then run on.
@@ -26,6 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(argv)
     finally:
         _discard_unwritable(sys.stderr)
+
+
+def _fill_standard_streams() -> None:
+    """Opens /dev/null where the caller closed a standard stream. Else a file of ours would get that number,
+    and a child the file in the place of its own stream."""
+    while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(file)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -23,7 +23,6 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics import exposition as openmetrics
 
 from ipfsfuse import client, units
@@ -34,6 +33,12 @@ METRICS_SECONDS = 10.0
 CLIENT_SECONDS = 10.0
 """How long a client may take to send or to receive anything."""
 MAX_CONNECTIONS = 32
+OPENMETRICS = "application/openmetrics-text"
+FORMATS: Mapping[bool, tuple[Callable[[Any], bytes], str]] = {
+    True: (openmetrics.generate_latest, f"{OPENMETRICS}; version=1.0.0; charset=utf-8"),
+    False: (generate_latest, "text/plain; version=0.0.4; charset=utf-8"),
+}
+"""OpenMetrics, and Prometheus' own format, with their media types."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -110,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path.partition("?")[0] != "/metrics":
             self._answer(404, "see /metrics\n")
         else:
-            encode, kind = choose_encoder(self.headers.get("Accept", ""))
+            is_open = OPENMETRICS in self.headers.get("Accept", "")
+            encode, kind = FORMATS[is_open]
             try:
                 answer = client.call(self.server.control, "metrics", timeout=METRICS_SECONDS)
                 self._answer(200, text(answer, encode), kind)

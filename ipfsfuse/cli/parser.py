@@ -113,8 +113,8 @@ def build() -> Parser:
         prog="ipfsfuse",
         allow_abbrev=False,
         description="IPFS as a read-only directory.",
-        epilog="Exit codes: 0 done; 1 it failed; 2 usage; of mount also 75: another mount has the cache "
-        "folder; of status also 3: degraded.",
+        epilog="Exit codes: 0 done; 1 it failed; 2 usage; 75: another process has the cache folder; "
+        "of status also 3: degraded.",
     )
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

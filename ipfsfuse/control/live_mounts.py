@@ -52,10 +52,12 @@ def registered(mountpoint: Path, control: Path) -> Iterator[None]:
         entry = {"mountpoint": str(mountpoint), "pid": os.getpid(), "control": str(control)}
         with suppress(OSError):
             write_file(folder, mounted.device, json.dumps(entry).encode(), lasting=False)
-        yield
-        if _read(folder, mounted.device) == LiveMount(mountpoint, os.getpid(), control):
-            with suppress(OSError):
-                os.unlink(mounted.device, dir_fd=folder)
+        try:
+            yield
+        finally:
+            if _read(folder, mounted.device) == LiveMount(mountpoint, os.getpid(), control):
+                with suppress(OSError):
+                    os.unlink(mounted.device, dir_fd=folder)
 
 
 def find(mountpoint: Path) -> LiveMount | None:

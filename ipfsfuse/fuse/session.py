@@ -227,9 +227,10 @@ def opened(
         yield Session(mount, device, operations)
 
 
-async def serve(session: Session, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """Answers the kernel until the mount is gone, `task_status.started()` once it does. Raises
-    MountFailed."""
+async def serve(session: Session, *, task_status: trio.TaskStatus[bool] = trio.TASK_STATUS_IGNORED) -> None:
+    """Answers the kernel until the mount is gone. `task_status.started(True)` once it does, False where the
+    mount was gone before. Raises MountFailed."""
+    answers = False
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_main, nursery.cancel_scope)
         parallel = False
@@ -243,7 +244,10 @@ async def serve(session: Session, *, task_status: trio.TaskStatus[None] = trio.T
             )
         nursery.start_soon(_interrupt, session)
         nursery.start_soon(_prune, session)
-        task_status.started()
+        answers = True
+        task_status.started(True)
+    if not answers:
+        task_status.started(False)
 
 
 async def _interrupt(session: Session) -> None:

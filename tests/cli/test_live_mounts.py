@@ -67,6 +67,16 @@ def test_what_a_killed_daemon_left_is_not_believed(user: Home) -> None:
         assert pid_at(user, user.mountpoint) == mount.pid
 
 
+def test_the_entry_of_a_mount_that_is_ended_while_it_is_busy_goes_with_it(user: Home) -> None:
+    with user.mounted() as mount:
+        assert list((user.runtime / "ipfsfuse").iterdir())
+        with subprocess.Popen(["sleep", "600"], cwd=mount.path) as busy:
+            os.kill(mount.pid, signal.SIGTERM)
+            wait_until(lambda: not alive(mount.pid), "the daemon is dead")
+            busy.kill()
+        assert not list((user.runtime / "ipfsfuse").iterdir())
+
+
 @pytest.mark.parametrize(
     "content",
     [

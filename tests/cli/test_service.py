@@ -240,12 +240,15 @@ def test_metrics_over_http(user: Home) -> None:
     ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     with user.mounted(), listening(user, preexec_fn=ignored) as (url, server):
         try:
-            accept = {
-                "Accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.3"
-            }
-            with urllib.request.urlopen(urllib.request.Request(url, headers=accept)) as answer:
-                assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
-                assert answer.read().endswith(b"# EOF\n")
+            for accept in (
+                "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.3",
+                "application/openmetrics-text; version=0.0.1,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+                "application/openmetrics-text; version=abc",
+            ):
+                asked = urllib.request.Request(url, headers={"Accept": accept})
+                with urllib.request.urlopen(asked) as answer:
+                    assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
+                    assert answer.read().endswith(b"# EOF\n")
             with urllib.request.urlopen(url) as answer:
                 assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
                 assert_prometheus(answer.read().decode())

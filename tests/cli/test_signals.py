@@ -186,3 +186,47 @@ def test_a_log_whose_folder_is_gone_is_bounded_too(user: Home, cid: str) -> None
         wait_until(lambda: sizes.append(one_more_line(mount)) or sizes[-1] < sizes[-2], "the log began again")
         reads(mount, cid)
         assert max(sizes) < (256 << 10) // 32 + 1000
+
+
+ENDED_EARLY = """
+import os, signal, sys
+import trio
+from ipfsfuse.cli.main import main
+from ipfsfuse.fuse.device import Device
+
+async def initialized(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    await trio.sleep(5)
+    return True
+
+Device.initialized = initialized
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_mount_that_is_ended_before_it_answers_ends_as_any_other(user: Home) -> None:
+    command = [sys.executable, "-c", ENDED_EARLY, "mount", "--foreground", str(user.mountpoint)]
+    done = subprocess.run(command, env=user.env, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+    assert "unmounted" in done.stderr
+    assert "mounted at" not in done.stderr
+    assert not fuse_mounts(user.folder)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_a_mount_needs_no_standard_streams(user: Home, cid: str, closed: str) -> None:
+    command = [sys.executable, "-m", "ipfsfuse", "mount", str(user.mountpoint)]
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    assert subprocess.run(shell, env=user.env, timeout=PATIENCE).returncode == 0
+    try:
+        assert (user.mountpoint / cid / "hello.txt").read_text() == "hello\n"
+    finally:
+        user.run("unmount", user.mountpoint)
+
+
+def test_what_goes_to_a_closed_standard_error_goes_nowhere_else(user: Home) -> None:
+    command = [sys.executable, "-m", "ipfsfuse", "status", "--json"]
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    done = subprocess.run(shell, env=user.env, stdout=subprocess.PIPE, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["code"] == 1

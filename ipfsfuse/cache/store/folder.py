@@ -515,6 +515,8 @@ def _in_use(cache_dir: Path, holder: Path) -> str:
     said = _announced_in(holder)
     if said is None:
         return f"{cache_dir} is in use by another daemon: give this one its own --cache-dir"
+    if not os.path.isabs(said[1]):  # `ipfsfuse serve`, which has no mount
+        return f"{cache_dir} is in use by process {said[0]}, {said[1]}: give this one its own --cache-dir"
     holder_is = f"process {said[0]}, mounted at {said[1]}"
     return f"{cache_dir} is in use by {holder_is}: use that mount, or give this one its own --cache-dir"
 
