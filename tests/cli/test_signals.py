@@ -195,6 +195,7 @@ from ipfsfuse.cli.main import main
 from ipfsfuse.fuse.device import Device
 
 async def initialized(self):
+    await trio.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
     await trio.sleep(5)
     return True

@@ -66,6 +66,8 @@ class Connection:
         """Of the body, parsed and not read yet."""
         self._left: int | None = None
         """Bytes of a body of known length that are still in the socket."""
+        self._failure: OSError | None = None
+        """Of the connection, found behind pieces that are to be given first."""
         self._framing = 0
         self._complete = False
         while data:  # nearly always it goes whole
@@ -125,6 +127,8 @@ class Connection:
     async def receive(self) -> bytes:
         """The next piece of the body; b"" at its end."""
         while not self._pieces and not self._complete:
+            if self._failure is not None:
+                raise self._failure
             size = min(self._left or PIECE, PIECE)
             piece = await self._when_readable(math.inf, self._socket.recv, size, socket.MSG_DONTWAIT)
             if self._left is not None and piece:
@@ -137,12 +141,15 @@ class Connection:
                 self._complete = True
             else:
                 raise SourceFailed("the body was cut short", SHORT)
-        with contextlib.suppress(OSError):  # nothing more, or a failure, which the next call finds as an end
-            # what has come meanwhile goes with it: each piece costs the tasks that it passes through 0.1 ms
+        try:  # what has come meanwhile goes with it: each piece costs the tasks that it passes through 0.1 ms
             room, more = PIECE, TOGETHER
             while more and not self._complete and (piece := self._socket.recv(room, socket.MSG_DONTWAIT)):
                 self._feed(piece)
                 room, more = room - len(piece), more - 1
+        except BlockingIOError:
+            pass
+        except OSError as exc:
+            self._failure = exc
         if not self._pieces and "x-stream-error" in self.headers:  # how Kubo's RPC API says that it broke off
             raise SourceFailed(f"the body broke off: {one_line(self.headers['x-stream-error'])}", SHORT)
         piece = b"".join(self._pieces)
