@@ -184,8 +184,7 @@ def revoke_idle() -> None:
 
 def drain() -> Sequence[int]:
     """The inodes that the thread has opened since the last call, in order."""
-    inodes = _Drained()
-    return inodes[: _WITH_LOCK.opens_drain(inodes)]
+    return _drained(_WITH_LOCK.opens_drain)
 
 
 def listing_ends(handle: int, offset: int) -> None:
@@ -196,8 +195,12 @@ def listing_ends(handle: int, offset: int) -> None:
 
 def released_listings() -> Sequence[int]:
     """The handles of directories that the thread has released since the last call."""
-    handles = _Drained()
-    return handles[: _WITH_LOCK.opens_released(handles)]
+    return _drained(_WITH_LOCK.opens_released)
+
+
+def _drained(write: Callable[[ctypes.Array[ctypes.c_uint64]], int]) -> Sequence[int]:
+    numbers = _Drained()
+    return numbers[: write(numbers)]
 
 
 def inode_of(handle: int) -> int | None:

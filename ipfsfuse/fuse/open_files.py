@@ -277,7 +277,7 @@ class OpenFiles:
             inode, true = self._inodes.find(following), self._tree.known(following)
             if inode and true and not inode.opens and inode.attributes.size == true.size:
                 inode.attributes = true
-                given.append((inode, content))
+                given.append((inode.number, content))
         if given:
             self._pusher.push(given)
 
@@ -297,17 +297,18 @@ class PageCachePusher:
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._lock = threading.Lock()
         """For the next two."""
-        self._waiting: dict[int, tuple[Inode, bytes]] = {}
+        self._waiting: dict[int, bytes] = {}
+        """By inode numbers."""
         self._storing: int | None = None
         self._busy = threading.Lock()
         """Held while the kernel takes one file's bytes."""
 
-    def push(self, files: Iterable[tuple[Inode, bytes]]) -> None:
-        """Soon gives the kernel the whole contents of inodes that nobody has open."""
+    def push(self, files: Iterable[tuple[int, bytes]]) -> None:
+        """Soon gives the kernel the whole contents of inodes, by their numbers, that nobody has open."""
         with self._lock:
-            for inode, content in files:
+            for number, content in files:
                 if len(self._waiting) < MAX_WAITING:
-                    self._waiting[inode.number] = inode, content
+                    self._waiting[number] = content
         self._wake.put(True)
 
     def remove(self, number: int) -> None:
@@ -328,20 +329,18 @@ class PageCachePusher:
 
     def _store_next(self) -> None:
         with self._lock:
-            self._storing = next(iter(self._waiting), None)
-            if self._storing is None:
+            number = self._storing = next(iter(self._waiting), None)
+            if number is None:
                 return
-            inode, content = self._waiting.pop(self._storing)
+            content = self._waiting.pop(number)
         try:
-            if device.revoke_if_closed(inode.number):
-                pyfuse3.notify_store(pyfuse3.InodeT(inode.number), 0, content)
-                device.allow(inode.number)
-        except OSError as exc:
-            log.debug(
-                "inode %d took no pages: %s", inode.number, exc
-            )  # the kernel has forgotten it, or the mount is going
+            if device.revoke_if_closed(number):
+                pyfuse3.notify_store(InodeT(number), 0, content)
+                device.allow(number)
+        except OSError as exc:  # the kernel has forgotten it, or the mount is going
+            log.debug("inode %d took no pages: %s", number, exc)
         except Exception:  # the thread must go on
-            log.exception("pages for inode %d could not be stored", inode.number)
+            log.exception("pages for inode %d could not be stored", number)
         finally:
             self._storing = None
 

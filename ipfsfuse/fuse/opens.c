@@ -16,17 +16,16 @@
 #define ANSWERED_HERE (1ULL << 63) /* in a handle that was given here; the other bits are the inode's number */
 #define SLOTS (1U << 16)
 #define FULL (SLOTS / 2)
-#define UNDRAINED 32               /* opens that Python does not know of yet; the next open is passed on to it */
+#define UNDRAINED 32               /* opens that Python does not know of yet; the next open is passed on to it. So with releases */
 #define LISTINGS 1024
 #define WRITING (O_WRONLY | O_RDWR | O_TRUNC | O_APPEND | O_CREAT)
 
 static struct { uint64_t inode; uint32_t opens; } table[SLOTS];
 static uint32_t used_slots;
-static uint64_t opened[UNDRAINED];
-static uint32_t opened_count;
 static struct { uint64_t handle, end; } listings[LISTINGS]; /* whose end is known; at the place that the handle gives */
-static uint64_t released[UNDRAINED];                         /* of them, what Python does not know of yet */
-static uint32_t released_count;
+static struct undrained { uint64_t numbers[UNDRAINED]; uint32_t count; }
+	opened,   /* inodes that were opened here, */
+	released; /* and directories that were released here: Python does not know of it yet */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static uint32_t home(uint64_t inode) { return (uint32_t)((inode * 0x9E3779B97F4A7C15ULL) >> 48); }
@@ -117,22 +116,27 @@ void opens_revoke_idle(void)
 void opens_clear(void)
 {
 	memset(table, 0, sizeof table);
-	used_slots = opened_count = released_count = 0;
+	used_slots = opened.count = released.count = 0;
 	memset(listings, 0, sizeof listings);
 }
 
-/* Writes the inodes opened since the last call to `out`, which has room for UNDRAINED; returns how many. */
-uint32_t opens_drain(uint64_t *out)
+static uint32_t drain(struct undrained *list, uint64_t *out)
 {
 	uint32_t count;
 
 	pthread_mutex_lock(&lock);
-	count = opened_count;
-	memcpy(out, opened, count * sizeof *out);
-	opened_count = 0;
+	count = list->count;
+	memcpy(out, list->numbers, count * sizeof *out);
+	list->count = 0;
 	pthread_mutex_unlock(&lock);
 	return count;
 }
+
+/* Writes the inodes opened since the last call to `out`, which has room for UNDRAINED; returns how many. */
+uint32_t opens_drain(uint64_t *out) { return drain(&opened, out); }
+
+/* The same with the handles of directories that were released. */
+uint32_t opens_released(uint64_t *out) { return drain(&released, out); }
 
 static int answer_open(int device, const struct fuse_in_header *request, const struct fuse_open_in *how)
 {
@@ -140,12 +144,12 @@ static int answer_open(int device, const struct fuse_in_header *request, const s
 	uint32_t slot = slot_of(request->nodeid);
 	enum reply reply;
 
-	if (how->flags & WRITING || !table[slot].inode || opened_count == UNDRAINED)
+	if (how->flags & WRITING || !table[slot].inode || opened.count == UNDRAINED)
 		return 0;
 	reply = reply_send(device, request->unique, &answer, sizeof answer);
 	if (reply == REPLY_SENT) { /* only then will a RELEASE come */
 		table[slot].opens++;
-		opened[opened_count++] = request->nodeid;
+		opened.numbers[opened.count++] = request->nodeid;
 	}
 	return reply != REPLY_FAILED;
 }
@@ -169,19 +173,6 @@ void opens_end(uint64_t handle, uint64_t end)
 	pthread_mutex_unlock(&lock);
 }
 
-/* Writes the handles of directories released since the last call to `out`, which has room for UNDRAINED; returns how many. */
-uint32_t opens_released(uint64_t *out)
-{
-	uint32_t count;
-
-	pthread_mutex_lock(&lock);
-	count = released_count;
-	memcpy(out, released, count * sizeof *out);
-	released_count = 0;
-	pthread_mutex_unlock(&lock);
-	return count;
-}
-
 static int answer_readdir(int device, const struct fuse_in_header *request, const struct fuse_read_in *what)
 {
 	uint32_t place = what->fh % LISTINGS;
@@ -194,12 +185,12 @@ static int answer_releasedir(int device, const struct fuse_in_header *request, c
 {
 	uint32_t place = what->fh % LISTINGS;
 
-	if (!what->fh || listings[place].handle != what->fh || released_count == UNDRAINED)
+	if (!what->fh || listings[place].handle != what->fh || released.count == UNDRAINED)
 		return 0;
 	if (reply_send(device, request->unique, NULL, 0) == REPLY_FAILED)
 		return 0;
 	listings[place].handle = 0;
-	released[released_count++] = what->fh;
+	released.numbers[released.count++] = what->fh;
 	return 1;
 }
 

@@ -72,7 +72,7 @@ def test_nothing_is_stored_into_a_file_that_is_taken_over_from_c(monkeypatch: py
     async def main() -> None:
         files = OpenFiles(tree, inodes, push=True)
         with files.pushing():
-            files._pusher.push([(held, CONTENT)])
+            files._pusher.push([(held.number, CONTENT)])
             await trio.to_thread.run_sync(asked.wait)
             threading.Timer(0.1, may_answer.set).start()
             handle = 1 << 63 | held.number

@@ -6,11 +6,8 @@ from collections.abc import Iterator
 import pyfuse3
 import pytest
 
-from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse import device
-from ipfsfuse.fuse.inodes import Inode
 from ipfsfuse.fuse.open_files import MAX_WAITING, PageCachePusher
-from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES
 from tests.mounting import wait_until
 
 
@@ -32,10 +29,6 @@ class Kernel:
         self.took.append((inode, offset, content))
 
 
-def inode(number: int) -> Inode:
-    return Inode(number, Cid(b""), number, ROOT_ATTRIBUTES)
-
-
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     kernel = Kernel()
@@ -48,7 +41,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
 def test_what_is_pushed_is_stored_in_order_and_one_failure_does_not_end_it(kernel: Kernel) -> None:
     pusher = PageCachePusher()
     with pusher.running():
-        pusher.push([(inode(7), b"seven"), (inode(8), b"forgotten"), (inode(9), b"nine")])
+        pusher.push([(7, b"seven"), (8, b"forgotten"), (9, b"nine")])
         wait_until(lambda: len(kernel.took) == 2, "both were stored")
         wait_until(lambda: kernel.allowed == [7, 9], "and may be opened in C")
     assert kernel.took == [(7, 0, b"seven"), (9, 0, b"nine")]
@@ -58,7 +51,7 @@ def test_what_is_removed_is_not_stored_and_a_store_under_way_is_waited_for(kerne
     pusher = PageCachePusher()
     kernel.may_go_on.clear()
     with pusher.running():
-        pusher.push([(inode(7), b"seven"), (inode(8), b"eight")])
+        pusher.push([(7, b"seven"), (8, b"eight")])
         assert kernel.began.wait(60)
         pusher.remove(8)
         removed = threading.Event()
@@ -76,9 +69,9 @@ def test_only_so_many_wait_and_the_end_drops_them(kernel: Kernel) -> None:
     pusher = PageCachePusher()
     kernel.may_go_on.clear()
     with pusher.running():
-        pusher.push([(inode(1), b"first")])
+        pusher.push([(1, b"first")])
         assert kernel.began.wait(60)
-        pusher.push([(inode(10 + place), b"x") for place in range(MAX_WAITING + 1)])
+        pusher.push([(10 + place, b"x") for place in range(MAX_WAITING + 1)])
         assert len(pusher._waiting) == MAX_WAITING
         threading.Timer(0.1, kernel.may_go_on.set).start()
     assert len(kernel.took) <= 2, "the one under way, and one that was taken before the end"

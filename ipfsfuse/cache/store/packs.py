@@ -108,11 +108,7 @@ class Packs:
 
     # -- on the event loop -----------------------------------------------------------------------------------
 
-    def find(self, key: bytes) -> Place | None:
-        """Where the block of a multihash lies. Raises what the index raises."""
-        return self.find_many((key,)).get(key)
-
-    def find_many(self, keys: Iterable[bytes]) -> dict[bytes, Place]:
+    def find(self, keys: Iterable[bytes]) -> dict[bytes, Place]:
         """Where the blocks of some multihashes lie, of those that are here. Raises what the index raises."""
         places, unknown = dict[bytes, Place | None](), list[bytes]()
         for key in keys:
@@ -399,7 +395,7 @@ class BlockStore:
     def places(self, wanted: Iterable[Cid]) -> dict[bytes, Place]:
         """Where blocks lie, by their multihashes, of those that are kept."""
         try:
-            return self.packs.find_many(map(cids.multihash, wanted))
+            return self.packs.find(map(cids.multihash, wanted))
         except (StoreFailed, Damaged) as exc:
             self.index_failed(exc)
             return {}
