@@ -438,14 +438,13 @@ async def _entries_here(reader: Reader, directory: Directory | Shard) -> AsyncIt
     shards, entered = [directory], set[Cid]()
     while shards:
         shard = shards.pop()
-        for link in shard.links:
-            name = hamt.entry_name(shard, link)
+        for _index, cid, name, _tsize in hamt.slots(shard):
             if name:
                 if can_hold(name):
-                    yield name, link.cid
-            elif link.cid not in entered:  # a broken HAMT may have one node twice
-                entered.add(link.cid)
-                below = await _node(reader, link.cid)
+                    yield name, cid
+            elif cid not in entered:  # a broken HAMT may have one node twice
+                entered.add(cid)
+                below = await _node(reader, cid)
                 if isinstance(below, Shard):
                     shards.append(below)
 

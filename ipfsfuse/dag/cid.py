@@ -195,7 +195,7 @@ def implied_block(cid: Cid) -> bytes | None:
 
 def inline(cid: Cid) -> bytes | None:
     """Like `implied_block`, for identity CIDs alone: the empty block is a block of its own."""
-    return None if cid == EMPTY else implied_block(cid)
+    return None if cid[:4] in _COMMON_V1 else implied_block(cid)
 
 
 def value(block: Cid, number: int) -> Cid:

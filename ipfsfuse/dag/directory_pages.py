@@ -88,29 +88,35 @@ def _in_trie(root: Shard, after: int) -> Walk[tuple[list[Entry], bool]]:
         return _slots(hamt.subshard(node), part.state, after)
 
     frontier = _slots(root, hamt.TOP, after)
+    done = ready(frontier)
     count, total, cut = FIRST, 0, False
-    while len(done := ready(frontier)) < min(PAGE, len(frontier)):
+    while frontier and len(done) < PAGE:
         yield from expand(frontier, count, parts_of)
         total += count
-        cut = cut or len(frontier) > MAX_FRONTIER
-        del frontier[MAX_FRONTIER:]
-        found = sum(1 for part in frontier if isinstance(part, Entry))
+        cut = cut or len(done) + len(frontier) > MAX_FRONTIER
+        del frontier[MAX_FRONTIER - len(done) :]
+        done += ready(frontier)
+        found = len(done) + sum(1 for part in frontier if isinstance(part, Entry))
         count = min(max((PAGE - len(done)) * total // max(found, 1), FIRST), MOST_TOGETHER)
-    return _distinct(done), len(done) == len(frontier) and not cut
+    return _distinct(done), not frontier and not cut
 
 
 def _slots(shard: Shard, spot: Spot, after: int) -> _Frontier:
     """The slots of a node at `spot` that come after the place `after`."""
     frontier: _Frontier = []
-    for index, link in zip(shard.indices, shard.links, strict=True):
-        place = hamt.below(spot, shard, index)
-        if hamt.last(place) >> 1 <= after:
-            continue
-        name = hamt.entry_name(shard, link)
-        if not name:
-            frontier.append(Unexpanded(link.cid, place))
-        elif (key := max(hamt.placed(name, place, shard) >> 1, 1)) > after:
-            frontier.append(Entry(name, link.cid, link.tsize, key))
+    first = hamt.below(spot, shard, 0)
+    shift = hamt.HASH_BITS - first.bits
+    for index, cid, name, tsize in hamt.slots(shard):
+        prefix = first.prefix + index
+        if name:
+            key = hamt.hash64(name)
+            if key >> shift != prefix:
+                raise hamt.misplaced(name, shard)
+            place = key >> 1 or 1
+            if place > after:
+                frontier.append(Entry(name, cid, tsize, place))
+        elif ((prefix + 1) << shift) - 1 >> 1 > after:
+            frontier.append(Unexpanded(cid, Spot(prefix, first.bits)))
     return frontier
 
 

@@ -78,10 +78,12 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
         return _parts(child, part.state.offset, part.state.level, (start, stop), sure)
 
     frontier = _parts(file, 0, 0, (start, stop), sure)
+    done = ready(frontier)
     count, together = 0, FIRST
-    while len(done := ready(frontier)) < len(frontier) and (count < BUDGET or not done):
+    while frontier and (count < BUDGET or not done):
         yield from expand(frontier, together, parts_of)
-        del frontier[MAX_FRONTIER:]
+        del frontier[MAX_FRONTIER - len(done) :]
+        done += ready(frontier)
         count += together
         together = max(1, min(2 * together, MOST_TOGETHER, MAX_CHILDREN * together // max(children, 1)))
         children = 0

@@ -7,11 +7,13 @@ block ends at the first entry. Pure functions.
 """
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import mmh3
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Link, Node, Shard, prefix_length
 from ipfsfuse.errors import Malformed
 
@@ -42,11 +44,6 @@ def below(spot: Spot, shard: Shard, index: int) -> Spot:
     return Spot(spot.prefix << level | index, spot.bits + level)
 
 
-def last(spot: Spot) -> int:
-    """The greatest hash at `spot`."""
-    return ((spot.prefix + 1) << (HASH_BITS - spot.bits)) - 1
-
-
 def slot(shard: Shard, spot: Spot, key: int) -> tuple[Spot, Link | None]:
     """The slot for hash `key` in a node at `spot`, and its link if there is one."""
     level = shard.width.bit_length() - 1
@@ -54,6 +51,19 @@ def slot(shard: Shard, spot: Spot, key: int) -> tuple[Spot, Link | None]:
     found = bisect_left(shard.indices, index)
     here = found < len(shard.indices) and shard.indices[found] == index
     return below(spot, shard, index), shard.links[found] if here else None
+
+
+def slots(shard: Shard) -> Iterator[tuple[int, Cid, bytes, int]]:
+    """Of each slot that is used its index, and of its link the CID, the `entry_name` and the tsize."""
+    length = prefix_length(shard.width)
+    links = shard.links.parts(0, len(shard.links))
+    for index, (cid, name, tsize) in zip(shard.indices, links, strict=True):
+        yield index, cid, name[length:], tsize
+
+
+def deeper(shard: Shard) -> list[Cid]:
+    """The nodes below `shard`."""
+    return [cid for _index, cid, name, _tsize in slots(shard) if not name]
 
 
 def entry_name(shard: Shard, link: Link) -> bytes:
@@ -65,10 +75,14 @@ def placed(name: bytes, spot: Spot, shard: Shard) -> int:
     """The hash of `name`, an entry of `shard`. Raises Malformed unless it belongs at `spot`."""
     key = hash64(name)
     if key >> (HASH_BITS - spot.bits) != spot.prefix:
-        raise Malformed(
-            f"{cids.brief(shard.cid)}: a HAMT node holds {name[:80]!r} at a place that does not fit its hash"
-        )
+        raise misplaced(name, shard)
     return key
+
+
+def misplaced(name: bytes, shard: Shard) -> Malformed:
+    return Malformed(
+        f"{cids.brief(shard.cid)}: a HAMT node holds {name[:80]!r} at a place that does not fit its hash"
+    )
 
 
 def subshard(node: Node) -> Shard:

@@ -13,6 +13,7 @@ finds the leaves that hold a range of a file; both expand a `Frontier`.
 """
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Generic, NamedTuple, TypeVar, cast
 
 from ipfsfuse.dag import cid as cids
@@ -127,11 +128,11 @@ def expand(
     parts_of: Callable[[Unexpanded[State], Node], Frontier[Ready, State]],
 ) -> Walk[None]:
     """Fetches the first `count` unexpanded nodes side by side, and replaces each by its parts."""
-    chosen = [index for index, part in enumerate(frontier) if isinstance(part, Unexpanded)][:count]
-    unexpanded = [part for part in (frontier[index] for index in chosen) if isinstance(part, Unexpanded)]
-    fetched = yield from nodes([part.cid for part in unexpanded])
+    unexpanded = ((index, part) for index, part in enumerate(frontier) if isinstance(part, Unexpanded))
+    chosen = list(islice(unexpanded, count))
+    fetched = yield from nodes([part.cid for _index, part in chosen])
     left = MAX_PARTS_AT_A_TIME
-    for index, part, node in reversed(list(zip(chosen, unexpanded, fetched, strict=True))):
+    for (index, part), node in reversed(list(zip(chosen, fetched, strict=True))):
         parts = parts_of(part, node)
         frontier[index : index + 1] = parts
         left -= len(parts) + NODE_COST
@@ -141,12 +142,13 @@ def expand(
 
 
 def ready(frontier: Frontier[Ready, State]) -> list[Ready]:
-    """The parts before the first unexpanded node."""
+    """Takes out the parts before the first unexpanded node."""
     parts: list[Ready] = []
     for part in frontier:
         if isinstance(part, Unexpanded):
             break
         parts.append(part)
+    del frontier[: len(parts)]
     return parts
 
 

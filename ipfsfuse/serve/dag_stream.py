@@ -154,7 +154,7 @@ def _children(visit: _Visit, block: bytes, scope: str, span: Span | None) -> lis
     if scope == "all":
         return [_Visit(cid) for cid in nodes.children(node)]
     if isinstance(node, Shard):
-        return [_Visit(link.cid) for link in node.links if not hamt.entry_name(node, link)]
+        return [_Visit(cid) for cid in hamt.deeper(node)]
     return []
 
 

@@ -167,7 +167,7 @@ class SubtreePrefetcher:
     def nodes_of(self, directory: Directory | Shard) -> None:
         """`directory` is being listed from its beginning, so all nodes of a HAMT will be needed."""
         if isinstance(directory, Shard):
-            deeper = _deeper(directory)
+            deeper = hamt.deeper(directory)
             if len(deeper) >= FEW_NODES:
                 self._cache.gather(Subtree(directory.cid, False, MAX_NODES), deeper, self._node_arrived)
 
@@ -188,13 +188,13 @@ class SubtreePrefetcher:
 
     def _node_arrived(self, cid: Cid, block: bytes) -> Sequence[Cid]:
         node = self._parsed(cid, block)
-        return _deeper(node) if isinstance(node, Shard) else ()
+        return hamt.deeper(node) if isinstance(node, Shard) else ()
 
     def _content_arrived(self, cid: Cid, block: bytes) -> Sequence[Cid]:
         node = self._parsed(cid, block)
         if cids.codec(cid) == cids.RAW and len(block) <= SMALL_FILE:
             self._small_files.put(cid, block)
-        return [link.cid for link in _links(node)] if node is not None else ()
+        return _links(node).cids() if node is not None else ()
 
     def _parsed(self, cid: Cid, block: bytes) -> Node | None:
         if len(block) > nodes.MAX_PARSED_ON_LOOP or nodes.holds_values(cid):
@@ -205,10 +205,6 @@ class SubtreePrefetcher:
             return None
         self._remember(node, len(block))
         return node
-
-
-def _deeper(shard: Shard) -> list[Cid]:
-    return [link.cid for link in shard.links if not hamt.entry_name(shard, link)]
 
 
 def _links(node: Node) -> Links:

@@ -66,17 +66,16 @@ def _entries(
     if isinstance(node, Directory):
         yield from ((link.cid, link.name) for link in node.links)
         return
-    for index, link in zip(node.indices, node.links, strict=True):
+    for index, cid, entry, _tsize in hamt.slots(node):
         below = hamt.below(spot, node, index)
-        entry = hamt.entry_name(node, link)
         if entry:
             hamt.placed(entry, below, node)
-            yield link.cid, entry
-        elif wanted(link.cid):
-            if link.cid in seen:
-                raise Malformed(f"{cids.brief(link.cid)} stands twice in one sharded folder")
-            seen.add(link.cid)
-            yield from _entries(hamt.subshard(opened(link.cid)), below, seen, opened, wanted)
+            yield cid, entry
+        elif wanted(cid):
+            if cid in seen:
+                raise Malformed(f"{cids.brief(cid)} stands twice in one sharded folder")
+            seen.add(cid)
+            yield from _entries(hamt.subshard(opened(cid)), below, seen, opened, wanted)
 
 
 class _Node(NamedTuple):
