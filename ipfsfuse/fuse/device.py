@@ -5,9 +5,9 @@ library that was loaded first: pyfuse3 then calls our `fuse_session_mount` (`dev
 
 The thread answers four kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`);
 small reads of staged leaves that were verified before (`pieces.c`); opens and releases, for reading, of small
-files that were allowed here; and the end and the release of a listing that Python has given whole
-(`opens.c`). It counts those opens, and `drain` tells Python of them afterwards. After 32 opens that were not
-drained, the next open goes to Python.
+files and directories that were allowed here; and the end and the release of a listing that Python has given
+whole (`opens.c`). It counts those opens, and `drain` tells Python of them afterwards. After 32 opens that
+were not drained, the next open goes to Python.
 
 Concurrency: any thread may call the functions and `ReadWindows`. `Device` belongs to the event loop.
 """
@@ -160,8 +160,8 @@ def listening(listener: tuple[int, int] | None) -> Iterator[None]:
 
 
 def allow(inode: int) -> None:
-    """From now on the thread opens `inode`, a regular file whose attributes the kernel has
-    correctly."""
+    """From now on the thread opens `inode`: a regular file whose attributes the kernel has correctly, or a
+    directory that never changes."""
     _WITH_LOCK.opens_allow(inode)
 
 
@@ -204,7 +204,7 @@ def _drained(write: Callable[[ctypes.Array[ctypes.c_uint64]], int]) -> Sequence[
 
 
 def inode_of(handle: int) -> int | None:
-    """The inode of a file handle that the thread gave; None for any other handle."""
+    """The inode of a handle that the thread gave; None for any other handle."""
     return handle & ~_ANSWERED_HERE if handle & _ANSWERED_HERE else None
 
 

@@ -263,9 +263,14 @@ class OpenFiles:
             return
         last = None
         for number in device.drain():
-            last = self._inodes.known(number)
-            if last is not None:
-                self._tree.used(last.cid, last.attributes.size)
+            inode = self._inodes.known(number)
+            if inode is None:
+                continue
+            if inode.attributes.is_directory:
+                self._tree.note_use(inode.cid)
+            else:
+                last = inode
+                self._tree.used(inode.cid, inode.attributes.size)
         if last is not None:
             self._push_following(last.cid)
 

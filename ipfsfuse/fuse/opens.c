@@ -3,7 +3,7 @@
  * more, and the release.
  *
  * A request costs pyfuse3 45 us and more. A small file in the page cache needs two of them, and nothing
- * else; a small directory four.
+ * else; so does a directory whose listing is there. One that is listed for the first time needs four.
  * Concurrency: one lock for the table; any thread may call.
  */
 #define _GNU_SOURCE
@@ -70,7 +70,7 @@ static void drop_idle(void)
 }
 
 /* From now on `inode` is opened for everyone who wants to read it. It must be a regular file whose attributes
- * the kernel already has as they are. */
+ * the kernel already has as they are, or a directory that never changes. */
 void opens_allow(uint64_t inode)
 {
 	uint32_t slot;
@@ -144,6 +144,8 @@ static int answer_open(int device, const struct fuse_in_header *request, const s
 	uint32_t slot = slot_of(request->nodeid);
 	enum reply reply;
 
+	if (request->opcode == FUSE_OPENDIR)
+		answer.open_flags |= FOPEN_CACHE_DIR;
 	if (how->flags & WRITING || !table[slot].inode || opened.count == UNDRAINED)
 		return 0;
 	reply = reply_send(device, request->unique, &answer, sizeof answer);
@@ -185,6 +187,8 @@ static int answer_releasedir(int device, const struct fuse_in_header *request, c
 {
 	uint32_t place = what->fh % LISTINGS;
 
+	if (what->fh & ANSWERED_HERE)
+		return answer_release(device, request, what);
 	if (!what->fh || listings[place].handle != what->fh || released.count == UNDRAINED)
 		return 0;
 	if (reply_send(device, request->unique, NULL, 0) == REPLY_FAILED)
@@ -200,7 +204,7 @@ int opens_answer(int device, const struct fuse_in_header *request, size_t size)
 	int done = 0;
 
 	pthread_mutex_lock(&lock);
-	if (request->opcode == FUSE_OPEN && size >= sizeof *request + sizeof(struct fuse_open_in))
+	if ((request->opcode == FUSE_OPEN || request->opcode == FUSE_OPENDIR) && size >= sizeof *request + sizeof(struct fuse_open_in))
 		done = answer_open(device, request, body);
 	else if (request->opcode == FUSE_RELEASE && size >= sizeof *request + sizeof(struct fuse_release_in))
 		done = answer_release(device, request, body);

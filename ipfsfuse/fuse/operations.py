@@ -33,8 +33,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse import device, replies
 from ipfsfuse.fuse.errnos import fuse_error, translated
 from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
+from ipfsfuse.fuse.open_directories import OpenDirectories
 from ipfsfuse.fuse.open_files import OpenFiles, Passthrough
-from ipfsfuse.fuse.replies import Listing, RootListing
 from ipfsfuse.sources.base import Caller, Request, current_request
 from ipfsfuse.structures import Histogram
 from ipfsfuse.vfs.tree import Attributes, Roots, Tree
@@ -77,16 +77,13 @@ class Operations(pyfuse3.Operations):
         self._tree, self._roots, self.inodes, self._budget = tree, roots, inodes, budget
         self._replies = replies.Replies(owner, umask)
         self.files = OpenFiles(tree, inodes, push, passthrough)
+        self.directories = OpenDirectories(roots, tree, inodes, self._replies, push)
         self._calls: dict[int, trio.CancelScope] = {}
         """Those that wait, by the kernel's number."""
-        self._listings: dict[int, Listing | RootListing] = {}
-        self._handles = 0
         self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
         """Of the calls that Python answers, by their names."""
         self.bytes: defaultdict[str, int] = defaultdict(int)
         """What those calls gave, by their names."""
-        self._listers: dict[int, int] = {}
-        """The user id of who opened a directory, by its handle: `readdir` does not tell."""
 
     @contextmanager
     def _call(self, caller: Caller, what: str, about: object = "") -> Iterator[None]:
@@ -216,32 +213,15 @@ class Operations(pyfuse3.Operations):
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         with self._call(ctx.uid, "opendir", inode):
-            for released in device.released_listings():
-                self._forget_listing(released)
-            self._handles += 1
-            handle = self._handles
-            if inode == ROOT:
-                self._listings[handle] = RootListing(self._roots, self._tree, self.inodes, self._replies)
-            else:
-                handle = device.with_cached_listing(handle)
-                held = self.inodes.get(inode)
-                self._tree.note_use(held.cid)
-                self._listings[handle] = Listing(held, self._tree, self.inodes, self._replies)
-            self._listers[handle] = ctx.uid
-            return FileHandleT(handle)
+            self.files.drain()
+            return FileHandleT(self.directories.open(inode, ctx.uid))
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        with self._call(self._listers.get(fh), "readdir", (fh, start_id)):
-            end = await self._listings[fh].reply(start_id, token)
-            if end is not None:
-                device.listing_ends(fh, end)
+        with self._call(self.directories.opener(fh), "readdir", (fh, start_id)):
+            await self.directories.read(fh, start_id, token)
 
     async def releasedir(self, fh: FileHandleT) -> None:
-        self._forget_listing(fh)
-
-    def _forget_listing(self, handle: int) -> None:
-        self._listings.pop(handle, None)
-        self._listers.pop(handle, None)
+        self.directories.release(fh)
 
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         return None

@@ -116,6 +116,95 @@ def test_many_who_open_read_and_close_in_any_order(
     assert read_all(root, names) == {name: small[name] for name in names}
 
 
+# -- directories ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(home: Home) -> dict[str, list[str]]:
+    """The names in some directories by their names; they are in the library, in a folder of their own."""
+    made = {
+        f"folder-{number}": [f"{number}-{place:04}" for place in range(size)]
+        for number, size in enumerate((1, 7, 300, 2500))
+    }
+    for folder, names in made.items():
+        (home.folder / "folders" / folder).mkdir(parents=True)
+        for name in names:
+            (home.folder / "folders" / folder / name).write_text(name)
+    return made
+
+
+def test_a_directory_that_was_listed_is_opened_without_asking(
+    home: Home, folders: dict[str, list[str]]
+) -> None:
+    root = home.mountpoint / home.add(home.folder / "folders")
+    with counted(home, "library") as kernel:
+        for turn in range(3):
+            before = kernel.now()
+            for folder, names in folders.items():
+                assert sorted(os.listdir(root / folder)) == names
+            asked = kernel.since(before)
+            assert (asked["opendir"], asked["readdir"] > 0) == (
+                (len(folders), True) if turn == 0 else (0, False)
+            )
+
+
+def test_a_listing_that_the_kernel_has_dropped_is_read_through_such_an_open(
+    home: Home, folders: dict[str, list[str]]
+) -> None:
+    root = home.mountpoint / home.add(home.folder / "folders")
+    with counted(home, "library") as kernel:
+        for folder in folders:
+            os.listdir(root / folder)
+        before = kernel.now()
+        opened = {folder: [os.open(root / folder, os.O_RDONLY) for _ in range(3)] for folder in folders}
+        assert not kernel.since(before)["opendir"]
+        for folder, files in opened.items():
+            drop_listing(files[0])
+            os.close(files.pop())
+            with ThreadPoolExecutor(2) as readers:
+                assert [sorted(names) for names in readers.map(os.listdir, files)] == [folders[folder]] * 2
+        assert kernel.since(before)["readdir"] >= len(folders)
+        for file in (file for files in opened.values() for file in files):
+            os.close(file)
+        before = kernel.now()
+        for folder, names in folders.items():
+            assert sorted(os.listdir(root / folder)) == names
+        assert not kernel.since(before)["opendir"], "the kernel has the listings again"
+
+
+def test_many_who_list_directories_in_any_order(home: Home, folders: dict[str, list[str]]) -> None:
+    root = home.mountpoint / home.add(home.folder / "folders")
+
+    def one(seed: int) -> None:
+        dice = random.Random(seed)
+        opened: list[tuple[str, int]] = []
+        for _ in range(150):
+            if dice.random() < 0.5 or not opened:
+                folder = dice.choice(list(folders))
+                opened.append((folder, os.open(root / folder, os.O_RDONLY)))
+            folder, file = dice.choice(opened)
+            if dice.random() < 0.3:
+                drop_listing(file)
+            os.lseek(file, 0, os.SEEK_SET)
+            assert sorted(os.listdir(file)) == folders[folder]
+            if dice.random() < 0.6:
+                opened.remove((folder, file))
+                os.close(file)
+        for _folder, file in opened:
+            os.close(file)
+
+    with counted(home, "library"), ThreadPoolExecutor(4) as crowd:
+        for each in [crowd.submit(one, seed) for seed in range(4)]:
+            each.result()
+
+
+def drop_listing(directory: int) -> None:
+    """Makes the kernel forget the listing of an open directory, as it does when memory is short."""
+    os.posix_fadvise(directory, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+# -- reads of large files ------------------------------------------------------------------------------------
+
 LARGE = 24 << 20
 
 

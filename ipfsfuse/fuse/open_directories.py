@@ -1,0 +1,259 @@
+"""Open directories: their handles, and what they list, which is given to the kernel a buffer at a time.
+
+An entry's offset is its place plus two, for "." and "..", so that any reader resumes exactly. An entry whose
+attributes are known carries them, and is a reference for the kernel to count; of any other, and where the
+table of inodes is full, the kernel is given the name alone, and the type where that is known.
+
+When the kernel has a whole listing, it asks for that again only if it needs the memory. Then the directory is
+opened and released in C, without Python (`device`).
+
+Concurrency: the kernel asks for one buffer of an open directory at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import trio
+from pyfuse3 import FileNameT, ReaddirToken, readdir_reply
+
+from ipfsfuse.dag.directory_pages import Entry
+from ipfsfuse.fuse import device
+from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
+from ipfsfuse.fuse.replies import Replies
+from ipfsfuse.sources.base import Caller
+from ipfsfuse.vfs.tree import Listed, Roots, Tree, name_of
+
+# -- listings ------------------------------------------------------------------------------------------------
+
+_DIRECTORY = 0o040000
+DOTS = 2
+NAME_MAX = 255
+ENTRIES_AT_A_TIME = 500
+"""Entries that are put into a reply before other requests get their turn: about 10 ms."""
+ROOTS_AT_A_TIME = 128
+"""Entries of the root that are made at a time: a reply holds some hundred at most."""
+
+
+class _Reply:
+    """One buffer that is being filled with entries of the directory `directory`."""
+
+    def __init__(
+        self, directory: Inode, tree: Tree, inodes: Inodes, replies: Replies, token: ReaddirToken
+    ) -> None:
+        self._directory, self._tree, self._inodes, self._replies, self._token = (
+            directory,
+            tree,
+            inodes,
+            replies,
+            token,
+        )
+        self._referred: list[Inode] = []
+        self.entries = 0
+        """How many are in it, "." and ".." not counted."""
+
+    def dots(self, start: int) -> bool:
+        """Puts in those of "." and ".." that stand behind `start`. False if the buffer is full."""
+        for place, (name, number) in enumerate(
+            ((b".", self._directory.number), (b"..", self._directory.parent)), 1
+        ):
+            if start < place and not self._name_only(name, number, _DIRECTORY, place):
+                return False
+        return True
+
+    def _name_only(self, name: bytes, number: int, mode: int, place: int) -> bool:
+        return readdir_reply(self._token, FileNameT(name), self._replies.name_only(number, mode), place)
+
+    async def fill(self, entries: Sequence[Entry], first: int) -> int:
+        """Puts in `entries` from index `first` on. Returns the index of the first that found no room."""
+        for index in range(first, len(entries)):
+            if not self._add(entries[index]):
+                return index
+            self.entries += 1
+            if not self.entries % ENTRIES_AT_A_TIME:
+                await trio.lowlevel.checkpoint()
+        return len(entries)
+
+    def _add(self, entry: Entry) -> bool:
+        place = entry.place + DOTS
+        inode = self._inode(entry)
+        if inode is None:
+            return self._name_only(
+                entry.name, self._inodes.likely(self._directory.number, entry.name, entry.cid), 0, place
+            )
+        try:
+            if readdir_reply(self._token, FileNameT(entry.name), self._replies.entry(inode), place):
+                self._inodes.refer(inode)
+                self._referred.append(inode)
+                return True
+            return False
+        finally:
+            if not inode.lookups:
+                self._inodes.drop_unused(inode)
+
+    def _inode(self, entry: Entry) -> Inode | None:
+        """None where nothing tells its attributes, or the table of inodes is full."""
+        attributes = self._tree.claimed_attributes(entry.cid, entry.tsize)
+        if attributes is None or self._inodes.full:
+            return self._inodes.find(entry.cid)
+        if attributes.is_directory:
+            return self._inodes.directory(self._directory.number, entry.name, entry.cid, attributes)
+        return self._inodes.file(entry.cid, attributes)
+
+    def undo(self) -> None:
+        """The reply will not be sent: its references don't count."""
+        for inode in self._referred:
+            self._inodes.forget(inode.number, 1)
+
+
+class Listing:
+    """Of a directory that is not the root."""
+
+    def __init__(self, directory: Inode, tree: Tree, inodes: Inodes, replies: Replies) -> None:
+        self.directory, self._tree, self._inodes, self._replies = directory, tree, inodes, replies
+        self._page: Sequence[Entry] = ()
+        self._end = False
+        self._index = 0
+        self._place = -1
+        """Where the kernel goes on if it reads in order: then `_index` of `_page` is next."""
+
+    async def reply(self, start: int, token: ReaddirToken) -> int | None:
+        """The offset of the directory's last entry, if the kernel is given that now, or has it.
+
+        Raises what the walk raises, if that prevents the first entry; what comes later ends the reply, and
+        the kernel meets the failure when it goes on from there."""
+        reply = _Reply(self.directory, self._tree, self._inodes, self._replies, token)
+        try:
+            return await self._fill(start, reply)
+        except Exception:
+            if not reply.entries:
+                raise
+            return None
+        except BaseException:
+            reply.undo()
+            raise
+
+    async def _fill(self, start: int, reply: _Reply) -> int | None:
+        if start < DOTS and not reply.dots(start):
+            return None
+        after = max(start - DOTS, 0)
+        if after != self._place:
+            await self._turn(after)
+        while True:
+            index = await reply.fill(self._page, self._index)
+            if index > self._index:
+                self._place = self._page[index - 1].place
+            full, self._index = index < len(self._page), index
+            if full or self._end:
+                return None if full else self._place + DOTS
+            await self._turn(self._place)
+
+    async def _turn(self, after: int) -> None:
+        page = await self._tree.entries(self.directory.cid, after)
+        self._page, self._end, self._index, self._place = page.entries, page.end, 0, after
+
+
+class RootListing:
+    """Of the root: what was there when the reader began."""
+
+    def __init__(self, roots: Roots, tree: Tree, inodes: Inodes, replies: Replies) -> None:
+        self._roots, self._tree, self._inodes, self._replies = roots, tree, inodes, replies
+        self._listed: Sequence[Listed] | None = None
+
+    async def reply(self, start: int, token: ReaddirToken) -> None:
+        if start == 0 or self._listed is None:
+            self._listed = await self._roots.entries()
+        reply = _Reply(self._inodes.get(ROOT), self._tree, self._inodes, self._replies, token)
+        try:
+            if not reply.dots(start):
+                return
+            for first in range(max(start - DOTS, 0), len(self._listed), ROOTS_AT_A_TIME):
+                page = self._page(self._listed[first : first + ROOTS_AT_A_TIME], first)
+                if await reply.fill(page, 0) < len(page):
+                    return
+        except BaseException:
+            reply.undo()
+            raise
+
+    def _page(self, listed: Sequence[Listed], first: int) -> Sequence[Entry]:
+        """The entries of `listed`, which begins at index `first`, without names that no file system can
+        hold."""
+        named = [(place, item[0], name_of(item)) for place, item in enumerate(listed, first + 1)]
+        return [Entry(name, cid, -1, place) for place, cid, name in named if len(name) <= NAME_MAX]
+
+
+# -- handles -------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Shared:
+    """A listing for a handle that was given in C, which all opens of the directory have there."""
+
+    listing: Listing
+    opens: int
+    turn: trio.Lock = field(default_factory=trio.Lock)
+    """Two of these opens may be read at a time."""
+
+
+class OpenDirectories:
+    def __init__(self, roots: Roots, tree: Tree, inodes: Inodes, replies: Replies, push: bool) -> None:
+        """Without `push` Python answers each open."""
+        self._roots, self._tree, self._inodes, self._replies, self._push = roots, tree, inodes, replies, push
+        self._last_handle = 0
+        self._listings: dict[int, Listing | RootListing] = {}
+        self._shared: dict[int, _Shared] = {}
+        self._openers: dict[int, Caller] = {}
+
+    def open(self, number: int, opener: Caller) -> int:
+        """A handle for reading the directory with the inode `number`, for the user `opener`."""
+        for released in device.released_listings():
+            self.release(released)
+        self._last_handle += 1
+        handle = self._last_handle
+        if number == ROOT:
+            self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
+        else:
+            handle = device.with_cached_listing(handle)
+            inode = self._inodes.get(number)
+            self._tree.note_use(inode.cid)
+            self._listings[handle] = self._listing(inode)
+        self._openers[handle] = opener
+        return handle
+
+    def _listing(self, inode: Inode) -> Listing:
+        return Listing(inode, self._tree, self._inodes, self._replies)
+
+    def opener(self, handle: int) -> Caller:
+        """The user who opened it, which a read does not tell; None where it was opened in C."""
+        return self._openers.get(handle)
+
+    async def read(self, handle: int, start: int, token: ReaddirToken) -> None:
+        """Fills a reply with the entries behind the offset `start`. Raises as `Listing.reply`."""
+        if device.inode_of(handle) is None:
+            listing = self._listings[handle]
+            end = await listing.reply(start, token)
+            if end is not None:
+                device.listing_ends(handle, end)
+        else:  # the kernel had the listing when it opened the directory, and has dropped it
+            shared = self._shared.get(handle) or self._take_over(handle)
+            listing = shared.listing
+            async with shared.turn:
+                end = await listing.reply(start, token)
+        if end is not None and self._push and isinstance(listing, Listing):
+            device.allow(listing.directory.number)
+
+    def _take_over(self, handle: int) -> _Shared:
+        """From now on Python is asked to open the directory, until the kernel has its listing again."""
+        number = device.inode_of(handle)
+        assert number is not None
+        found = _Shared(self._listing(self._inodes.get(number)), device.revoke(number))
+        self._shared[handle] = found
+        return found
+
+    def release(self, handle: int) -> None:
+        shared = self._shared.get(handle)
+        if shared is not None:
+            shared.opens -= 1
+            if not shared.opens:
+                del self._shared[handle]
+        self._listings.pop(handle, None)
+        self._openers.pop(handle, None)
