@@ -204,6 +204,21 @@ def test_a_root_with_a_number_that_can_not_be_is_no_root_and_spoils_no_other(
     assert list(library.roots()) == [raw(1)[0]]
 
 
+def test_what_a_damaged_root_needs_is_not_removed(library: Library) -> None:
+    """The next `add` or `rm` removed all packs that no readable root named."""
+    blocks = dag(range(20))
+    add(library, blocks)
+    (path,) = (library.folder / "roots").iterdir()
+    path.write_text(path.read_text()[:20])
+    add(library, [raw(1)])
+    with pytest.raises(StoreFailed, match="add its content again"):
+        library.compact()
+    assert [Library(library.folder).block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
+    add(library, blocks)
+    assert library.compact()
+    assert set(library.roots()) == {blocks[-1][0], raw(1)[0]}
+
+
 def test_a_damaged_pack_is_one_line(library: Library) -> None:
     blocks = dag(range(20))
     add(library, blocks)

@@ -268,6 +268,17 @@ def read_roots(folder: Path) -> list[Entry]:
     return sorted(entries, key=lambda entry: (entry.added, entry.cid))
 
 
+def damaged_roots(folder: Path, entries: Iterable[Entry]) -> list[Path]:
+    """Files that have the name of a root, and are none of `entries`: which packs they need is not known."""
+    known = {root_path(folder, entry.cid) for entry in entries}
+    found = []
+    for path in (folder / ROOTS).iterdir():
+        with suppress(NotACid):
+            if path not in known and root_path(folder, cids.parse(path.name)) == path:
+                found.append(path)
+    return found
+
+
 def sync_folder(folder: Path) -> None:
     with Closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
         os.fsync(fd)
@@ -616,6 +627,11 @@ class Library:
                 return False
             sweep(self.folder)
             entries = read_roots(self.folder)
+            if damaged := damaged_roots(self.folder, entries):
+                raise StoreFailed(
+                    f"the root {damaged[0]} can't be read, and nothing is removed that it may need: add its "
+                    "content again, or remove this file"
+                )
             needed = {pack for entry in entries for pack in entry.packs}
             names = pack_names(self.folder)
             for name in names - needed:
