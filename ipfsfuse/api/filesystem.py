@@ -205,6 +205,27 @@ class Filesystem:
         return ways[-1]
 
 
+def place_in_mount(mountpoint: Path, path: str, *, follow: bool = True) -> str:
+    """Where `path`, as CID/a/b, is in a mount, without a symlink in it. Symlinks on the way, and at its end
+    if `follow`, may not lead out of the root: what lies there is a file of this machine. Raises NotAllowed,
+    OSError."""
+    top = os.path.realpath(mountpoint)
+    root = path.partition("/")[0]
+    parent, name = os.path.split(os.path.join(top, path))
+    followed = os.path.join(parent, name) if follow else parent
+    missing = None
+    try:
+        found = os.path.realpath(followed, strict=True)
+    except FileNotFoundError as exc:
+        found, missing = os.path.realpath(followed), exc
+    found = found if follow else os.path.join(found, name)
+    if not Path(found).is_relative_to(os.path.join(top, root)):
+        raise NotAllowed(f"{path}: a symlink leads out of {root}")
+    if missing is not None:
+        raise missing
+    return found
+
+
 @asynccontextmanager
 async def open_filesystem(
     *,

@@ -16,7 +16,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,7 +23,7 @@ import trio
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem  # type: ignore[import-untyped]
 
 from ipfsfuse import client, config, errors
-from ipfsfuse.api.filesystem import Entry, File, Kind, Stat, open_filesystem
+from ipfsfuse.api.filesystem import Entry, File, Kind, Stat, open_filesystem, place_in_mount
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.dag.path import can_hold
 
@@ -68,8 +67,9 @@ class IpfsFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
         super().__init__(*args, **options)
         self._options = {key: value for key, value in options.items() if key in OPTIONS}
 
-    @cached_property
+    @property
     def _backend(self) -> _Backend:
+        """Looked up each time: this may be a forked child by now, or the mount may have ended."""
         return _backend(**self._options)
 
     @classmethod
@@ -192,11 +192,11 @@ _open: dict[tuple[int, str], _Backend] = {}
 
 
 def _backend(**options: Any) -> _Backend:
-    """The backend for these options; one that is open already, if there is one. Raises OSError."""
+    """The backend for these options; one that is open already, if it can still be used. Raises OSError."""
     key = os.getpid(), repr(sorted(options.items()))
     with _lock, _translated():
         found = _open.get(key)
-        if found is None:
+        if found is None or not found.is_usable():
             found = _open[key] = _opened(options)
         return found
 
@@ -238,6 +238,9 @@ class _OwnThread:
         async with open_filesystem(**self._options) as self._fs:
             self._opened.set_result(None)
             await self._end.wait()
+
+    def is_usable(self) -> bool:
+        return self._thread.is_alive()
 
     def _call(self, call: Callable[..., Awaitable[T]], *args: Any) -> T:
         return trio.from_thread.run(call, *args, trio_token=self._token)
@@ -295,7 +298,14 @@ class _ThroughMount:
 
     def __init__(self, mountpoint: Path, control: Path) -> None:
         self._mountpoint, self._control = mountpoint, control
+        self._device = os.stat(mountpoint).st_dev
         self._names: dict[str, tuple[str, float]] = {}
+
+    def is_usable(self) -> bool:
+        """Whether the mount is still there. What lies below its mountpoint else is not IPFS content."""
+        with suppress(OSError):
+            return os.stat(self._mountpoint).st_dev == self._device
+        return False
 
     def resolve(self, name: str) -> str:
         path, until = self._names.get(name, ("", 0.0))
@@ -306,19 +316,23 @@ class _ThroughMount:
         return path
 
     def _at(self, path: str) -> str:
-        """Raises NotFound for a path that would leave the mount."""
+        """Raises NotFound for a path that would leave the mount, NotAllowed where a symlink leads out of the
+        root."""
         names = os.fsencode(path).split(b"/")
         if not all(map(can_hold, names)):
             raise errors.NotFound(f"{path} is not a path below a CID")
-        return os.path.join(self._mountpoint, path)
+        return place_in_mount(self._mountpoint, path)
 
     def stat(self, path: str) -> Stat:
-        at = self._at(path)
-        info = os.stat(at)
+        return self._stat(self._at(path))
+
+    def _stat(self, at: str) -> Stat:
+        """Of what is at `at`, which may be a symlink."""
+        info = os.lstat(at)
         is_directory = modes.S_ISDIR(info.st_mode)
-        cid = os.getxattr(at, "ipfs.cid").decode()
+        cid = os.getxattr(at, "ipfs.cid", follow_symlinks=False).decode()
         size = 0 if is_directory else info.st_size
-        kind: Kind = "directory" if is_directory else "file"
+        kind: Kind = "directory" if is_directory else "symlink" if modes.S_ISLNK(info.st_mode) else "file"
         return Stat(cid, kind, size, modes.S_IMODE(info.st_mode), info.st_mtime_ns)
 
     def ls(self, path: str) -> Sequence[tuple[str, Stat]]:
@@ -329,8 +343,8 @@ class _ThroughMount:
             raise errors.NotADirectory(f"{path} is not a directory") from exc
         found: list[tuple[str, Stat]] = []
         for name in names:
-            with suppress(OSError, errors.IpfsFuseError):
-                found.append((name, self.stat(f"{path}/{name}" if path else name)))
+            with suppress(OSError):  # one bad child never spoils a listing
+                found.append((name, self._stat(os.path.join(at, name))))
         return found
 
     def read(self, path: str, start: int, end: int) -> bytes:

@@ -19,7 +19,7 @@ from pathlib import Path
 import trio
 
 from ipfsfuse import client
-from ipfsfuse.api.filesystem import Filesystem, open_filesystem
+from ipfsfuse.api.filesystem import Filesystem, open_filesystem, place_in_mount
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
 from ipfsfuse.cli.console import Progress
@@ -133,8 +133,9 @@ def get(arguments: argparse.Namespace) -> int:
             if mount is None:
                 trio.run(_get, arguments, target, done)
             else:
-                path = bytes(trio.run(_path, arguments, arguments.path))
-                _copy(mount / os.fsdecode(path.removeprefix(b"/ipfs/")), target, done)
+                path = os.fsdecode(bytes(trio.run(_path, arguments, arguments.path)))
+                place = place_in_mount(mount, path.removeprefix("/ipfs/"), follow=False)
+                _copy(Path(place), target, done)
         except OSError as exc:
             raise StoreFailed(f"{exc.filename or target}: {exc.strerror}") from exc
     return console.answer(
@@ -166,18 +167,20 @@ class _Got:
 
 def _copy(path: Path, target: Path, done: _Got) -> None:
     """Nothing that exists is written to: a name that comes twice can't lead out of `target`."""
-    if path.is_symlink():
-        target.symlink_to(os.readlink(path))
-    elif path.is_dir():
-        target.mkdir()
-        for name in os.listdir(path):
-            _copy(path / name, target / name, done)
-    else:
-        with path.open("rb") as file, target.open("xb") as out:
-            while piece := file.read(PIECE):
-                out.write(piece)
-                done.add(len(piece))
-        done.files += 1
+    waiting = [(path, target)]  # a tree may be deeper than Python can call
+    while waiting:
+        path, target = waiting.pop()
+        if path.is_symlink():
+            target.symlink_to(os.readlink(path))
+        elif path.is_dir():
+            target.mkdir()
+            waiting += [(path / name, target / name) for name in reversed(os.listdir(path))]
+        else:
+            with path.open("rb") as file, target.open("xb") as out:
+                while piece := file.read(PIECE):
+                    out.write(piece)
+                    done.add(len(piece))
+            done.files += 1
 
 
 async def _get(arguments: argparse.Namespace, target: Path, done: _Got) -> None:
@@ -186,23 +189,28 @@ async def _get(arguments: argparse.Namespace, target: Path, done: _Got) -> None:
 
 
 async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got) -> None:
-    found = await filesystem.stat(path, follow_symlinks=False)
-    if found.kind == "symlink":
-        await threads.run_sync(target.symlink_to, await filesystem.readlink(path))
-    elif found.kind == "directory":
-        await threads.run_sync(target.mkdir)
-        for entry in await filesystem.ls(path):
-            if paths.can_hold(os.fsencode(entry.name)):
-                await _get_tree(filesystem, f"/ipfs/{entry.cid}", target / entry.name, done)
-    else:
-        with target.open("xb") as out:
-            async with await filesystem.open(path) as file:
-                place = 0
-                while piece := await file.read(place, PIECE):
-                    await threads.run_sync(out.write, piece)
-                    place += len(piece)
-                    done.add(len(piece))
-        done.files += 1
+    waiting = [(path, target)]  # as in `_copy`
+    while waiting:
+        path, target = waiting.pop()
+        found = await filesystem.stat(path, follow_symlinks=False)
+        if found.kind == "symlink":
+            await threads.run_sync(target.symlink_to, await filesystem.readlink(path))
+        elif found.kind == "directory":
+            await threads.run_sync(target.mkdir)
+            waiting += [
+                (f"/ipfs/{entry.cid}", target / entry.name)
+                for entry in reversed(await filesystem.ls(path))
+                if paths.can_hold(os.fsencode(entry.name))
+            ]
+        else:
+            with target.open("xb") as out:
+                async with await filesystem.open(path) as file:
+                    place = 0
+                    while piece := await file.read(place, PIECE):
+                        await threads.run_sync(out.write, piece)
+                        place += len(piece)
+                        done.add(len(piece))
+            done.files += 1
 
 
 # -- `cat`, `export` and `push` ------------------------------------------------------------------------------
@@ -224,9 +232,7 @@ async def _export(arguments: argparse.Namespace) -> int:
             arguments, _sources_beside_mount(arguments), open_settings(arguments, indexing)
         ) as get:
             if to_stdout:
-                # a write that waits for a slow reader can't be cancelled,
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, signal.SIG_DFL)  # and nothing is left to clean up
+                _end_at_once_by_signals()
                 await cars.export_to_stream(cid, get, sys.stdout.fileno(), progress)
             else:
                 size = await cars.export(cid, get, Path(arguments.file), arguments.v2, progress)
@@ -236,6 +242,12 @@ async def _export(arguments: argparse.Namespace) -> int:
                     f"exported {cids.text(cid)} to {arguments.file}, {human(size)}",
                 )
     return 0
+
+
+def _end_at_once_by_signals() -> None:
+    """A write that waits for a slow reader can't be cancelled, and nothing is left to clean up."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def push(arguments: argparse.Namespace) -> int:
@@ -274,6 +286,7 @@ async def _cat(arguments: argparse.Namespace) -> int:
     if arguments.raw and path.names:
         raise UsageError("--raw takes a CID alone: a block has no path")
     async with _blocks(arguments, _sources_beside_mount(arguments), open_settings(arguments)) as get:
+        _end_at_once_by_signals()
         parts = _block(path.root, get) if arguments.raw else cars.content(path, get)
         size = 0
         async for part in parts:

@@ -112,6 +112,93 @@ if __name__ == "__main__":
     assert python(home, forking, cid).split() == [str(256 * 50000)] * 3
 
 
+def test_what_was_opened_before_a_fork_is_used_in_the_child(home: Home) -> None:
+    """As a loader of data does whose dataset holds the file system."""
+    program = """
+import fsspec, os, signal, sys
+cid = sys.argv[1]
+fs = fsspec.filesystem("ipfs")
+file = fs.open(f"{cid}/large")
+assert file.read(3) == b"\\0\\1\\2"
+pid = os.fork()
+signal.alarm(60)
+assert fs.cat_file(f"{cid}/large", 255, 258) == b"\\xff\\0\\1"
+file.seek(8 << 20)
+assert file.read(3) == b"\\0\\1\\2"
+if not pid:
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+"""
+    python(home, program, tree(home))
+
+
+LINKS = """
+import fsspec, sys
+cid = sys.argv[1]
+fs = fsspec.filesystem("ipfs")
+def ends(path, kind):
+    try:
+        fs.cat_file(path)
+    except kind:
+        return True
+types = {each["name"].rpartition("/")[2]: each["type"] for each in fs.ls(cid)}
+found = fs.find(cid)
+assert ends(f"{cid}/out/secret", PermissionError)
+assert ends(f"{cid}/file-out", PermissionError)
+assert fs.cat_file(f"{cid}/again/file") == b"right"
+print(type(fs._backend).__name__, types, [each.removeprefix(cid) for each in found])
+"""
+
+
+@pytest.mark.fuse
+def test_links_are_the_same_with_and_without_a_mount(home: Home) -> None:
+    folder = home.folder / "links"
+    folder.mkdir()
+    (home.folder / "secret").write_text("a file of this machine")
+    (folder / "file").write_text("right")
+    for name, target in (
+        ("again", "."), ("more", "."), ("out", ".."), ("file-out", "../secret"), ("gone", "none"),
+    ):  # fmt: skip
+        (folder / name).symlink_to(target)
+    cid = home.add(folder)
+    (home.folder / "ipfs.secret").write_text("")
+    own = python(home, LINKS, cid).removeprefix("_OwnThread ")
+    with home.mounted():
+        assert python(home, LINKS, cid) == f"_ThroughMount {own}"
+
+
+@pytest.mark.fuse
+def test_a_mount_that_ends_takes_no_content_away(home: Home) -> None:
+    cid = tree(home)
+    program = """
+import fsspec, sys
+cid = sys.argv[1]
+fs = fsspec.filesystem("ipfs")
+file = fs.open(f"{cid}/large")
+for _ in range(2):
+    assert fs.cat_file(f"{cid}/sub/a b%20c") == b"small\\nlines\\n"
+    print(type(fs._backend).__name__, flush=True)
+    sys.stdin.readline()
+file.seek(8 << 20)
+assert file.read(3) == b"\\0\\1\\2"
+"""
+    command = [sys.executable, "-c", program, cid]
+    pipe = subprocess.PIPE
+    with (
+        home.mounted(),
+        subprocess.Popen(command, env=home.env, stdin=pipe, stdout=pipe, text=True) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "_ThroughMount\n"
+        home.run("unmount", home.mountpoint)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "_OwnThread\n"
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
 @pytest.mark.fuse
 def test_names_by_fsspec(home: Home) -> None:
     cid = tree(home)

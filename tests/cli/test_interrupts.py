@@ -1,10 +1,12 @@
 """Commands that are interrupted or terminated: nothing is left of what they had begun."""
 
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,3 +68,18 @@ def test_an_export_that_is_ended_leaves_no_file(user: Home, number: signal.Signa
             number,
         )
     assert not everything(user.folder)
+
+
+@both
+def test_a_cat_ends_whose_reader_reads_nothing(user: Home, number: signal.Signals) -> None:
+    (user.folder / "large").write_bytes(bytes(4 << 20))
+    cid = user.add(user.folder / "large")
+    command = [sys.executable, "-m", "ipfsfuse", "cat", cid]
+    with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        select.select([process.stdout], [], [], PATIENCE)  # it writes, and soon waits for us
+        time.sleep(0.2)
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == -number
+        assert process.stderr
+        assert process.stderr.read() == b""

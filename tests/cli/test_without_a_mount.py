@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,44 @@ def test_get_uses_the_mount_of_the_cache_folder(user: Home, tree: tuple[Path, st
     with user.mounted():
         user.run("get", cid, "-o", user.folder / "copy")
         subprocess.run(["diff", "-r", "--no-dereference", folder, user.folder / "copy"], check=True)
+
+
+@pytest.mark.fuse
+def test_get_does_not_follow_symlinks_out_of_the_mount(user: Home) -> None:
+    """What lies there is a file of this machine, and nobody has verified it."""
+    folder = user.folder / "hostile"
+    folder.mkdir()
+    (user.folder / "secret").write_text("a file of this machine\n")
+    (folder / "out").symlink_to(user.folder)
+    (folder / "in").symlink_to("sub")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "file").write_text("right\n")
+    cid = user.add(folder)
+    for number, mounted in enumerate((nullcontext(), user.mounted())):
+        with mounted:
+            made = user.folder / f"made-{number}"
+            user.refused_while_mounted("get", f"{cid}/out/secret", "-o", made, names="leads out of")
+            user.run("get", f"{cid}/in/file", "-o", made)
+            assert made.read_text() == "right\n"
+            user.run("get", f"{cid}/out", "-o", user.folder / f"link-{number}")
+            assert os.readlink(user.folder / f"link-{number}") == str(user.folder)
+
+
+@pytest.mark.fuse
+def test_get_copies_a_tree_that_is_deeper_than_python_can_call(user: Home) -> None:
+    names = "/".join("d" * 1200)
+    subprocess.run(["mkdir", "-p", user.folder / "deep" / names], check=True)
+    try:
+        (user.folder / "deep" / names / "file").write_text("deep\n")
+        cid = user.add(user.folder / "deep")
+        for number, mounted in enumerate((nullcontext(), user.mounted())):
+            with mounted:
+                user.run("get", cid, "-o", user.folder / f"copy-{number}")
+                assert (user.folder / f"copy-{number}" / names / "file").read_text() == "deep\n"
+    finally:  # Python can't remove it either
+        subprocess.run(
+            ["rm", "-rf", *(user.folder / each for each in ("deep", "copy-0", "copy-1"))], check=True
+        )
 
 
 @pytest.mark.fuse
@@ -121,6 +160,17 @@ def test_json_of_every_command_tells_of_failures_too(user: Home, tree: tuple[Pat
     assert content == (folder / "sub" / "big").read_bytes()
     assert (whole["path"], whole["bytes"]) == (f"/ipfs/{cid}/sub/big", len(content))
     assert user.json("rm", cid, "--json") == {"removed": cid, "name": "tree"}
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+@pytest.mark.parametrize("added", [253_402_300_799, 0])
+def test_a_time_at_the_end_of_all_days_is_shown_in_every_zone(user: Home, zone: str, added: float) -> None:
+    (user.folder / "f").write_text("x")
+    cid = user.add(user.folder / "f")
+    [root] = (user.library / "roots").iterdir()
+    root.write_text(json.dumps(json.loads(root.read_text()) | {"added": added}))
+    user.env["TZ"] = zone
+    assert user.run("library").stdout.startswith(cid)
 
 
 def test_add_as_fingers_type_it(user: Home) -> None:
