@@ -109,10 +109,15 @@ def xdg(variable: str, fallback: str) -> Path:
     folder = os.environ.get(variable, "")
     if os.path.isabs(folder):
         return Path(folder)
+    return home(f"HOME or {variable}") / fallback
+
+
+def home(variables: str = "HOME") -> Path:
+    """The home folder. Raises UsageError where there is none, and says to set one of `variables`."""
     try:
-        return Path.home() / fallback
+        return Path.home()
     except RuntimeError as exc:
-        raise UsageError(f"there is no home folder to put things in: set HOME or {variable}") from exc
+        raise UsageError(f"there is no home folder to put things in: set {variables}") from exc
 
 
 def absolute(path: str | Path) -> Path:

@@ -236,7 +236,8 @@ def _writable(file: Path) -> Path:
     place = _room_of(file)
     if place == file:
         with suppress(OSError):  # whoever opens it says so
-            os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            os.close(os.open(file, flags, 0o600))
         log.warning(
             "--log-file %s: a confined daemon may not write all of %s, so this log can't be put aside, and "
             "begins again when it is full: give it a folder of its own, or mount with --unconfined",

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import errno
 import json
 import logging
 import os
@@ -34,6 +35,9 @@ FILE_BYTES = 16 << 20
 """The same limit for a file that --log-file names."""
 LOG_PART = 32
 """Each of the two files takes at most this part of a small budget: one 32nd."""
+
+LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
+"""Why a file can't be opened that is named well: a disk in trouble prevents no mount."""
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -128,9 +132,10 @@ class DaemonLog(logging.StreamHandler[TextIO]):
         self._limit = 0
         self._older = Path()
 
-    def move(self, path: Path, limit: int, older: Path) -> None:
+    def move(self, path: Path, limit: int, older: Path, needed: bool = False) -> None:
         """Directs standard output and error to the file `path`, which begins with what was logged so far. It
-        gets at most `limit` bytes and a line, and the file `older` as many."""
+        gets at most `limit` bytes and a line, and the file `older` as many. Where it can't be opened, there
+        is no log; if it is `needed`, that raises UsageError, unless the disk is in trouble."""
         with self._alone():
             self._limit, self._older = limit, older
             try:
@@ -138,6 +143,8 @@ class DaemonLog(logging.StreamHandler[TextIO]):
                     path.replace(older)
                 target = _opened(path)
             except OSError as exc:
+                if needed and exc.errno not in LATER:
+                    raise UsageError(f"the log {path} can't be written: {exc.strerror}") from exc
                 log.warning("there will be no log: %s: %s", path, exc.strerror)
                 return
             sys.stderr.flush()
@@ -165,7 +172,8 @@ class DaemonLog(logging.StreamHandler[TextIO]):
         super().emit(record)
         if self._path is not None and os.fstat(2).st_size > self._limit:
             try:
-                self._path.replace(self._older)
+                with suppress(FileNotFoundError):  # a program that rotates logs has moved it away already
+                    self._path.replace(self._older)
                 _lead_to(_opened(self._path))
             except OSError:  # the folder is gone, or can't be written: the same file begins again
                 with suppress(OSError):
@@ -186,7 +194,8 @@ class DaemonLog(logging.StreamHandler[TextIO]):
 
 
 def _opened(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags | os.O_NONBLOCK, 0o600)  # a FIFO that nobody reads would wait
 
 
 def _lead_to(target: int) -> None:
@@ -261,6 +270,11 @@ def _follow(path: Path, file: TextIO, as_json: bool) -> None:
         console.flush()
         time.sleep(FOLLOW_SECONDS)
         with suppress(FileNotFoundError):
-            if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+            now = os.stat(path)
+            if now.st_ino != os.fstat(file.fileno()).st_ino:
+                for each in file:  # what came before the new file was begun
+                    _show(each, as_json)
                 file.close()
                 file = _text(path)
+            elif now.st_size < file.buffer.tell():  # a file that can't be moved away begins again
+                file.seek(0)

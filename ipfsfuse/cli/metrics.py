@@ -28,6 +28,7 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from ipfsfuse import client, units
 from ipfsfuse.cli import console, folders
 from ipfsfuse.errors import IpfsFuseError, UsageError
+from ipfsfuse.text import printable
 
 METRICS_SECONDS = 10.0
 CLIENT_SECONDS = 10.0
@@ -156,7 +157,13 @@ def text(answer: Mapping[str, Any], encode: Callable[[Any], bytes] = openmetrics
 
 class _Collector:
     def __init__(self, answer: Mapping[str, Any]) -> None:
-        self._answer = answer
+        """Paths may have bytes that are not UTF-8, which the encoders refuse."""
+        self._answer = {
+            **answer,
+            "mountpoint": printable(answer["mountpoint"]),
+            "sources": [{**each, "name": printable(each["name"])} for each in answer["sources"]],
+            "latencies": {printable(name): each for name, each in answer["latencies"].items()},
+        }
 
     def collect(self) -> Iterator[Metric]:
         answer, cache = self._answer, self._answer["cache"]

@@ -362,7 +362,7 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
     def ready(control: Path) -> None:
         answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
         if file is not None:
-            log_to.move(file, logs.FILE_BYTES, file.with_name(file.name + ".1"))
+            log_to.move(file, logs.FILE_BYTES, file.with_name(file.name + ".1"), needed=True)
         elif starter is not None:
             limit = min(logs.LOG_BYTES, asked.budget // logs.LOG_PART)
             log_to.move(control.parent / LOG, limit, control.parent / OLD_LOG)

@@ -116,7 +116,7 @@ def _parsed(path: Path, text: str) -> ConfigFile:
 
     try:
         values: dict[str, Any] = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
+    except (ValueError, RecursionError) as exc:  # a number of 5,000 digits, a list in a thousand others
         raise UsageError(f"{path} is not TOML: {exc}") from exc
     mounts = values.pop("mount", {})
     if not isinstance(mounts, dict) or not all(isinstance(each, dict) for each in mounts.values()):
@@ -233,9 +233,11 @@ def _text(action: argparse.Action, where: str, name: str, text: str) -> object:
 
 
 def _path(where: str, text: str) -> Path:
+    if "\0" in text:
+        raise UsageError(f"{where}: {text!r} can't be a path")
     path = Path(text)
     if text.startswith("~/"):
-        path = Path.home() / text[2:]
+        path = config.home() / text[2:]
     if not path.is_absolute() and not where.startswith("IPFSFUSE_"):
         raise UsageError(f"{where}: {text!r} is not an absolute path")
     return path

@@ -110,6 +110,9 @@ def test_sighup_reads_the_budget_again_and_a_broken_file_changes_nothing(user: H
         file.write_text("bugdet = 1\n")
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: "did you mean budget" in (user.folder / "log").read_text(), "the complaint")
+        file.write_text(f"budget = {'1' * 5000}\n")  # which Python's reader of TOML fails on
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "is not TOML" in (user.folder / "log").read_text(), "the next complaint")
         file.unlink()
         assert budget() == 32 << 20
 
@@ -174,6 +177,14 @@ def test_metrics_are_openmetrics(user: Home) -> None:
         user.run("metrics", "--textfile", user.folder / "node.prom")
         assert_prometheus((user.folder / "node.prom").read_text())
         assert user.json("metrics", "--json")["lag"]["bounds"]
+
+
+@pytest.mark.fuse
+def test_metrics_of_a_mountpoint_that_is_not_utf_8(user: Home) -> None:
+    with user.mounted(at=Path(os.fsdecode(os.fsencode(user.folder / "ipfs") + b"\xff"))):
+        text = user.run("metrics").stdout
+        [family] = [each for each in text_string_to_metric_families(text) if each.name == "ipfsfuse"]
+        assert family.samples[0].labels["mountpoint"] == f"{user.folder}/ipfs\\xff"
 
 
 def assert_prometheus(text: str) -> None:
@@ -366,6 +377,36 @@ def test_logs_are_found_where_the_mount_logs(user: Home) -> None:
     with service(user, "--log-format", "journal") as (_process, manager):
         until(manager, "READY=1")
         user.refused_while_mounted("logs", names="logs to no file", code=2)
+
+
+@pytest.mark.fuse
+def test_a_log_that_can_not_be_written_is_refused(user: Home) -> None:
+    """Without a word the mount had no log at all."""
+    user.refused(
+        "mount", "--log-file", user.folder / "none" / "log", user.mountpoint, names="No such", code=2
+    )
+    os.mkfifo(user.folder / "fifo")
+    user.refused("mount", "--log-file", user.folder / "fifo", user.mountpoint, names="fifo", code=2)
+
+
+def test_logs_that_are_followed_lose_no_line_when_they_are_rotated(user: Home) -> None:
+    log = user.folder / "my.log"
+    log.write_text("first\n")
+    command = [sys.executable, "-m", "ipfsfuse", "logs", "-f", "--log-file", str(log)]
+    with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, text=True) as following:
+        try:
+            assert following.stdout is not None
+            assert following.stdout.readline() == "first\n"
+            with log.open("a") as older:
+                older.write("the last of the older file\n")
+            log.rename(user.folder / "my.log.1")
+            log.write_text("the first of the new file\n")
+            assert following.stdout.readline() == "the last of the older file\n"
+            assert following.stdout.readline() == "the first of the new file\n"
+            log.write_text("it began again\n")  # in place, as where it can't be moved away
+            assert following.stdout.readline() == "it began again\n"
+        finally:
+            following.terminate()
 
 
 @pytest.mark.fuse

@@ -99,11 +99,14 @@ WRONG = [
     ('umask = "9"', "'9' is not a mode"),
     ("umask = 0o027", 'a mode is written in quotes, as "022"'),
     ("uid = 4294967295", "is not a number of a user or group"),
+    (f"budget = {'1' * 5000}", "is not TOML"),
+    (f"from = {'[' * 5000}", "is not TOML"),
+    ('[mount.x]\nmountpoint = "/a\\u0000b"', r"'/a\x00b' can't be a path"),
     ("a = '\udcff'", "is not UTF-8"),
 ]
 
 
-@pytest.mark.parametrize(("text", "named"), WRONG, ids=[text for text, _named in WRONG[:-1]] + ["bytes"])
+@pytest.mark.parametrize(("text", "named"), WRONG, ids=[text[:40] for text, _named in WRONG[:-1]] + ["bytes"])
 def test_what_is_wrong_in_a_file_is_one_line(ipfsfuse: Ipfsfuse, write: Write, text: str, named: str) -> None:
     path = write("")
     path.write_bytes(text.encode(errors="surrogateescape"))

@@ -178,6 +178,16 @@ def test_the_log_and_the_one_before_it_stay_small(user: Home, cid: str) -> None:
         assert {os.readlink(f"/proc/{mount.pid}/fd/{number}") for number in (1, 2)} == {str(log)}
 
 
+def test_a_log_that_was_moved_away_loses_nothing_before_sighup(user: Home, cid: str) -> None:
+    with user.mounted("--budget", "256KiB") as mount:
+        log, moved = user.store / "log", user.cache / "moved-away"
+        before = log.read_text()
+        log.rename(moved)  # a program that rotates logs has not sent SIGHUP yet
+        wait_until(lambda: one_more_line(mount) and log.exists(), "a new log was begun at the limit")
+        assert moved.read_text().startswith(before)
+        assert "status: up" in moved.read_text()
+
+
 def test_a_log_whose_folder_is_gone_is_bounded_too(user: Home, cid: str) -> None:
     with user.mounted("--budget", "256KiB") as mount:
         (user.store / "log").unlink()

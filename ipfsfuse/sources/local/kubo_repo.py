@@ -62,7 +62,7 @@ class Denylists:
     there. Source: Kubo's docs/content-blocking.md."""
 
     def __init__(self, repository: Path) -> None:
-        homes = [Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")]
+        homes = [Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))]
         with suppress(OSError, KeyError):  # this process may be root's, and the node another user's
             homes.append(Path(pwd.getpwuid(repository.stat().st_uid).pw_dir) / ".config")
         self.folders = [
