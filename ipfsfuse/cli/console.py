@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -208,7 +209,10 @@ def finding(state: str, found: str, todo: str) -> None:
 
 def local_time(iso: str) -> str:
     """A time of an answer, for people."""
-    return datetime.fromisoformat(iso).astimezone().strftime("%Y-%m-%d %H:%M")
+    moment = datetime.fromisoformat(iso)
+    with suppress(OverflowError):  # the first and the last day that there is have no other time zones
+        moment = moment.astimezone()
+    return moment.strftime("%Y-%m-%d %H:%M")
 
 
 def ls(answer: Mapping[str, Any]) -> None:
