@@ -9,6 +9,7 @@ Concurrency: one trio loop; a mount is asked in worker threads.
 
 import base64
 import logging
+import math
 import os
 import signal
 import socket
@@ -259,11 +260,13 @@ class _Connection(trio.abc.HalfCloseableStream):
         self._head_began: float | None = None
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        limit = float("inf") if self._head_began is None else self._head_began + HEAD_SECONDS
-        with trio.CancelScope(deadline=limit) as scope:
-            data = await self._stream.receive_some(max_bytes)
-        if scope.cancelled_caught:
-            raise trio.BrokenResourceError("a request was not sent in time")
+        data = None
+        while data is None:
+            began = self._head_began
+            with trio.CancelScope(deadline=math.inf if began is None else began + HEAD_SECONDS):
+                data = await self._stream.receive_some(max_bytes)
+            if data is None and self._head_began == began:  # else an answer was begun meanwhile
+                raise trio.BrokenResourceError("a request was not sent in time")
         if self._head_began is None:
             self._head_began = trio.current_time()
         return data

@@ -341,6 +341,31 @@ def test_an_answer_that_is_not_taken_is_given_up_however_it_is_sent() -> None:
     assert trio.run(main, clock=MockClock(autojump_threshold=0)) <= 33 * gateway.SEND_SECONDS
 
 
+def test_a_long_answer_is_not_cut_off_though_its_client_says_nothing() -> None:
+    """By HTTP/2 a client that opened a large window need send nothing while it reads."""
+
+    async def main() -> None:
+        ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
+        connection = bounds._Connection(ours)
+        await theirs.send_all(b"a request")
+        assert await connection.receive_some() == b"a request"
+        heard = list[bytes]()
+
+        async def hear() -> None:
+            heard.append(bytes(await connection.receive_some()))
+
+        async with theirs, trio.open_nursery() as nursery:
+            nursery.start_soon(hear)
+            for _ in range(3):
+                await trio.sleep(bounds.HEAD_SECONDS - 1)
+                await connection.send_all(b"a part of the answer")
+            await theirs.send_all(b"another request")
+        assert heard == [b"another request"]
+        await connection.aclose()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0.01))
+
+
 def test_a_car_of_thousands_of_nodes_in_cids_delays_no_other(home: Home) -> None:
     """They are in no CAR, so nothing is sent between them."""
     dag = Dag()

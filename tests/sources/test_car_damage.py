@@ -124,6 +124,17 @@ def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
         CarSource.open(tmp_path, tmp_path)
 
 
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    """A FIFO that nobody writes to was waited for without end."""
+    os.mkfifo(tmp_path / "fifo.car")
+    reading, writing = os.pipe()
+    for path in (tmp_path / "fifo.car", Path(f"/dev/fd/{reading}")):
+        with pytest.raises(SourceFailed, match="not a file that can be read at any place"):
+            CarSource.open(path, tmp_path)
+    os.close(reading)
+    os.close(writing)
+
+
 def test_a_file_that_changes_below_an_open_source_is_named(tmp_path: Path) -> None:
     first, second = pairs(5), pairs(5, seed=2)
     opened = Opened(tmp_path, sections(first))

@@ -151,6 +151,29 @@ def test_statuses(status: int, error: type[Exception]) -> None:
     trio.run(main)
 
 
+@pytest.mark.parametrize("send", ["whole", "chunked"])
+def test_a_long_page_that_says_not_found_says_so(send: str) -> None:
+    """It counted as a failure of the source, which was then set aside."""
+    page = b"<p>not found</p>" * 10_000
+
+    def behave(ask: Ask) -> None:
+        if send == "whole":
+            ask.send(404, page, "text/html")
+        else:
+            head = b"HTTP/1.1 404 Whatever\r\nTransfer-Encoding: chunked\r\n\r\n"
+            ask.connection.sendall(head + b"%x\r\n%s\r\n0\r\n\r\n" % (len(page), page))
+
+    async def main() -> None:
+        with Server(BLOCKS, behave) as server:
+            source = gateway(server)
+            for _ in range(2):
+                with pytest.raises(NotHere, match="404"):
+                    await source.get(CID)
+            await source.aclose()
+
+    trio.run(main)
+
+
 def redirects_to(location: Callable[[Ask], str]) -> Behaviour:
     return lambda ask: (
         ask.send(301, b"", Location=location(ask)) if "moved" not in ask.target else answer_well(ask)
@@ -160,6 +183,21 @@ def redirects_to(location: Callable[[Ask], str]) -> Behaviour:
 def test_redirects_within_the_origin_are_followed() -> None:
     async def main() -> None:
         with Server(BLOCKS, redirects_to(lambda ask: ask.target + "&moved=1")) as server:
+            source = gateway(server)
+            assert await source.get(CID) == BLOCK
+            await source.aclose()
+
+    trio.run(main)
+
+
+def test_a_redirect_with_a_long_page_is_followed() -> None:
+    async def main() -> None:
+        moved: Behaviour = lambda ask: (  # noqa: E731
+            answer_well(ask)
+            if "moved" in ask.target
+            else ask.send(301, bytes(200_000), "text/html", Location=ask.target + "&moved=1")
+        )
+        with Server(BLOCKS, moved) as server:
             source = gateway(server)
             assert await source.get(CID) == BLOCK
             await source.aclose()

@@ -344,7 +344,8 @@ def test_a_domain_leads_where_its_dnslink_says(dns_ask: Ask, servers: list[NameS
     assert dns_ask.path("key.example") == f"/ipfs/{OTHER}/b"
     (found,) = dns_ask("plain.example")
     assert isinstance(found, Resolved)
-    for absent in ("nowhere.example", "other.example", "none.example"):
+    too_long_for_dns = ".".join(["a" * 61] * 4)  # with `_dnslink.` before it
+    for absent in ("nowhere.example", "other.example", "none.example", too_long_for_dns):
         assert isinstance(dns_ask.error(absent), NotFound)
     assert isinstance(dns_ask.error("broken.example"), Unavailable)
     assert isinstance(dns_ask.error("bad.example"), Malformed)

@@ -331,7 +331,16 @@ class Response:
     async def refused(self, name: str) -> SourceFailed:
         """What this response means, which is neither a success nor "not here"."""
         retry_after = self.headers.get("retry-after", "")
-        return failures.refused(name, self.status, retry_after, await self.read(ERROR_BODY))
+        return failures.refused(name, self.status, retry_after, await self.read_error())
+
+    async def read_error(self) -> bytes:
+        """The body of a response that is not a success; b"" for a long page: the status says enough."""
+        try:
+            return await self.read(ERROR_BODY)
+        except SourceFailed as exc:
+            if exc.kind != LONG:
+                raise
+            return b""
 
     async def declined(self, name: str, what: str) -> NotHere | SourceFailed:
         """What this response to a request for `what` means, which is not a success."""
@@ -395,7 +404,7 @@ class Http:
                         yield response
                         return
                     origin, path = self._follow(origin, path, method, response.headers["location"])
-                    await response.read(ERROR_BODY)
+                    await response.read_error()
                 finally:
                     await self._transport.release(response.connection, response.ended)
         except (SourceFailed, NotHere, BlockTooLarge):

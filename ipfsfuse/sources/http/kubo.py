@@ -17,7 +17,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.sources import streams
 from ipfsfuse.sources.base import LeafRange, Source, Subtree, too_large
-from ipfsfuse.sources.http.client import ERROR_BODY, Http
+from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
 from ipfsfuse.sources.http.gateway import CONNECTIONS_HERE, Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin, repository
@@ -193,7 +193,7 @@ class Rpc:
         async with self.http.ask("POST", target, file=file, repeatable=repeatable) as response:
             if response.status == 200:
                 return await response.read(limit)
-            said = await response.read(ERROR_BODY)
+            said = await response.read_error()
             if response.status in (401, 403):
                 raise SourceFailed(f"{self.name} refused us: {self._advice}", REFUSED)
             if response.status == 500:

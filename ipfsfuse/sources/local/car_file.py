@@ -101,7 +101,7 @@ class CarFile:
         self.path = path
         self.name = path.name
         with disk_errors(str(path)):
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait
             try:
                 self._read_headers()
             except BaseException:
@@ -113,6 +113,8 @@ class CarFile:
     def _read_headers(self) -> None:
         status = os.fstat(self.fd)
         self.identity = Identity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if stat.S_ISFIFO(status.st_mode) or stat.S_ISCHR(status.st_mode):
+            raise Malformed("not a file that can be read at any place: write the CAR into one")
         if not status.st_size:
             raise Malformed("not a CAR: the file is empty")
         self.data_offset, self.data_end, self._index_offset = 0, status.st_size, 0

@@ -117,7 +117,7 @@ class SystemDns:
 
     async def texts(self, domain: str) -> tuple[Sequence[str], float]:
         try:
-            answer = await self._resolver.resolve(dns.name.from_text(domain), dns.rdatatype.TXT)
+            answer = await self._resolver.resolve(_dns_name(domain), dns.rdatatype.TXT)
         except (dns.resolver.NXDOMAIN, dns.resolver.NoAnswer) as exc:
             raise NotFound(f"{domain} has no TXT record") from exc
         except (dns.exception.DNSException, OSError) as exc:
@@ -144,7 +144,7 @@ class DnsOverHttps:
         self._url = url
 
     async def texts(self, domain: str) -> tuple[Sequence[str], float]:
-        query = dns.message.make_query(dns.name.from_text(domain), dns.rdatatype.TXT, id=0)
+        query = dns.message.make_query(_dns_name(domain), dns.rdatatype.TXT, id=0)
         asked = base64.urlsafe_b64encode(query.to_wire()).decode().rstrip("=")
         target, headers = f"{self._path}?dns={asked}", [("Accept", "application/dns-message")]
         try:
@@ -175,6 +175,14 @@ class DnsOverHttps:
 
     async def aclose(self) -> None:
         await self._http.aclose()
+
+
+def _dns_name(domain: str) -> dns.name.Name:
+    """Raises NotFound for what DNS can't have: `_dnslink.` may make a name too long."""
+    try:
+        return dns.name.from_text(domain)
+    except dns.exception.DNSException as exc:
+        raise NotFound(f"{domain} can't be in DNS: {exc}") from exc
 
 
 def _text(record: TXTBase) -> str:
