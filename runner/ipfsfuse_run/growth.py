@@ -86,7 +86,10 @@ def measure(folders: Sequence[str]) -> Usage:
                     if each.is_dir(follow_symlinks=False):
                         stack.append(f"{path}/{each.name}")
                         continue
-                    found = each.stat(follow_symlinks=False)
+                    try:
+                        found = each.stat(follow_symlinks=False)
+                    except OSError:  # removed while we looked: what comes after it counts all the same
+                        continue
                     if found.st_nlink > 1:
                         if (found.st_dev, found.st_ino) in linked:
                             continue

@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
@@ -10,7 +12,7 @@ import pytest
 import wasmtime
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse_run import limits
+from ipfsfuse_run import growth, limits
 from ipfsfuse_run.limits import Limits
 from tests.mounting import PATIENCE, wait_until
 from tests.runner.conftest import DEMO, TOP, Runner
@@ -208,6 +210,25 @@ def test_growth_is_seen_of_a_guest_that_ends_at_once(run: Runner, given: Path, h
         "-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "twice", "/data/a", "/data/b", "700000"
     )
     assert done.returncode == 134, done
+
+
+def test_a_file_that_is_removed_meanwhile_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a guest that makes and removes one file all the time could write any number of others."""
+    (tmp_path / "a").touch()
+    (tmp_path / "b").write_bytes(bytes(100_000))
+    really = os.scandir
+
+    @contextmanager
+    def scandir(folder: int) -> Iterator[Iterator["os.DirEntry[str]"]]:
+        with really(folder) as entries:
+            listed = sorted(entries, key=lambda each: each.name)
+        (tmp_path / "a").unlink()
+        yield iter(listed)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert growth.measure([str(tmp_path)]).size >= 100_000
 
 
 def test_output_to_a_file_is_not_what_a_folder_may_hold(
