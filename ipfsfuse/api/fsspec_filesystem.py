@@ -279,7 +279,7 @@ class _OwnThread:
     async def _read(self, path: str, start: int, end: int) -> bytes:
         file = self._files.pop(path, None) or await self._fs.open(f"/ipfs/{path}")
         try:
-            return await file.read(start, end - start)
+            return await file.read(start, max(0, end - start))
         finally:
             other = self._files.pop(path, None)  # of a read at the same time
             self._files[path] = file  # its readahead goes on where the next read begins

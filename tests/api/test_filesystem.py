@@ -68,6 +68,9 @@ def test_paths_are_read_listed_and_described(home: Home) -> None:
             assert await file.read(file.size - 1) == b"\xff"
             assert await file.read(file.size, 5) == b""
             assert len(await file.read()) == file.size
+            for numbers in ((-5, 10), (-5, None), (0, -1)):
+                with trio.fail_after(10), pytest.raises(ValueError, match="negative"):
+                    await file.read(*numbers)
 
     run(home, use)
 
