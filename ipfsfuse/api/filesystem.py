@@ -80,8 +80,8 @@ class File:
     async def read(self, offset: int = 0, size: int | None = None) -> bytes:
         """`size` bytes from `offset` on (None: all), fewer only at the file's end. Each was verified.
 
-        Raises Unavailable where no source gave a block in time, WrongBlock, Malformed; ValueError for a negative
-        number."""
+        Raises Unavailable where no source gave a block in time, WrongBlock, Malformed; ValueError for a
+        negative number."""
         if offset < 0 or (size is not None and size < 0):
             raise ValueError("offset and size can't be negative")
         end = self.size if size is None else min(offset + size, self.size)

@@ -194,13 +194,13 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
         path, target = waiting.pop()
         found = await filesystem.stat(path, follow_symlinks=False)
         if found.kind == "symlink":
-            await threads.run_sync(target.symlink_to, await filesystem.readlink(path))
+            await threads.run_sync(target.symlink_to, os.fsdecode(_stored(await filesystem.readlink(path))))
         elif found.kind == "directory":
             await threads.run_sync(target.mkdir)
             waiting += [
-                (f"/ipfs/{entry.cid}", target / entry.name)
+                (f"/ipfs/{entry.cid}", target / os.fsdecode(_stored(entry.name)))
                 for entry in reversed(await filesystem.ls(path))
-                if paths.can_hold(os.fsencode(entry.name))
+                if paths.can_hold(_stored(entry.name))
             ]
         else:
             with target.open("xb") as out:
@@ -211,6 +211,11 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
                         place += len(piece)
                         done.add(len(piece))
             done.files += 1
+
+
+def _stored(name: str) -> bytes:
+    """The bytes of a name as IPFS has them: those of the disk too, whatever the locale's encoding is."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 # -- `cat`, `export` and `push` ------------------------------------------------------------------------------

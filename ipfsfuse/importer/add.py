@@ -173,10 +173,12 @@ def _regular(path: str, at: str, name: str, parent: int | None) -> Iterator[Even
 
 
 def _encoded(path: str, name: str) -> bytes:
+    encoded = os.fsencode(name)  # as the disk has it, whatever the locale's encoding is
     try:
-        return name.encode()
-    except UnicodeEncodeError as exc:
+        encoded.decode()
+    except UnicodeDecodeError as exc:
         raise AddFailed(f"{os.fsencode(path)!r}: the name is not UTF-8: rename it") from exc
+    return encoded
 
 
 def _refusal(path: str, status: os.stat_result) -> AddFailed:

@@ -173,6 +173,18 @@ def test_a_time_at_the_end_of_all_days_is_shown_in_every_zone(user: Home, zone: 
     assert user.run("library").stdout.startswith(cid)
 
 
+def test_names_are_bytes_in_every_locale(user: Home) -> None:
+    folder = user.folder / "names"
+    folder.mkdir()
+    (folder / "é").write_text("x")
+    (folder / "link").symlink_to("é")
+    cid = user.add(folder)
+    user.env |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert user.add(folder) == cid
+    user.run("get", cid, "-o", user.folder / "copy")
+    subprocess.run(["diff", "-r", "--no-dereference", folder, user.folder / "copy"], check=True)
+
+
 def test_add_as_fingers_type_it(user: Home) -> None:
     (user.folder / "d").mkdir()
     (user.folder / "d" / "f").write_text("x")
