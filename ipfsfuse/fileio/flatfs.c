@@ -19,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -35,6 +36,7 @@
 #define ALONE_NS 20000000LL     /* children are read ahead if no block was asked for in so long a time */
 #define TOGETHER (256 << 10)    /* bytes that are hashed while the disk reads the next ones. Asked for by one call, the disk gives
                                  * 1 MiB after some 1.2 ms, and hashing begins only there */
+#define POPULATE_WRITE 23       /* MADV_POPULATE_WRITE, which older headers lack */
 #define DIGEST 32
 #define DAG_PB 0x70
 #define RAW 0x55
@@ -117,6 +119,15 @@ static int path_of(const struct repo *repo, const uint8_t *digest, char *path, s
 	return snprintf(path, room, "%s/%.*s/%s.data", repo->folder, repo->characters, name + 54 - repo->characters, name) < (int)room;
 }
 
+/* Has the kernel map memory for all pages at once, where it can (Linux 5.14). To touch them one after the other costs 0.5 ms for
+ * 1 MiB. */
+static void populate(char *bytes, int64_t size)
+{
+	uintptr_t page = sysconf(_SC_PAGESIZE), first = ((uintptr_t)bytes + page - 1) & -page;
+
+	madvise((void *)first, ((uintptr_t)bytes + size - first) & -page, POPULATE_WRITE);
+}
+
 /* Reads `found->size` bytes, and hashes them, while they are wanted. */
 static int read_open(const struct repo *repo, int file, struct found *found, atomic_int *unwanted)
 {
@@ -127,6 +138,8 @@ static int read_open(const struct repo *repo, int file, struct found *found, ato
 
 	for (at = 0; size > TOGETHER && at < size; at += TOGETHER)
 		posix_fadvise(file, at, TOGETHER, POSIX_FADV_WILLNEED);
+	if (size > TOGETHER)
+		populate(found->bytes, size); /* while the disk works */
 	for (at = 0; at < size; at += got) {
 		got = pread(file, found->bytes + at, size - at < TOGETHER ? size - at : TOGETHER, at);
 		if (got <= 0 || (unwanted && *unwanted))
