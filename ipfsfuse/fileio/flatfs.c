@@ -89,7 +89,7 @@ struct repo {
 	int left;               /* blocks that may still be read ahead, so that a walk through many directories is not followed for long */
 	int is_slow;            /* a wait for a block ended without it: no other is waited for until one is asked for alone */
 	int is_blocked;
-	int threads, idle, stopping, orphaned;
+	int threads, stopping, orphaned;
 };
 
 static int64_t now_ns(void)
@@ -331,16 +331,15 @@ static struct slot *want(struct repo *repo, const uint8_t *digest, int codec, in
 	return slot;
 }
 
-/* As many threads as there is work for. */
-static void wake(struct repo *repo, int wanted)
+/* All threads start with the first block: later ones need not wait for that. */
+static void wake(struct repo *repo)
 {
 	pthread_t thread;
 
-	for (; wanted > repo->idle && repo->threads < THREADS; wanted--)
-		if (start(&thread, run, repo)) {
-			pthread_detach(thread);
-			repo->threads++;
-		}
+	while (repo->threads < THREADS && start(&thread, run, repo)) {
+		pthread_detach(thread);
+		repo->threads++;
+	}
 	pthread_cond_broadcast(&repo->work);
 }
 
@@ -364,7 +363,7 @@ static void follow(struct repo *repo, const struct slot *slot)
 				wanted += !!want(repo, links[each].digest, links[each].codec, level + 1, !named, family);
 	repo->left -= wanted;
 	if (wanted)
-		wake(repo, wanted);
+		wake(repo);
 }
 
 /* The block that `slot` has read goes to who asks for it. */
@@ -445,14 +444,12 @@ static void *run(void *all)
 			fill(repo, slot);
 			continue;
 		}
-		repo->idle++;
 		if (forget_old(repo)) {
 			clock_gettime(CLOCK_MONOTONIC, &until);
 			until.tv_sec += 1;
 			pthread_cond_timedwait(&repo->work, &repo->lock, &until);
 		} else
 			pthread_cond_wait(&repo->work, &repo->lock);
-		repo->idle--;
 	}
 	if (!--repo->threads && repo->orphaned) {
 		end(repo);
@@ -539,7 +536,7 @@ int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patie
 	forget_old(repo);
 	slot = find(repo, digest, codec);
 	if (!slot && alone && (slot = want(repo, digest, codec, 0, 1, repo->order)))
-		wake(repo, 1);
+		wake(repo);
 	else if (slot && slot->state != READ)
 		slot->on_path = 1;
 	until = (struct timespec){(now + patience) / 1000000000, (now + patience) % 1000000000};
@@ -612,7 +609,7 @@ void repo_name(struct repo *repo, const char *name, size_t size)
 	pthread_mutex_lock(&repo->lock);
 	forget_old(repo);
 	if (!repo->is_blocked && now_ns() - repo->asked_at > ALONE_NS && !find(repo, multihash + 2, DAG_PB) && want(repo, multihash + 2, DAG_PB, 0, 0, repo->order))
-		wake(repo, 1);
+		wake(repo);
 	pthread_mutex_unlock(&repo->lock);
 }
 
