@@ -25,6 +25,7 @@ from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard, Symlink, pars
 from ipfsfuse.errors import Malformed, NotACid, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse_run import read_paths, receipts
 from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.files import open_to_read
 from ipfsfuse_run.growth import NAME_BYTES
 from ipfsfuse_run.receipts import Digest, Receipt
 
@@ -167,7 +168,7 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
                 elif stat.S_ISLNK(found.st_mode):
                     level.children.append((name, writer.add_symlink(os.readlink("", dir_fd=fd), stored)))
                 elif stat.S_ISREG(found.st_mode):
-                    with open(os.open(opened, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                    with open_to_read(opened) as file:
                         hashed = _Hashed(file, found.st_size)
                         level.children.append((name, writer.add_file(hashed, stored)))
                     files.append((inside, hashed.sha256.hexdigest()))
@@ -224,8 +225,7 @@ def car_opened(path: Path) -> Iterator["Record"]:
     """The CAR file of a record. What its receipt says is not looked at. Raises ReceiptRefused."""
     with contextlib.ExitStack() as stack:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            record = Record(path, stack.enter_context(open(fd, "rb")))
+            record = Record(path, stack.enter_context(open_to_read(path)))
         except OSError as exc:
             raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
         except (Malformed, NotACid, WrongBlock, Unsupported) as exc:
@@ -422,7 +422,7 @@ class Record:
 def receipt_alone(path: Path) -> Receipt | None:
     """The receipt in a .json; None where `path` is something else, be it a CAR. Raises ReceiptRefused."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open_to_read(path) as file:
             data = file.read(1)
             if data != b"{" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return None

@@ -17,6 +17,7 @@ from ipfsfuse import extras
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import UsageError
 from ipfsfuse_run.errors import ReceiptRefused
+from ipfsfuse_run.files import open_to_read
 from ipfsfuse_run.receipts import OUT, STDERR, STDOUT, Receipt
 
 with extras.optional("sign"):
@@ -74,7 +75,7 @@ def public_key(path: str) -> Ed25519PublicKey:
 
 def _read(path: str, option: str) -> bytes:
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open_to_read(path) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UsageError(f"{option} {path} is not a file")
             return file.read(_MAX_KEY)
