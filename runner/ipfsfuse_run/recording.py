@@ -532,8 +532,13 @@ class _Repeated(NamedTuple):
 
 
 def _compared(what: str, then: set[bytes], now: set[bytes]) -> Verdict:
-    others = f", {len(then ^ now)} of them others" if then != now else ""
-    return Verdict(what, f"{len(then)} blocks", f"{len(now)} blocks{others}")
+    sides = {"only recorded": len(then - now), "only now": len(now - then)}
+    alone = ", ".join(f"{count} {side}" for side, count in sides.items() if count)
+    return Verdict(what, _blocks_text(then), _blocks_text(now) + (f" ({alone})" if alone else ""))
+
+
+def _blocks_text(blocks: set[bytes]) -> str:
+    return "1 block" if len(blocks) == 1 else f"{len(blocks)} blocks"
 
 
 def repeated_options(path: Path, receipt: Receipt, options: Options, chosen: Limits) -> Options:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ipfsfuse.dag import cid as cids
 from ipfsfuse_run import receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.record import RecordWriter
@@ -141,6 +142,31 @@ def test_chance_is_fixed_where_it_is_asked_for(
     assert again.returncode == 3
     assert b"stdout: DIFFERENT" in again.stdout
     assert b"clocks" in again.stdout
+
+
+def test_a_replay_says_how_many_blocks_are_on_one_side_alone(
+    run: Runner, tmp_path: Path, habits: Path
+) -> None:
+    """The guest asks for one block that nobody has. The receipt names two others, and one that it read."""
+    blocks, guest = recorded.Blocks(), habits.read_bytes()
+    asked, other, another = (recorded.Blocks().put(data).cid for data in (b"asked", b"other", b"another"))
+    empty, read = blocks.folder([]), blocks.put(b"read")
+    told = recorded.receipt_2(
+        guest,
+        empty.cid,
+        argv=["habits.wasm", "cat", f"/ipfs/{cids.text(asked)}"],
+        read=[cids.text(read.cid)],
+        missing=[cids.text(other), cids.text(another)],
+    )
+    streams = {"stdin": recorded.STDIN, "stdout": recorded.STDIN, "stderr": b""}
+    target = recorded.write(
+        tmp_path / "run.car", told, blocks, guest=guest, out=empty, ipfs=empty, read=read, **streams
+    )
+    done = run("--replay", target)
+    assert done.returncode == 3, done
+    said = lines(done.stdout)
+    assert "read: DIFFERENT, recorded 1 block, now 0 blocks (1 only recorded)" in said
+    assert "missing: DIFFERENT, recorded 2 blocks, now 1 block (2 only recorded, 1 only now)" in said
 
 
 def test_more_random_numbers_than_wasmtime_gives_are_a_trap(run: Runner, tmp_path: Path) -> None:
