@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _PROFILE = builder.UNIXFS_V1_2025
 MAX_BLOCK = 2 << 20
+MAX_UNSIZED = 64 << 20
+"""Bytes of a file whose size says 0, as those in /proc: what it gives may have no end."""
 _MAX_HEADER = 64 << 10
 _LEAF_BYTES = 64 << 10
 _MAX_PATH = 4096
@@ -133,13 +135,19 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
     What a guest left may be anything: no symlink is followed, no device or pipe opened, and each name counts
     NAME_BYTES. Another guest may have the same folder and put symlinks into it meanwhile: what lies elsewhere
     is refused. Raises StoreFailed."""
-    left = bound
+    taken = 0
     files: list[tuple[str, str]] = []
     top = os.path.realpath(folder)
     inside = ""
 
     def attributes(found: os.stat_result) -> Stored:
         return builder.NOTHING if bound is not None else Stored(found.st_mode & 0o7777, found.st_mtime_ns)
+
+    def take(size: int) -> None:
+        nonlocal taken
+        taken += size
+        if bound is not None and taken > bound:
+            raise StoreFailed(f"the results in {folder} are more than max-out={bound} bytes")
 
     try:
         stack = [_Level("", attributes(os.stat(top)), _names(top), [])]
@@ -158,10 +166,8 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
             with _place(path) as (fd, opened):
                 found = os.fstat(fd)
                 stored = attributes(found)
-                if left is not None:
-                    left -= NAME_BYTES + (found.st_size if stat.S_ISREG(found.st_mode) else 0)
-                    if left < 0:
-                        raise StoreFailed(f"the results in {folder} are more than max-out={bound} bytes")
+                take(NAME_BYTES + (found.st_size if stat.S_ISREG(found.st_mode) else 0))
+                if bound is not None:
                     inside.encode()
                 if stat.S_ISDIR(found.st_mode):
                     stack.append(_Level(inside, stored, _names(opened), []))
@@ -169,8 +175,15 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
                     level.children.append((name, writer.add_symlink(os.readlink("", dir_fd=fd), stored)))
                 elif stat.S_ISREG(found.st_mode):
                     with open_to_read(opened) as file:
-                        hashed = _Hashed(file, found.st_size)
+                        hashed = _Hashed(file, found.st_size or MAX_UNSIZED + 1)
                         level.children.append((name, writer.add_file(hashed, stored)))
+                    if not found.st_size:
+                        take(hashed.size)
+                        if hashed.size > MAX_UNSIZED:
+                            raise StoreFailed(
+                                f"{path!r} says that it is empty, and gives more than {MAX_UNSIZED} bytes: "
+                                "it can't be taken"
+                            )
                     files.append((inside, hashed.sha256.hexdigest()))
                 else:
                     raise StoreFailed(f"{path!r} is neither file, folder nor symlink: it can't be taken")
@@ -199,14 +212,18 @@ def _names(folder: str) -> list[str]:
 
 
 class _Hashed:
-    """A file that is hashed as it is read, and of which no more than `size` bytes are."""
+    """A file that is hashed as it is read, and of which no more than `most` bytes are."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file, self._left, self.sha256 = file, size, hashlib.sha256()
+    def __init__(self, file: BinaryIO, most: int) -> None:
+        self._file, self._most, self.sha256 = file, most, hashlib.sha256()
+        self.size = 0
+        """Bytes that were read."""
 
     def read(self, size: int) -> bytes:
-        data = self._file.read(min(size, self._left))
-        self._left -= len(data)
+        data: bytes | None = self._file.read(min(size, self._most - self.size))
+        if data is None:  # it is opened so that it does not wait, as /proc/kmsg would
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self.size += len(data)
         self.sha256.update(data)
         return data
 

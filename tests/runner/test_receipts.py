@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.errors import StoreFailed
 from ipfsfuse_run import receipts
+from ipfsfuse_run import record as records
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.record import RecordWriter
 from tests.mounting import Home
@@ -195,6 +197,19 @@ def test_a_given_folder_is_part_of_the_record_if_it_is_read_only(
     record(run, tmp_path / "run.car", "--dir", f"{given}::/data::ro", habits, "cat", "/data/file")
     (given / "file").unlink()
     assert elsewhere("--replay", tmp_path / "run.car").returncode == 0
+
+
+def test_a_given_file_that_says_it_is_empty_is_recorded_as_it_reads(
+    run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, target = Path("/proc/sys/kernel/random"), tmp_path / "run.car"
+    assert (given / "boot_id").stat().st_size == 0
+    done = record(run, target, "--dir", f"{given}::/data::ro", habits, "cat", "/data/boot_id")
+    assert done.stdout == (given / "boot_id").read_bytes()
+    assert elsewhere("--replay", target).returncode == 0
+    monkeypatch.setattr(records, "MAX_UNSIZED", 10)
+    with target.open("w+b") as out, pytest.raises(StoreFailed, match=r"random/.*' says that it is empty"):
+        records.add_tree(RecordWriter(out), str(given), None)
 
 
 def test_the_record_mounts_as_a_folder(run: Runner, elsewhere: Runner, cid: str, tmp_path: Path) -> None:
