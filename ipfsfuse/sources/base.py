@@ -8,10 +8,11 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import trio
@@ -66,6 +67,86 @@ def request_of(caller: Caller, deadline: float = math.inf) -> Iterator[Request]:
         yield request
     finally:
         current_request.reset(token)
+
+
+@dataclass(slots=True, eq=False)
+class SourceRequest:
+    """One request to a source, for those who wait for its answer. Its task, and tasks that it starts, find
+    it by `current_source_request`.
+
+    It stops the waits while our own limits hold bytes back: that time is not the source's silence."""
+
+    held: float = 0.0
+    """Seconds for which they did so."""
+    free_since: float = -math.inf
+    """When they last let go, on trio's clock; infinite while they hold bytes back."""
+    _outer: "SourceRequest | None" = field(default_factory=lambda: current_source_request.get())
+    """The one that this one is part of: a source may be a pool itself."""
+    _holds: int = 0
+    _held_at: float = 0.0
+    _waits: dict[trio.CancelScope, float] = field(default_factory=dict)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        token = current_source_request.set(self)
+        try:
+            yield
+        finally:
+            current_source_request.reset(token)
+
+    def limit(self, scope: trio.CancelScope, seconds: float) -> None:
+        """Ends `scope` when the source has been silent for so many seconds from now on."""
+        self._waits[scope] = seconds
+        scope.deadline = math.inf if self._holds else trio.current_time() + seconds
+
+    def patience(self, seconds: float) -> "_Patience":
+        """Ends its block when the source has been silent for so many seconds."""
+        return _Patience(self, seconds, self._waits)
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """While one of our limits holds bytes of this request back."""
+        outer = nullcontext() if self._outer is None else self._outer.held_back()
+        with outer:
+            if not self._holds:
+                self._held_at, self.free_since = trio.current_time(), math.inf
+                for scope in self._waits:
+                    scope.deadline = math.inf
+            self._holds += 1
+            try:
+                yield
+            finally:
+                self._holds -= 1
+                if not self._holds:
+                    self.free_since = now = trio.current_time()
+                    self.held += now - self._held_at
+                    for scope, seconds in self._waits.items():
+                        scope.deadline = now + seconds
+
+
+current_source_request: ContextVar[SourceRequest | None] = ContextVar("source request", default=None)
+
+
+class _Patience:
+    def __init__(self, request: SourceRequest, seconds: float, waits: dict[trio.CancelScope, float]) -> None:
+        self._request, self._seconds, self._waits = request, seconds, waits
+        self._scope = trio.CancelScope()
+
+    def __enter__(self) -> trio.CancelScope:
+        self._request.limit(self._scope, self._seconds)
+        return self._scope.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        del self._waits[self._scope]
+        return self._scope.__exit__(kind, error, trace)
+
+
+def held_back() -> AbstractContextManager[None]:
+    """While one of our limits holds bytes back that came for what runs in this task."""
+    request = current_source_request.get()
+    return nullcontext() if request is None else request.held_back()
 
 
 Clone = Callable[[Sequence[Leaf], Sequence[str], str], Awaitable[Sequence[Block]]]

@@ -24,7 +24,7 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed, Unavailable, UsageError, WrongBlock
-from ipfsfuse.sources.base import LeafRange, Source, Subtree
+from ipfsfuse.sources.base import LeafRange, Source, SourceRequest, Subtree
 from ipfsfuse.sources.http.addresses import special_purpose
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.failures import LONG, PROTOCOL, TIMEOUT
@@ -262,7 +262,8 @@ class Network(Source):
 
     async def _from_providers(self, cid: Cid, seconds: float) -> bytes | None:
         """The block, if a provider gives it within `seconds`. Raises BlockTooLarge."""
-        with trio.move_on_after(seconds):
+        request = SourceRequest()
+        with request.current(), request.patience(seconds):
             try:
                 fetched = await self._pool.get(cid)
             except (Unavailable, WrongBlock):

@@ -25,6 +25,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.multihash import SHA2_256_PREFIX
 from ipfsfuse.errors import NotACid, NotHere, SourceFailed, Unsupported, WrongBlock
 from ipfsfuse.fileio import threads
+from ipfsfuse.sources.base import SourceRequest
 
 REQUEST_TIMEOUT = 10.0
 """Seconds for one try of a command. All are local to the node and take milliseconds: a node that hangs is
@@ -187,7 +188,8 @@ class Mfs:
         self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, file: bytes | None = None
     ) -> bytes:
         self.requests += 1
-        with trio.move_on_after(REQUEST_TIMEOUT):
+        request = SourceRequest()
+        with request.current(), request.patience(REQUEST_TIMEOUT):
             try:
                 return await self._rpc().call(command, arguments, limit, file)
             except SourceFailed as exc:

@@ -115,8 +115,11 @@ class Gateway(Source):
                 given = response.headers.get("content-range", "")
                 if response.status != 206 or not given.startswith(f"bytes {first}-"):
                     raise await self._not_offered(response, wanted.file, RANGES)
+                stretches = together([leaf.size for leaf in leaves])
+                if self._http.settings.rate is not None:  # who waits for a leaf waits for that one alone
+                    stretches = ((index, [leaf.size]) for index, leaf in enumerate(leaves))
                 with closing(Leases(share.give)) as leases:
-                    for index, sizes in together([leaf.size for leaf in leaves]):
+                    for index, sizes in stretches:
                         await share.take(sum(sizes))
                         release = leases.take(sum(sizes))
                         blocks = await response.receive_into(sizes)

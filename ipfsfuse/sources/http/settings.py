@@ -19,6 +19,7 @@ from typing import Final
 import trio
 
 from ipfsfuse.errors import QuotaReached, UsageError
+from ipfsfuse.sources.base import held_back
 from ipfsfuse.sources.http.origin import Origin
 
 # -- secrets -------------------------------------------------------------------------------------------------
@@ -191,7 +192,8 @@ class RateLimit:
         now = trio.current_time()
         self._paid_until = max(self._paid_until, now) + count / self._per_second
         if self._paid_until - now > GRACE_SECONDS:
-            await trio.sleep_until(self._paid_until)
+            with held_back():
+                await trio.sleep_until(self._paid_until)
 
 
 class FetchQuota:

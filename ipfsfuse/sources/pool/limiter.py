@@ -30,7 +30,7 @@ from itertools import chain
 
 import trio
 
-from ipfsfuse.sources.base import Caller, Request, current_request
+from ipfsfuse.sources.base import Caller, Request, SourceRequest, current_request, current_source_request
 
 SETTLE = 0.04
 """Seconds: see above. A new request starts within so many, unless still newer ones come faster than `running`
@@ -59,6 +59,8 @@ class Place:
     """Whether it lost its place `early`: it goes with the fresh ones, and is not new."""
     queued: float
     alive: float = 0.0
+    asked: SourceRequest = field(default_factory=SourceRequest)
+    """It is not late while our own limits hold it back, and then no sooner than one that starts."""
     since: float = -math.inf
     """When it started."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -148,8 +150,12 @@ class ConcurrencyLimiter:
                 await self._wait(place)
             else:  # as most often
                 self._add(place)
-            with place.scope:
-                yield place
+            token = current_source_request.set(place.asked)
+            try:
+                with place.scope:
+                    yield place
+            finally:
+                current_source_request.reset(token)
         finally:
             self._remove(place)
             if place.answered and self._limit < self._most:
@@ -266,13 +272,16 @@ class ConcurrencyLimiter:
 
     def _age(self, now: float) -> None:
         after = self._late_after()
-        while self._active:
-            oldest = next(iter(self._active))
-            if now - oldest.since < after:
+        late = list[Place]()
+        for place in self._active:
+            if now - place.since < after:
                 break
-            del self._active[oldest]
-            self._active_of[oldest.caller] -= 1
-            self._late[oldest] = None
+            if now - place.asked.free_since >= after:
+                late.append(place)
+        for place in late:
+            del self._active[place]
+            self._active_of[place.caller] -= 1
+            self._late[place] = None
 
     def _has_room(self, place: Place, now: float) -> bool:
         """Whether `place` may start now; makes room for it where there is none."""
@@ -316,7 +325,8 @@ class ConcurrencyLimiter:
         if self._all_of[heaviest] <= self._all_of[caller]:
             heaviest = caller
         for victim in chain(self._late, self._active):
-            if victim.caller == heaviest and max(victim.since, victim.alive) <= before:
+            moved = max(victim.since, victim.alive, victim.asked.free_since)
+            if victim.caller == heaviest and moved <= before:
                 self._remove(victim)
                 victim.displaced, victim.early = True, early
                 victim.scope.cancel()

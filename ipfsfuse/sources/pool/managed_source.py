@@ -124,6 +124,8 @@ class ManagedSource:
                     answer = self._failure(exc).with_traceback(None)  # it would hold this frame
                 finally:
                     seconds = trio.current_time() - began
+                    if place is not None:
+                        seconds = max(0.0, seconds - place.asked.held)
                     if answer is None or isinstance(answer, BlockTooLarge):
                         # cancelled; or what says nothing about the source: it may be true or a lie
                         self.health.record_cancelled()

@@ -32,7 +32,17 @@ from ipfsfuse.errors import (
     WrongBlock,
 )
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import Fetched, LeafRange, Source, Subtree, Verified, Wanted, fits
+from ipfsfuse.sources.base import (
+    Fetched,
+    LeafRange,
+    Source,
+    SourceRequest,
+    Subtree,
+    Verified,
+    Wanted,
+    current_source_request,
+    fits,
+)
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
 from ipfsfuse.sources.pool.limiter import Place
 from ipfsfuse.sources.pool.managed_source import Failure, ManagedSource, check, check_each
@@ -181,7 +191,7 @@ class SourcePool:
                 fetch.note(managed, answer)
             with fetch.scope:
                 network = self.network() if len(self._network) > 1 else self._network
-                if len(network) > 1:
+                if len(network) > 1 or fetch.failure is not None:
                     await fetch.race(network)
                 elif network:
                     await fetch.poll_source(network[0], trio.Event(), hedge=False)
@@ -303,6 +313,8 @@ class HedgedFetch:
     _cid: Cid
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     """Around what is asked of the network."""
+    _asked: SourceRequest | None = None
+    """All that is asked of it, where more than one source is."""
     found: Fetched | None = None
     said: dict[str, str] = field(default_factory=dict)
     """What each source that was asked has said last, by its name."""
@@ -316,30 +328,42 @@ class HedgedFetch:
         """Each source from when the one before it has failed or is late; the first that gives the block ends
         it."""
         self._pool.hedges.request()
+        with self._all_asked().current():
+            await self._race(network)
+
+    def _all_asked(self) -> SourceRequest:
+        if self._asked is None:
+            self._asked = SourceRequest()
+        return self._asked
+
+    async def _race(self, network: Sequence[ManagedSource]) -> None:
         async with trio.open_nursery() as nursery:
 
-            async def poll(managed: ManagedSource, failed: trio.Event, hedge: bool) -> None:
-                await self.poll_source(managed, failed, hedge=hedge)
+            async def poll(
+                managed: ManagedSource, asked: SourceRequest, failed: trio.Event, hedge: bool
+            ) -> None:
+                with asked.current():
+                    await self.poll_source(managed, failed, hedge=hedge)
                 failed.set()
                 if self.found is not None:
                     nursery.cancel_scope.cancel()
 
             hedge = False
             for managed in network:
-                failed = trio.Event()
-                nursery.start_soon(poll, managed, failed, hedge)
+                asked, failed = SourceRequest(), trio.Event()
+                nursery.start_soon(poll, managed, asked, failed, hedge)
                 if managed is not network[-1]:
-                    hedge = await self._wait_for(managed, failed)
+                    hedge = await self._wait_for(managed, asked, failed)
 
-    async def _wait_for(self, managed: ManagedSource, failed: trio.Event) -> bool:
+    async def _wait_for(self, managed: ManagedSource, asked: SourceRequest, failed: trio.Event) -> bool:
         """Returns when the next source is to be asked; True if that is because this one is only slow."""
         patience = self._pool.patience
         slow = min(managed.health.slow_after(), patience)
-        with trio.move_on_after(slow):
+        with asked.patience(slow):
             await failed.wait()
             return False
         if not self._pool.hedges.spend():
-            with trio.move_on_after(patience - slow):
+            with asked.patience(patience - slow):
                 await failed.wait()
                 return False
         return True
@@ -353,11 +377,11 @@ class HedgedFetch:
             wait = self._pool.wait(managed)
             if wait == 0:
                 self.said.setdefault(managed.source.name, f"{managed.source.name} has not answered")
-                asked = trio.current_time()
+                began, held = trio.current_time(), self._held()
                 try:
                     answer = await managed.ask(self._cid, hedge=hedge, retried=retried)
                 except trio.Cancelled:
-                    self._note_cancelled(managed, asked)
+                    self._note_cancelled(managed, began, self._held() - held)
                     raise
                 if isinstance(answer, bytes):
                     self.found = Fetched(answer, managed.source)
@@ -377,9 +401,16 @@ class HedgedFetch:
                 await self._no_more_tries.wait()
                 return
 
-    def _note_cancelled(self, managed: ManagedSource, asked: float) -> None:
-        """`managed`, which was asked at the time `asked`, has not answered."""
-        if self.found is not None and trio.current_time() - asked >= self._pool.patience:
+    @staticmethod
+    def _held() -> float:
+        """Seconds for which our own limits have held back what the source sent that this task asks."""
+        asked = current_source_request.get()
+        return 0.0 if asked is None else asked.held
+
+    def _note_cancelled(self, managed: ManagedSource, asked: float, held: float) -> None:
+        """`managed`, which was asked at the time `asked`, has not answered, nor sent what was `held` back for
+        so many seconds."""
+        if self.found is not None and trio.current_time() - asked - held >= self._pool.patience:
             managed.overtaken(asked)
 
     def note(self, managed: ManagedSource, failure: Failure) -> None:
@@ -388,7 +419,7 @@ class HedgedFetch:
         if isinstance(failure, BlockTooLarge):
             self.failure = failure
             self._no_more_tries.set()
-            self.scope.deadline = trio.current_time() + self._pool.patience
+            self._all_asked().limit(self.scope, self._pool.patience)
             self._pool.too_large(self._cid, failure)
         elif isinstance(failure, WrongBlock):
             self.failure = self.failure or failure
@@ -408,8 +439,10 @@ class HedgedFetch:
 async def _next(stream: Receive[T], patience: float, place: Place) -> T | None:
     """What `stream` sends next to the request at `place`; None at its end. Raises TooSlowError if nothing
     comes for `patience` seconds."""
-    with trio.fail_after(patience):
+    with place.asked.patience(patience) as scope:
         value = await anext(stream, None)
+    if scope.cancelled_caught:
+        raise trio.TooSlowError
     place.progress()
     return value
 
