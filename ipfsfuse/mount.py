@@ -14,7 +14,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -473,10 +473,12 @@ async def _heed_signals(end: End, hangup: Hangup | None, commands: Commands, not
     heeded = {*ENDING, signal.SIGUSR1}
     if hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         heeded.add(signal.SIGHUP)
+    early: list[int] = []
     for each in heeded:
-        # this handler is back when the receiver has ended: a second signal must not end the cleanup
-        signal.signal(each, signal.SIG_IGN)
-    with trio.open_signal_receiver(*heeded) as signals:
+        signal.signal(each, lambda number, _frame: early.append(number))
+    with _ignored_afterwards(heeded), trio.open_signal_receiver(*heeded) as signals:
+        for number in early:  # it came before there was a receiver
+            signal.raise_signal(number)
         async for number in signals:
             if number == signal.SIGUSR1:
                 log.info("%s", commands.in_one_line())
@@ -491,6 +493,16 @@ async def _heed_signals(end: End, hangup: Hangup | None, commands: Commands, not
                 log.info("%s: unmounting", signal.Signals(number).name)
                 notifier.send("STOPPING=1")
                 await end()
+
+
+@contextmanager
+def _ignored_afterwards(numbers: Iterable[int]) -> Iterator[None]:
+    """A second signal must not end the cleanup."""
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
 
 
 async def _end_when_released(server: ControlServer, end: End) -> None:

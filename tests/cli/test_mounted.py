@@ -100,7 +100,7 @@ def test_in_the_foreground_a_signal_ends_it_cleanly(user: Home, cid: str, number
         assert os.listdir(user.mountpoint) == [cid]
         daemon.send_signal(number)
         _out, err = daemon.communicate(timeout=60)
-    assert daemon.returncode == 0
+    assert daemon.returncode == 0, err
     assert f"{number.name}: unmounting" in err
     assert not fuse_mounts(user.folder)
     assert not (user.store / "control").exists()

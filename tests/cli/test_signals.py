@@ -224,6 +224,55 @@ def test_a_mount_that_is_ended_before_it_answers_ends_as_any_other(user: Home) -
     assert not fuse_mounts(user.folder)
 
 
+ENDED_BEFORE_ITS_RECEIVER = """
+import os, signal, sys
+import trio
+from ipfsfuse.cli.main import main
+
+opened = trio.open_signal_receiver
+
+def open_signal_receiver(*numbers):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return opened(*numbers)
+
+trio.open_signal_receiver = open_signal_receiver
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_signal_that_comes_as_the_receiver_is_made_is_not_lost(user: Home) -> None:
+    command = [sys.executable, "-c", ENDED_BEFORE_ITS_RECEIVER, "mount", "--foreground", str(user.mountpoint)]
+    with subprocess.Popen(command, env=user.env, stderr=subprocess.PIPE, text=True) as daemon:
+        try:
+            _out, err = daemon.communicate(timeout=PATIENCE)
+        finally:
+            daemon.kill()
+    assert daemon.returncode == 0, err
+    assert "SIGTERM: unmounting" in err
+    assert not fuse_mounts(user.folder)
+
+
+def test_in_the_foreground_a_second_signal_changes_nothing(user: Home, cid: str) -> None:
+    """An open file keeps the mount for half a second after the first signal."""
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
+    with subprocess.Popen(
+        command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as daemon:
+        assert daemon.stdout is not None
+        assert json.loads(daemon.stdout.readline())["pid"] == daemon.pid
+        file = os.open(user.mountpoint / cid / "hello.txt", os.O_RDONLY)
+        daemon.send_signal(signal.SIGQUIT)
+        while daemon.poll() is None:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGXCPU):
+                daemon.send_signal(number)
+            time.sleep(0.01)
+        _out, err = daemon.communicate(timeout=PATIENCE)
+        with suppress(OSError):
+            os.close(file)
+    assert daemon.returncode == 0, err
+    assert not fuse_mounts(user.folder)
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
 def test_a_mount_needs_no_standard_streams(user: Home, cid: str, closed: str) -> None:
     command = [sys.executable, "-m", "ipfsfuse", "mount", str(user.mountpoint)]
