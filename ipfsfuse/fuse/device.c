@@ -261,7 +261,8 @@ static ssize_t receive(void)
 
 	for (;;) {
 		size = read(device, buffer, REQUEST);
-		if (size >= 0 || errno == ENODEV)
+		/* ECONNABORTED: the mount went while the kernel handed out a request (fuse_dev_do_read) */
+		if (size >= 0 || errno == ENODEV || errno == ECONNABORTED)
 			return size > 0 ? size : 0;
 		if (errno == EINTR || errno == ENOENT) /* ENOENT: the request was taken back */
 			continue;

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -269,6 +270,27 @@ def test_in_the_foreground_a_second_signal_changes_nothing(user: Home, cid: str)
         _out, err = daemon.communicate(timeout=PATIENCE)
         with suppress(OSError):
             os.close(file)
+    assert daemon.returncode == 0, err
+    assert not fuse_mounts(user.folder)
+
+
+def test_a_mount_that_goes_while_a_request_is_read_ends_as_any_other(user: Home) -> None:
+    library = user.folder / "aborted_read.so"
+    source = Path(__file__).parents[1] / "fuse" / "aborted_read.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-o", library, source, "-ldl"], check=True)
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
+    preloaded = ":".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
+    with subprocess.Popen(
+        command,
+        env=user.env | {"LD_PRELOAD": preloaded},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as daemon:
+        assert daemon.stdout is not None
+        assert json.loads(daemon.stdout.readline())["pid"] == daemon.pid
+        daemon.send_signal(signal.SIGQUIT)
+        _out, err = daemon.communicate(timeout=PATIENCE)
     assert daemon.returncode == 0, err
     assert not fuse_mounts(user.folder)
 
