@@ -242,7 +242,10 @@ def car_opened(path: Path) -> Iterator["Record"]:
     """The CAR file of a record. What its receipt says is not looked at. Raises ReceiptRefused."""
     with contextlib.ExitStack() as stack:
         try:
-            record = Record(path, stack.enter_context(open_to_read(path)))
+            file = stack.enter_context(open_to_read(path))
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ReceiptRefused(f"{path} is not a file")
+            record = Record(path, file)
         except OSError as exc:
             raise ReceiptRefused(f"{path} can't be read: {exc.strerror}") from exc
         except (Malformed, NotACid, WrongBlock, Unsupported) as exc:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,19 @@ def test_a_record_that_was_changed_is_refused(run: Runner, cid: str, tmp_path: P
         done = run("--replay", target)
         assert (done.returncode, done.stdout, len(lines(done.stderr))) == (125, b"", 1), (what, done)
         assert b"run.car" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["--replay", "inspect"])
+def test_a_pipe_is_no_record(run: Runner, tmp_path: Path, command: str) -> None:
+    pipe = tmp_path / "run.car"
+    os.mkfifo(pipe)
+    writer = os.open(pipe, os.O_RDWR)  # so that reading it would have to wait
+    try:
+        done = run(command, pipe)
+    finally:
+        os.close(writer)
+    assert done.returncode == (125 if command == "--replay" else 1)
+    assert lines(done.stderr) == [f"ipfsfuse-run: {pipe} is not a file"]
 
 
 def with_receipt(target: Path, data: bytes, **files: bytes) -> None:
