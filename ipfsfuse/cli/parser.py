@@ -15,16 +15,18 @@ from ipfsfuse.cli import console, settings
 from ipfsfuse.errors import UsageError
 
 SOURCES_HELP = (
-    "SOURCE, in the order to ask: `library` (what `add` put there), a CAR file, `kubo` or "
-    "kubo+http://HOST:PORT, https://GATEWAY, `gateway` (those that IPFS_GATEWAY or ~/.config/ipfs/gateway "
-    "name), `network` (with --router); by default the library, the Kubo node of this machine if it has one, "
-    "and `gateway`"
+    "where blocks come from; repeat it to ask several sources in order: `library` (what `add` put there), a "
+    "CAR file, `kubo` or kubo+http://HOST:PORT, https://GATEWAY, `gateway` (those that IPFS_GATEWAY or "
+    "~/.config/ipfs/gateway name), `network` (needs --router). Default: the library, this machine's Kubo "
+    "node if it has one, and `gateway`"
 )
 
-ROUTER_HELP = "a delegated router: asked who has a block (`--from network`), and for IPNS records"
-PRIVATE_HELP = "let `network` ask providers at loopback and private addresses too: for private networks"
-DNS_HELP = "a DNS-over-HTTPS server to ask for DNSLink (this system's resolver)"
-RESERVE_HELP = "bytes of the disk that the cache leaves free (a twentieth, at most 2GiB; 0 for none)"
+ROUTER_HELP = "a delegated router, which is asked who has a block (`--from network`) and for IPNS records"
+PRIVATE_HELP = "let `network` also ask providers at loopback and private addresses, for private networks"
+DNS_HELP = "a DNS-over-HTTPS server to ask for DNSLink (default: this system's resolver)"
+RESERVE_HELP = (
+    "bytes to leave free on the cache's disk (default: a twentieth of it, at most 2GiB; 0 for none)"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,8 +115,8 @@ def build() -> Parser:
         prog="ipfsfuse",
         allow_abbrev=False,
         description="IPFS as a read-only directory.",
-        epilog="Exit codes: 0 done; 1 it failed; 2 usage; 75: another process has the cache folder; "
-        "of status also 3: degraded.",
+        epilog="Exit codes: 0 success; 1 failure; 2 usage error; 75 another process uses the cache folder; "
+        "130 interrupted. `status` exits with 3 if the mount is degraded.",
     )
     parser.add_argument("--version", action="version", version=f"ipfsfuse {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -147,7 +149,7 @@ _COUNT, _OWNER, _OCTAL, _PATH = _type(units.count), _type(units.owner), _type(un
 
 
 def _command(
-    commands: Any, name: str, run: str, about: str, json: str = "print JSON, of a failure too"
+    commands: Any, name: str, run: str, about: str, json: str = "print JSON, also for a failure"
 ) -> argparse.ArgumentParser:
     """A command without arguments but --json, which every command has."""
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -176,19 +178,20 @@ def _sources(parser: argparse.ArgumentParser, names: bool = True) -> None:
         parser.add_argument("--dns", default="system", metavar="URL", help=DNS_HELP)
     parser.add_argument(
         "--header-file", dest="header_files", action="append", metavar="URL=FILE", type=_PATH,
-        help="HTTP headers for the source at URL, one `Name: value` a line in a file that you alone may read",
+        help="HTTP headers for the source at URL: one `Name: value` per line, in a file that only you may "
+        "read",
     )  # fmt: skip
 
 
 def _folders(parser: argparse.ArgumentParser, library: bool = True) -> None:
     parser.add_argument(
         "--cache-dir", metavar="DIR", type=_PATH,
-        help="the cache folder (IPFSFUSE_CACHE_DIR, else ~/.cache/ipfsfuse)",
+        help="the cache folder (default: $IPFSFUSE_CACHE_DIR, else ~/.cache/ipfsfuse)",
     )  # fmt: skip
     if library:
         parser.add_argument(
             "--library", metavar="DIR", type=_PATH,
-            help="the library (IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)",
+            help="the library (default: $IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)",
         )  # fmt: skip
 
 
@@ -196,12 +199,12 @@ def _bounds(parser: argparse.ArgumentParser) -> None:
     """What a cache may take, and how long a read may."""
     parser.add_argument(
         "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE",
-        help="bytes that the cache may take on disk (10GiB)",
+        help="bytes that the cache may use on disk (default: 10GiB)",
     )  # fmt: skip
     parser.add_argument("--reserve", type=_SIZE_OR_ZERO, metavar="SIZE", help=RESERVE_HELP)
     parser.add_argument(
         "--deadline", type=_DURATION, default=30.0, metavar="TIME",
-        help="a read fails after this long without a block (30s)",
+        help="how long a read waits for a block before it fails (default: 30s)",
     )  # fmt: skip
 
 
@@ -210,32 +213,34 @@ def _bounds(parser: argparse.ArgumentParser) -> None:
 
 def _library(commands: Any) -> None:
     add = _command(
-        commands, "add", "library:add", "import files and folders into the library; prints their CIDs"
+        commands, "add", "library:add", "add files and folders to the library and print their CIDs"
     )
     add.add_argument(
-        "paths", nargs="+", metavar="PATH", help="a file, a folder, a symlink; - for standard input"
+        "paths", nargs="+", metavar="PATH", help="a file, a folder or a symlink; - for standard input"
     )
     add.add_argument(
         "--cid-version", type=int, choices=[0, 1], help="1 is the profile unixfs-v1-2025, 0 is unixfs-v0-2015"
     )
     add.add_argument(
         "--profile", default="unixfs-v1-2025", choices=["unixfs-v1-2025", "unixfs-v0-2015"],
-        help="how files are cut into blocks, and so which CID they get (unixfs-v1-2025)",
+        help="how files are split into blocks, which decides their CIDs (default: unixfs-v1-2025)",
     )  # fmt: skip
     _switches(add, {
-        "-q --quiet": "print CIDs alone",
-        "-Q --quieter": "print the last CID alone",
-        "-r --recursive": "accepted as by `ipfs add`; a folder is always added whole",
-        "-w --wrap-with-directory": "put the PATHs into a folder of their own",
-        "-H --hidden": "add files whose names begin with a dot too",
-        "-n --only-hash": "print the CIDs and add nothing",
+        "-q --quiet": "print only the CIDs",
+        "-Q --quieter": "print only the last CID",
+        "-r --recursive": "accepted for compatibility with `ipfs add`; a folder is always added whole",
+        "-w --wrap-with-directory": "wrap the PATHs in a new folder",
+        "-H --hidden": "also add files whose names begin with a dot",
+        "-n --only-hash": "print the CIDs without adding anything",
         "--preserve-mode": "store permissions",
         "--preserve-mtime": "store modification times",
     })  # fmt: skip
-    cars = _command(commands, "import", "library:import_cars", "add CAR files to the library, verified")
+    cars = _command(
+        commands, "import", "library:import_cars", "add CAR files to the library and verify every block"
+    )
     cars.add_argument("files", nargs="+", metavar="FILE.car", type=_PATH, help="a CAR file with roots")
-    library = _command(commands, "library", "library:show", "list what `add` put into the library")
-    _switches(library, {"--compact": "first free the space of what was removed"})
+    library = _command(commands, "library", "library:show", "list the roots in the library")
+    _switches(library, {"--compact": "first free the space of what `rm` removed"})
     remove = _command(commands, "rm", "library:remove", "remove a CID from the library")
     remove.add_argument("cid", metavar="CID", help="a CID that `ipfsfuse library` lists")
     for parser in (add, cars, library, remove):
@@ -244,39 +249,52 @@ def _library(commands: Any) -> None:
 
 def _content(commands: Any) -> None:
     export = _command(
-        commands, "export", "reading:export", "write a CID with all below it to a CAR file, verified"
+        commands, "export", "reading:export", "write a CID and everything below it to a CAR file"
     )
-    export.add_argument("cid", metavar="CID", help="the root of what is written")
+    export.add_argument("cid", metavar="CID", help="the root to write")
     export.add_argument(
         "file", metavar="FILE.car", type=_PATH, help="the file to write; - for standard output"
     )
-    _switches(export, {"--v2": "a CARv2 with an index"})
+    _switches(export, {"--v2": "write CARv2, with an index"})
     push = _command(
-        commands, "push", "reading:push", "send a CID with all below it to a Kubo node, and pin it there"
+        commands,
+        "push",
+        "reading:push",
+        "send a CID and everything below it to a Kubo node, and pin it there",
     )
-    push.add_argument("cid", metavar="CID", help="the root of what is sent")
+    push.add_argument("cid", metavar="CID", help="the root to send")
     push.add_argument(
-        "--to", metavar="NODE", default="kubo", help="kubo (this machine's), or kubo+http://HOST:PORT"
+        "--to",
+        metavar="NODE",
+        default="kubo",
+        help="kubo+http://HOST:PORT (default: kubo, this machine's node)",
     )
     cat = _command(
-        commands, "cat", "reading:cat", "write a file to standard output, without a mount",
-        "lines of JSON: pieces of the content in base64, then its size",
+        commands, "cat", "reading:cat", "print a file, without a mount",
+        "print lines of JSON: the content in base64 pieces, then its size",
     )  # fmt: skip
     cat.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b")
-    _switches(cat, {"--raw": "the block of the CID as it is, of any codec"})
+    _switches(cat, {"--raw": "print the block itself, whatever its codec"})
     get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
     get.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b")
     get.add_argument(
-        "-o", "--output", metavar="PATH", type=_PATH, help="where to write it (its name, in this folder)"
+        "-o",
+        "--output",
+        metavar="PATH",
+        type=_PATH,
+        help="where to write it (default: under its own name in this folder)",
     )
     serve = _command(
-        commands, "serve", "mounting:serve", "serve what is here over HTTP, as a trustless gateway",
+        commands, "serve", "mounting:serve", "serve local content over HTTP, as a trustless gateway",
         "print the addresses and the pid",
     )  # fmt: skip
     serve.add_argument(
-        "--listen", default="127.0.0.1:8080", metavar="HOST:PORT", help="where (127.0.0.1:8080)"
+        "--listen",
+        default="127.0.0.1:8080",
+        metavar="HOST:PORT",
+        help="where to listen (default: 127.0.0.1:8080)",
     )
-    _switches(serve, {"--fetch": "fetch what is not here from the sources, whoever asks"})
+    _switches(serve, {"--fetch": "also fetch what is not here, for any client"})
     _bounds(serve)
     for parser in (export, push, cat, get, serve):
         _sources(parser)
@@ -297,24 +315,24 @@ def _mounts(commands: Any) -> None:
     )  # fmt: skip
     _mount_options(mount)
     _switches(mount, {
-        "--all": "every mount that the configuration names",
+        "--all": "mount everything that the configuration names",
         "--foreground": "stay in the foreground, and log to standard error",
     })  # fmt: skip
     mount.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
     unmount = _command(
-        commands, "unmount", "mounting:unmount", "unmount; if it is busy, say which process uses it"
+        commands, "unmount", "mounting:unmount", "unmount, or say which process keeps the mount busy"
     )
     unmount.add_argument(
         "mountpoint", metavar="MOUNTPOINT|NAME", nargs="?", type=_PATH,
         help="where it is mounted, or its name in the configuration",
     )  # fmt: skip
     _switches(unmount, {
-        "--all": "every mount of this user whose daemon is known",
-        "--lazy": "unmount now; programs that use it may finish",
+        "--all": "unmount every mount of this user whose daemon is known",
+        "--lazy": "detach now, while programs may still have files open",
     })  # fmt: skip
     _folders(unmount, library=False)
     _command(
-        commands, "mounts", "mounting:show_mounts", "list mounts: by whom, since when, whether they answer"
+        commands, "mounts", "mounting:show_mounts", "list mounts: whose, since when, and whether they answer"
     )
 
 
@@ -328,49 +346,66 @@ def _mount_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--allow", action="append", metavar="CID|FILE",
-        help="these CIDs and what they hold, nothing else; a file lists one a line",
+        help="show only these CIDs and what is below them; FILE lists one CID per line",
     )  # fmt: skip
     parser.add_argument(
-        "--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used"
+        "--record", metavar="FILE", type=_PATH, help="write the CID of every block that is used to FILE"
     )
     parser.add_argument(
         "--pins", choices=["kubo", "none"], default="kubo",
-        help="kubo (the default): hold what is staged at the Kubo nodes among the sources",
+        help="kubo: have the Kubo nodes among the sources keep what is staged; none: don't (default: kubo)",
     )  # fmt: skip
     parser.add_argument(
         "--max-fetch", type=_SIZE_OR_ZERO, metavar="SIZE",
-        help="bytes to fetch at most, of all sources together; then reads of what is not here fail with EIO",
+        help="the most bytes to fetch, from all sources together; after that, reads of what is missing "
+        "fail with EIO",
     )  # fmt: skip
     parser.add_argument(
-        "--bwlimit", type=_SIZE, metavar="RATE", help="bytes a second to fetch, of all sources together"
-    )
-    parser.add_argument("--uid", type=_OWNER, metavar="N", help="show this owner (the user who mounts)")
-    parser.add_argument("--gid", type=_OWNER, metavar="N", help="show this group (the group who mounts)")
-    parser.add_argument(
-        "--umask", type=_OCTAL, metavar="MODE", default=0, help="permissions to take away (000)"
+        "--bwlimit",
+        type=_SIZE,
+        metavar="RATE",
+        help="the most bytes to fetch per second, from all sources together",
     )
     parser.add_argument(
-        "--user", metavar="NAME", help="started by root, go on as this user, whose mount it then is"
+        "--uid", type=_OWNER, metavar="N", help="the owner to show (default: the user who mounts)"
+    )
+    parser.add_argument(
+        "--gid", type=_OWNER, metavar="N", help="the group to show (default: the group of that user)"
+    )
+    parser.add_argument(
+        "--umask",
+        type=_OCTAL,
+        metavar="MODE",
+        default=0,
+        help="permissions to remove from what is shown (default: 000)",
+    )
+    parser.add_argument(
+        "--user", metavar="NAME", help="when root starts it, continue as this user, who then owns the mount"
     )
     _switches(parser, {
-        "--offline": "show what is here; anything else fails at once",
-        "--allow-other": "let other users in: they can read all that the mount shows, the whole library too",
-        "--passthrough": "let the kernel read staged files itself, once they were verified whole: for root, "
-        "Linux 6.9",
-        "--isolated": "a cache folder of its own, gone with the mount",
-        "--while-held": "end with the last connection that holds the mount, and remove MOUNTPOINT",
-        "--unconfined": "let the daemon reach every file of its user: no landlock, and no no_new_privs",
+        "--offline": "use only local content; reads of anything else fail at once",
+        "--allow-other": "let other users in: they can read everything in the mount, including the whole "
+        "library",
+        "--passthrough": "let the kernel read staged files directly, once each was verified whole (root "
+        "only, Linux 6.9 or later)",
+        "--isolated": "use a new cache folder, which is removed with the mount",
+        "--while-held": "end when the last connection that holds the mount closes, and remove MOUNTPOINT",
+        "--unconfined": "switch the daemon's confinement off (landlock, no_new_privs): it can then reach "
+        "every file of its user",
     })  # fmt: skip
     parser.add_argument(
         "--log-level", choices=["debug", "info", "warning", "error"], default="info",
-        help="the least that is logged (info)",
+        help="the least severe messages to log (default: info)",
     )  # fmt: skip
     parser.add_argument(
-        "--log-file", metavar="FILE", type=_PATH, help="log there, and keep one older file (the cache folder)"
+        "--log-file",
+        metavar="FILE",
+        type=_PATH,
+        help="log to FILE and keep one older file (default: in the cache folder)",
     )
     parser.add_argument(
         "--log-format", choices=["text", "json", "journal"], default="text",
-        help="json: an object a line; journal: priorities for journald (text)",
+        help="json: one object per line; journal: with journald's priorities (default: text)",
     )  # fmt: skip
 
 
@@ -393,7 +428,7 @@ def _to_a_mount(commands: Any) -> None:
         parser = _command(commands, name, run, about)
         parser.add_argument(
             "--mount", metavar="MOUNTPOINT|NAME", type=_PATH,
-            help="the mount to ask; without it, that of the cache folder",
+            help="the mount to ask (default: the mount that uses the cache folder)",
         )  # fmt: skip
         _folders(parser, library=False)
         return parser
@@ -403,41 +438,45 @@ def _to_a_mount(commands: Any) -> None:
         parser.add_argument("items", metavar="CID|PATH", nargs=number, help=says)
 
     status = command("status", "status:run", "show how a running mount is doing: sources, cache, pins")
-    _switches(status, {"--watch": "a live view, until Ctrl-C"})
-    status.add_argument(
-        "--html", metavar="FILE", type=_PATH, help="write a page for a browser; - for standard output"
-    )
+    _switches(status, {"--watch": "show a live view until Ctrl-C"})
+    status.add_argument("--html", metavar="FILE", type=_PATH, help="write a web page; - for standard output")
     listing = command("ls", "remote:ls", "list what is staged: names, sizes, completeness, last use, pins")
-    _switches(listing, {"--tree": "small files and directories too, below their directories"})
+    _switches(listing, {"--tree": "show a tree, with small files and directories too"})
     pin = command(
         "pin",
         "remote:pin",
-        "fetch CIDs whole, and keep them until they are unpinned; `pin ls` lists what is pinned",
+        "fetch CIDs whole and keep them until they are unpinned; `pin ls` lists them",
     )
-    items(pin, more="; or the word ls, to list pins")
-    items(command("unpin", "remote:unpin", "unpin CIDs, which may then be evicted"))
-    prefetch = command("prefetch", "remote:prefetch", "fetch CIDs with all below them into the cache")
+    items(pin, more="; or `ls` to list the pins")
+    items(command("unpin", "remote:unpin", "unpin CIDs, so that they may be evicted"))
+    prefetch = command("prefetch", "remote:prefetch", "fetch CIDs and everything below them into the cache")
     items(prefetch)
-    prefetch.add_argument("--depth", type=_COUNT, metavar="N", help="levels of folders to go down (all)")
+    prefetch.add_argument(
+        "--depth", type=_COUNT, metavar="N", help="how many levels of folders to descend (default: all)"
+    )
     evict = command("evict", "remote:evict", "remove CIDs from the cache")
     items(evict, "*")
-    _switches(evict, {"--all": "everything that is not pinned"})
-    budget = command("budget", "remote:budget", "change how many bytes the cache of a running mount may take")
-    budget.add_argument("size", metavar="SIZE", type=_SIZE, help="such as 10GiB; what is too much is evicted")
+    _switches(evict, {"--all": "remove everything that is not pinned"})
+    budget = command("budget", "remote:budget", "change the cache budget of a running mount")
+    budget.add_argument("size", metavar="SIZE", type=_SIZE, help="such as 10GiB; what exceeds it is evicted")
     fsck = command("fsck", "remote:fsck", "hash everything in the cache again, and replace what is wrong")
     fsck.add_argument("file", metavar="FILE.car", nargs="?", type=_PATH, help="check this CAR file instead")
     fsck.set_defaults(check_library=False)
     fsck.add_argument(
         "--library", metavar="DIR", nargs="?", action=_CheckLibrary,
-        help="check the library instead (IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)",
+        help="check the library instead (default: $IPFSFUSE_LIBRARY, else ~/.local/share/ipfsfuse/library)",
     )  # fmt: skip
     logs = command("logs", "logs:show", "show the log of a mount")
-    logs.add_argument("-n", "--lines", type=_COUNT, default=50, metavar="N", help="the last N lines (50)")
-    _switches(logs, {"-f --follow": "then print what is logged from now on"})
+    logs.add_argument(
+        "-n", "--lines", type=_COUNT, default=50, metavar="N", help="how many lines to show (default: 50)"
+    )
+    _switches(logs, {"-f --follow": "go on printing what is logged"})
     logs.add_argument("--log-file", metavar="FILE", type=_PATH, help="the file that the mount logs to")
-    metrics = command("metrics", "metrics:run", "print what a running mount counts, as OpenMetrics")
-    metrics.add_argument("--listen", metavar="HOST:PORT", help="serve it over HTTP instead")
-    metrics.add_argument("--textfile", metavar="FILE", type=_PATH, help="write it there, for a node exporter")
+    metrics = command("metrics", "metrics:run", "print the metrics of a running mount, as OpenMetrics")
+    metrics.add_argument("--listen", metavar="HOST:PORT", help="serve them over HTTP instead")
+    metrics.add_argument(
+        "--textfile", metavar="FILE", type=_PATH, help="write them to FILE, for a node exporter"
+    )
 
 
 # -- the rest ------------------------------------------------------------------------------------------------
@@ -445,20 +484,24 @@ def _to_a_mount(commands: Any) -> None:
 
 def _others(commands: Any) -> None:
     doctor = _command(
-        commands, "doctor", "doctor:run", "check this machine and its mounts, and say what to do"
+        commands, "doctor", "doctor:run", "check this machine and its mounts, and say what to fix"
     )
     _bounds(doctor)
     _sources(doctor, names=False)
     _folders(doctor)
     config = _command(
-        commands, "config", "settings:show", "show which settings hold for a mount, and where each comes from"
+        commands, "config", "settings:show", "show the settings of a mount, and where each comes from"
     )
     config.add_argument("mountpoint", metavar="NAME", nargs="?", help="a mount that the configuration names")
-    _switches(config, {"--init": "write a commented file for this user"})
+    _switches(
+        config, {"--init": "write a configuration file for this user, with every setting commented out"}
+    )
     _mount_options(config)
     help_ = _command(commands, "help", "parser:print_help", "explain a command, or list all commands")
-    help_.add_argument("about", metavar="COMMAND", nargs="?", help="without one, all commands are listed")
-    completion = _command(commands, "completion", "parser:print_completion", "print a shell's completions")
+    help_.add_argument(
+        "about", metavar="COMMAND", nargs="?", help="the command to explain (default: list all commands)"
+    )
+    completion = _command(commands, "completion", "parser:print_completion", "print completions for a shell")
     completion.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
 
 

@@ -195,9 +195,8 @@ def _parser() -> Parser:
         formatter_class=_Formatter,
         description="Run a WASI command (core module or component, binary or text) with IPFS at /ipfs. "
         "GUEST is a file, /ipfs/CID/path, or - for standard input.",
-        epilog="Exit codes: the guest's own; 2 usage; 124 ran out of time; 125 it could not be run; 134 "
-        "trapped; 137 killed. "
-        "Of --replay: 0 the same, 3 different, 125 it could not be repeated.",
+        epilog="Exit codes: the guest's own; 2 usage error; 124 out of time; 125 could not be run; 134 "
+        "trapped; 137 killed. With --replay: 0 the same, 3 different, 125 could not be repeated.",
     )
     _guest_options(parser.add_argument_group("the guest"))
     _mount_options(parser.add_argument_group("the mount (--mount, or what `ipfsfuse mount` takes)"))
@@ -206,12 +205,12 @@ def _parser() -> Parser:
 
 
 def _guest_options(group: argparse._ArgumentGroup) -> None:
-    _repeatable(group, "--env", "K[=V]", "set a variable, or pass on the runner's own", type=_variable)
+    _repeatable(group, "--env", "K[=V]", "set a variable, or pass on the runner's value", type=_variable)
     _repeatable(
         group,
         "--dir",
         "HOST[::GUEST[::ro]]",
-        "a folder of the host, to write too but for ::ro",
+        "give the guest a folder of the host, writable unless ::ro is given",
         type=parse_dir,
         dest="dirs",
     )
@@ -219,53 +218,61 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         "--tmp",
         metavar="SIZE",
         type=units.size_or_zero,
-        help="what the guest's own /tmp may hold, 256 MiB by default; 0 for none",
+        help="the size of the guest's private /tmp (default: 256 MiB; 0 for no /tmp)",
     )
-    group.add_argument("--out", metavar="DIR", help="a new or empty folder for the guest's results: its /out")
-    group.add_argument("--add", action="store_true", help="take the results of --out into the library")
     group.add_argument(
-        "--cid-file", metavar="FILE", help="write the CID of the results of --out to this new file"
+        "--out", metavar="DIR", help="a new or empty folder for the guest's results, which it sees as /out"
+    )
+    group.add_argument("--add", action="store_true", help="add the results in --out to the library")
+    group.add_argument(
+        "--cid-file", metavar="FILE", help="write the CID of the results in --out to a new file"
     )
     group.add_argument(
         "--root",
         metavar="CID[/path]",
         type=parse_root,
-        help="the guest's / is this directory, with /ipfs, /tmp and /out over it",
+        help="use this directory as the guest's /, with /ipfs, /tmp and /out over it",
     )
     group.add_argument(
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="what runs the guest: the wasmtime command on PATH, or the library; auto takes the command if "
-        "it can",
+        help="what runs the guest: the wasmtime command on PATH, or the library; auto uses the command if "
+        "possible",
     )
     group.add_argument(
         "--require-sandbox",
         action="store_true",
-        help="refuse to run if the kernel lacks a layer of the lock",
+        help="refuse to run if the kernel lacks one of the sandbox's layers",
     )
     group.add_argument(
-        "-v", "--verbose", action="store_true", help="say what runs the guest, and what locks it in"
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="say what runs the guest and which sandbox layers are in force",
     )
     group.add_argument(
         "--invoke",
         metavar="FUNC",
-        help="call this exported function of a core module with the ARGs, and print its results, one a line",
+        help="call this exported function of a core module with the ARGs, and print its results, one per "
+        "line",
     )
     _repeatable(
         group,
         "--preload",
         "NAME=MODULE",
-        "a core module that the guest imports from under this name; a file, or /ipfs/CID/path",
+        "a core module (a file or /ipfs/CID/path) that the guest imports under this name",
         type=_preload,
     )
     for option, habits in _HABITS.items():
-        meaning = f"as `wasmtime run` has it, for what is on anyway: {', '.join(habits.on)}"
+        meaning = f"accepted as in `wasmtime run`; these are always on: {', '.join(habits.on)}"
         _repeatable(group, option, "NAME", meaning, habits.name, dest=option)
     for names in _NOT_TAKEN:
         group.add_argument(*names.split("/"), action=_Refused, help=argparse.SUPPRESS)
     group.add_argument("-V", "--version", action="version", version=f"ipfsfuse-run {__version__}")
-    group.add_argument("--argv0", metavar="NAME", help="the guest's own name, instead of GUEST's")
+    group.add_argument(
+        "--argv0", metavar="NAME", help="the name that the guest sees as its own (default: GUEST's)"
+    )
     group.add_argument("--cwd", metavar="DIR", help="the guest's working directory, as the guest names it")
     names = ", ".join(map(limiting.option, Limits._fields))
     _repeatable(group, "-W", "LIMIT=N[,...]", f"limits: {names}", "--wasm", dest="limits")
@@ -278,23 +285,26 @@ def _repeatable(
 
 
 def _mount_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--mount", metavar="DIR", help="use this mount, or any folder, as /ipfs")
     group.add_argument(
-        "--mount", metavar="DIR", help="use this mount instead of the cache folder's or one of its own"
+        "--isolated", action="store_true", help="use a mount, staging and page cache for this run alone"
     )
-    group.add_argument(
-        "--isolated", action="store_true", help="a mount, staging and page cache for this run alone"
+    _repeatable(
+        group,
+        "--allow",
+        "CID|FILE",
+        "show the guest only these CIDs and what is below them (implies --isolated)",
     )
-    _repeatable(group, "--allow", "CID|FILE", "only these CIDs, and what they hold (implies --isolated)")
     _repeatable(
         group,
         "--ipns",
         "NAME",
-        "an IPNS name or a domain: what it stands for when the run begins is the folder /ipns/NAME",
+        "show an IPNS name or a domain as the folder /ipns/NAME, as it resolves when the run begins",
     )
     for name, (metavar, meaning) in PASSED_ON.items():
         _repeatable(group, name, metavar, meaning)
     group.add_argument(
-        "--cache-dir", metavar="DIR", help="the cache folder: its live mount is used, or one is made for it"
+        "--cache-dir", metavar="DIR", help="the cache folder; a mount that uses it is used, else one is made"
     )
     group.add_argument(
         "--offline", action="store_true", help="ask no gateway, and a node only for what it has"
@@ -304,14 +314,14 @@ def _mount_options(group: argparse._ArgumentGroup) -> None:
 PASSED_ON = {
     "--from": (
         "SOURCE",
-        "where blocks come from: library, a CAR file, kubo, kubo:URL, a gateway's URL, network",
+        "where blocks come from: library, a CAR file, kubo, kubo+http://HOST:PORT, a URL, gateway, network",
     ),
-    "--budget": ("SIZE", "bytes that the cache may take on the disk"),
-    "--reserve": ("SIZE", "bytes of the disk that stay free"),
-    "--deadline": ("TIME", "how long a read waits for a block that no source gives; 30s by default"),
+    "--budget": ("SIZE", "bytes that the cache may use on disk"),
+    "--reserve": ("SIZE", "bytes that the cache leaves free on its disk"),
+    "--deadline": ("TIME", "how long a read waits for a block before it fails (default: 30s)"),
     "--library": ("DIR", "the library that `ipfsfuse add` fills"),
-    "--dns": ("URL", "the DNS server, by HTTPS, that is asked for domains under /ipns"),
-    "--router": ("URL", "a delegated router, asked for IPNS records and for who has a block"),
+    "--dns": ("URL", "a DNS-over-HTTPS server to ask for domains under /ipns"),
+    "--router": ("URL", "a delegated router, which is asked for IPNS records and who has a block"),
 }
 """Options of `ipfsfuse mount` with a value, passed on unread."""
 
@@ -323,12 +333,12 @@ def _receipt_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="with --record: clock, random and NaN bits are the same in every run",
+        help="with --record: make clocks, random numbers and NaN bits the same in every run",
     )
     group.add_argument(
         "--record-env",
         action="store_true",
-        help="with --record: the values of --env, too, not only their hashes",
+        help="with --record: record the values of --env, not only their hashes",
     )
     group.add_argument(
         "--sign", metavar="KEY", help="with --record RUN.car: sign the receipt with this Ed25519 key"
@@ -336,7 +346,7 @@ def _receipt_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--show",
         action="store_true",
-        help="with --replay: print what the guest prints; the verdict on stderr",
+        help="with --replay: print what the guest prints, and the verdict on stderr",
     )
     group.add_argument(
         "--key", metavar="PUB", help="with --replay: refuse a receipt that this Ed25519 key did not sign"
@@ -344,7 +354,7 @@ def _receipt_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--replay",
         metavar="RUN.car",
-        help="run a recorded run again, offline, and say whether it gives the same",
+        help="repeat a recorded run offline, and say whether it gives the same results",
     )
 
 
