@@ -32,7 +32,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import too_large
 from ipfsfuse.sources.local.car_file import CarFile, ensure_index
 from ipfsfuse.sources.local.car_writer import CarWriter
-from ipfsfuse.sources.local.library import Library, NewRoot
+from ipfsfuse.sources.local.library import Library, NewRoot, damaged_roots
 
 _FETCHED_AHEAD = 16
 """Blocks fetched side by side."""
@@ -301,9 +301,13 @@ def _named_links(cid: Cid, block: bytes) -> list[tuple[Cid, str]]:
 
 
 def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, str]]:
-    """(path, reason) of each block that is missing or wrong below the roots of the library. Hashes all."""
-    roots = [(entry.cid, f"{cids.text(entry.cid)} {entry.name}".rstrip()) for entry in library.entries()]
-    return _damage(roots, library.block, progress)
+    """(path, reason) of each root that can't be read, and of each block that is missing or wrong below the
+    others. Hashes all."""
+    entries = library.entries()
+    for path in damaged_roots(library.folder, entries):
+        yield path.name, f"{path} can't be read: add its content again, or remove that file"
+    roots = [(entry.cid, f"{cids.text(entry.cid)} {entry.name}".rstrip()) for entry in entries]
+    yield from _damage(roots, library.block, progress)
 
 
 def car_damage(file: Path, progress: Progress) -> Iterator[tuple[str, str]]:

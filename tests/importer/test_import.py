@@ -93,6 +93,12 @@ def test_damage_of_the_library_is_named_by_its_path(tmp_path: Path) -> None:
     done = run(home, "fsck", "--library", home.library)
     assert done.returncode == 1
     assert done.stdout.startswith(f"damaged: {cids.text(blocks[-1][0])} good/0/1: ")
+    pack.write_bytes(data)
+    (root,) = (home.library / "roots").iterdir()
+    root.write_text(root.read_text()[:10])
+    done = run(home, "fsck", "--library")
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"damaged: {cids.text(blocks[-1][0])}: {root} can't be read")
 
 
 @pytest.mark.parametrize("roots", [0, 1])
