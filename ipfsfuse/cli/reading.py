@@ -11,10 +11,11 @@ import base64
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import trio
 
@@ -165,6 +166,18 @@ class _Got:
         self._progress(self.bytes)
 
 
+@contextmanager
+def _new_file(target: Path) -> Iterator[BinaryIO]:
+    """A new file, gone if it could not be written to its end: half of it would look like all."""
+    out = target.open("xb")
+    try:
+        with out:
+            yield out
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
 def _copy(path: Path, target: Path, done: _Got) -> None:
     """Nothing that exists is written to: a name that comes twice can't lead out of `target`."""
     waiting = [(path, target)]  # a tree may be deeper than Python can call
@@ -176,7 +189,7 @@ def _copy(path: Path, target: Path, done: _Got) -> None:
             target.mkdir()
             waiting += [(path / name, target / name) for name in reversed(os.listdir(path))]
         else:
-            with path.open("rb") as file, target.open("xb") as out:
+            with path.open("rb") as file, _new_file(target) as out:
                 while piece := file.read(PIECE):
                     out.write(piece)
                     done.add(len(piece))
@@ -203,7 +216,7 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
                 if paths.can_hold(_stored(entry.name))
             ]
         else:
-            with target.open("xb") as out:
+            with _new_file(target) as out:
                 async with await filesystem.open(path) as file:
                     place = 0
                     while piece := await file.read(place, PIECE):

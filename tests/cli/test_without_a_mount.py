@@ -68,6 +68,18 @@ def test_get_does_not_follow_symlinks_out_of_the_mount(user: Home) -> None:
 
 
 @pytest.mark.fuse
+def test_get_leaves_no_half_of_a_file(user: Home) -> None:
+    (user.folder / "large").write_bytes(content := os.urandom(6 << 20))
+    cid = user.add(user.folder / "large")
+    [pack] = user.library.glob("*.car")
+    pack.write_bytes(pack.read_bytes().replace(content[5 << 20 :][:1000], bytes(1000)))
+    for mounted in (nullcontext(), user.mounted()):
+        with mounted:
+            assert user.run("get", cid, "-o", user.folder / "copy", check=False).returncode == 1
+            assert not (user.folder / "copy").exists()
+
+
+@pytest.mark.fuse
 def test_get_copies_a_tree_that_is_deeper_than_python_can_call(user: Home) -> None:
     names = "/".join("d" * 1200)
     subprocess.run(["mkdir", "-p", user.folder / "deep" / names], check=True)
