@@ -93,7 +93,9 @@ def test_damage_of_the_library_is_named_by_its_path(tmp_path: Path) -> None:
     done = run(home, "fsck", "--library", home.library)
     assert done.returncode == 1
     assert done.stdout.startswith(f"damaged: {cids.text(blocks[-1][0])} good/0/1: ")
-    pack.write_bytes(data)
+    home.run("import", tmp_path / "good.car")  # which mends it
+    assert pack.read_bytes() == data
+    assert run(home, "fsck", "--library").returncode == 0
     (root,) = (home.library / "roots").iterdir()
     root.write_text(root.read_text()[:10])
     done = run(home, "fsck", "--library")

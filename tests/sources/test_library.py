@@ -219,6 +219,21 @@ def test_what_a_damaged_root_needs_is_not_removed(library: Library) -> None:
     assert set(library.roots()) == {blocks[-1][0], raw(1)[0]}
 
 
+@pytest.mark.logs("had wrong bytes")
+@pytest.mark.parametrize("what", ["content", "head"])
+def test_what_is_damaged_in_a_pack_is_mended_by_adding_it_again(library: Library, what: str) -> None:
+    """The log advises that; the library said that it had the block already, or refused the add."""
+    blocks = dag(range(20))
+    add(library, blocks)
+    (name,) = packs(library)
+    pack, (cid, block) = library.folder / name, blocks[3]
+    lost = block if what == "content" else cid
+    data = pack.read_bytes()
+    pack.write_bytes(data.replace(lost, lost[:-1] + bytes([lost[-1] ^ 1]), 1))
+    add(library, blocks)
+    assert [Library(library.folder).block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
+
+
 def test_a_damaged_pack_is_one_line(library: Library) -> None:
     blocks = dag(range(20))
     add(library, blocks)

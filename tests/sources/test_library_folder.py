@@ -247,7 +247,11 @@ def test_whatever_is_planted_at_a_name_nothing_outside_changes(
             assert [library.block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
         library.entries()
         library.remove(more[-1][0])
-        library.compact()
+        if name == "roots/{cid}" and path.is_file() and not path.is_symlink():
+            with pytest.raises(StoreFailed, match="nothing is removed that it may need"):
+                library.compact()
+        else:
+            library.compact()
         with pytest.raises(NotFound):
             library.remove(dag(range(50, 60))[-1][0])
         library.close()

@@ -53,6 +53,8 @@ from ipfsfuse.sources.local.car_file import (
 )
 from ipfsfuse.sources.local.car_writer import CarWriter
 
+log = logging.getLogger(__name__)
+
 MARKER, VERSION = "ipfsfuse library", 1
 FORMAT, LOCK, ROOTS = "format", "lock", "roots"
 PACK = ".car"
@@ -273,8 +275,12 @@ def damaged_roots(folder: Path, entries: Iterable[Entry]) -> list[Path]:
     known = {root_path(folder, entry.cid) for entry in entries}
     found = []
     for path in (folder / ROOTS).iterdir():
-        with suppress(NotACid):
-            if path not in known and root_path(folder, cids.parse(path.name)) == path:
+        with suppress(NotACid, FileNotFoundError):
+            if (
+                path not in known
+                and root_path(folder, cids.parse(path.name)) == path
+                and stat.S_ISREG(path.lstat().st_mode)
+            ):
                 found.append(path)
     return found
 
@@ -416,7 +422,8 @@ class LibraryWriter:
         self.abort()
 
     def put(self, cid: Cid, block: bytes) -> bool:
-        """Adds a block. False if the library has it already. Raises StoreFailed."""
+        """Adds a block. False if the library has it already; one that is damaged there is mended. Raises
+        StoreFailed."""
         multihash = cids.multihash(cid)
         if multihash in self._seen or cids.inline(cid) is not None:
             return False
@@ -424,7 +431,7 @@ class LibraryWriter:
         look = time.monotonic() - self._looked >= LOOK_SECONDS
         if look:
             self._looked = time.monotonic()
-        found = self._packs.find(multihash, refresh=look)
+        found = self._found(multihash, block, look)
         if found is not None:
             self._used.add(found.file.name)
         else:
@@ -437,6 +444,27 @@ class LibraryWriter:
         if len(self._seen) > _MAX_REMEMBERED:
             del self._seen[next(iter(self._seen))]
         return found is None
+
+    def _found(self, multihash: bytes, block: bytes, refresh: bool) -> Found | None:
+        """Where the block is in a pack. None where it is in none, or what lies there is of no use."""
+        try:
+            found = self._packs.find(multihash, refresh=refresh)
+            if found is None or found.file.read(found.place) == block:
+                return found
+        except SourceFailed:
+            return None
+        if found.place.size != len(block):
+            return None
+        path, at = found.file.path, found.place.offset
+        with (
+            store_errors(f"the library {self._folder}"),
+            # nobody replaces a pack meanwhile: we hold the lock
+            Closing(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd,
+        ):
+            write_all(fd, block, at)
+            os.fsync(fd)
+        log.warning("%s had wrong bytes at %d, and has the right ones now", path, at)
+        return found
 
     def commit(self, roots: Sequence[NewRoot]) -> None:
         """Makes all of it seen by every reader: the pack first, then the roots. Raises StoreFailed, leaving
@@ -568,8 +596,6 @@ def _links(cid: Cid, packs: Packs) -> list[Cid]:
 
 
 # -- the library ---------------------------------------------------------------------------------------------
-
-log = logging.getLogger(__name__)
 
 
 class Library:
