@@ -21,38 +21,38 @@ from ipfsfuse.sources import defaults
 SYSTEM = Path("/etc/ipfsfuse/config.toml")
 
 SETTINGS: Mapping[str, str] = {
-    "from": "sources, in the order to ask: a list; these two and the router below need neither "
+    "from": "a list of sources, in the order to ask them; these two, with the router below, need neither "
     "a node nor a gateway of yours",
-    "router": "delegated routers, for `network` and for IPNS records: a list; this public one sees the CIDs "
-    "that it is asked for",
+    "router": "a list of delegated routers, for `network` and for IPNS records; this public one sees the "
+    "CIDs that you ask it for",
     "cache-dir": "the cache folder",
     "library": "the library",
-    "budget": "bytes that the cache may take on disk",
-    "reserve": "what the cache leaves free of its disk",
-    "deadline": "a read fails after this long without a block",
-    "offline": "ask nothing of the network",
-    "bwlimit": "bytes a second that are fetched, of all sources together",
-    "max-fetch": "bytes that are fetched at most, of all sources together",
+    "budget": "bytes that the cache may use on disk",
+    "reserve": "bytes that the cache leaves free on its disk",
+    "deadline": "how long a read waits for a block before it fails",
+    "offline": "use only local content",
+    "bwlimit": "the most bytes to fetch per second, from all sources together",
+    "max-fetch": "the most bytes to fetch, from all sources together",
     "pins": "kubo or none",
-    "allow": "only these CIDs, or files that list some: a list",
+    "allow": "a list of CIDs, or of files that list some: only these are shown",
     "allow-other": "let other users in",
-    "passthrough": "let the kernel read staged files itself, as root",
-    "isolated": "a cache folder of its own, gone with the mount",
+    "passthrough": "let the kernel read staged files directly (root only)",
+    "isolated": "use a new cache folder, which is removed with the mount",
     "record": "write the CID of every block that is used",
-    "header-file": "HTTP headers, as URL=FILE: a list",
-    "ipns": "a folder that shows IPNS names and domains",
+    "header-file": "a list of files with HTTP headers, each as URL=FILE",
+    "ipns": "a folder in which IPNS names and domains are shown",
     "dns": "a DNS-over-HTTPS server, or system",
-    "allow-private-providers": "let `network` ask providers at private addresses",
+    "allow-private-providers": "let `network` also ask providers at private addresses",
     "uid": "the owner that every file is shown with",
     "gid": "the group that every file is shown with",
-    "umask": "permissions that are taken from every file, in octal",
-    "user": "the user as whom a daemon that root started goes on",
-    "unconfined": "whether the daemon may reach every file of its user",
+    "umask": "permissions to remove from every file, in octal",
+    "user": "the user as which a daemon started by root continues",
+    "unconfined": "switch the daemon's confinement off: it can then reach every file of its user",
     "log-level": "debug, info, warning or error",
     "log-file": "where the daemon logs",
     "log-format": "text, json or journal",
     "listen": "where `serve` listens",
-    "fetch": "whether `serve` gets what is not here",
+    "fetch": "let `serve` fetch what is not here",
     "cid-version": "of `add`",
     "profile": "of `add`",
 }
@@ -291,7 +291,7 @@ def _as_typed(name: str, value: object) -> str:
         return "a twentieth of the disk, at most 2GiB"
     if value is None or value == []:
         return "-"
-    if name in ("budget", "reserve", "bwlimit") and isinstance(value, int):
+    if name in ("budget", "reserve", "bwlimit", "max-fetch") and isinstance(value, int):
         return units.size_text(value)
     if name == "deadline" and isinstance(value, float):
         return units.duration_text(value)
@@ -333,7 +333,7 @@ def template() -> str:
     """A configuration file with every setting in it, commented out."""
     lines = [
         "# Settings of ipfsfuse. `ipfsfuse config` shows what holds, and where it comes from.",
-        "# Arguments and IPFSFUSE_* variables go before this file.",
+        "# Arguments and IPFSFUSE_* variables take precedence over this file.",
         "",
     ]
     for name, about in SETTINGS.items():

@@ -147,6 +147,7 @@ def test_config_tells_where_each_value_comes_from(
 ) -> None:
     path = write('budget = "1MiB"\n[mount.media]\nmountpoint = "/media"\nreserve = 0\n')
     monkeypatch.setenv("IPFSFUSE_PINS", "none")
+    monkeypatch.setenv("IPFSFUSE_MAX_FETCH", "3MiB")
     told = json.loads(ipfsfuse("config", "media", "--deadline", "3s", "--json").out)
     origins = {name: each["origin"] for name, each in told["settings"].items()}
     assert told["settings"]["budget"]["value"] == 1 << 20
@@ -154,7 +155,14 @@ def test_config_tells_where_each_value_comes_from(
     assert (origins["pins"], origins["deadline"], origins["dns"]) == ("IPFSFUSE_PINS", "argument", "built in")
     assert told["mounts"] == {"media": "/media"}
     shown = ipfsfuse("config", "media").out
-    for line in ("budget +1MiB", "deadline +30s", "from +library", "umask +000", "library +/.*/library"):
+    for line in (
+        "budget +1MiB",
+        "max-fetch +3MiB",
+        "deadline +30s",
+        "from +library",
+        "umask +000",
+        "library +/.*/library",
+    ):
         assert re.search(rf"(?m)^  {line} ", shown), line
     assert (
         "mdeia is not a mount that the configuration names: did you mean media?"
