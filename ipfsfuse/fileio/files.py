@@ -141,57 +141,67 @@ THREAD_SWITCH = 0.005
 """Seconds that are not counted: a thread may wait so long for Python's lock after a call."""
 WEIGHT = 1 / 8
 """Of the last call in the average."""
-BUFFERED_CALLS = 64
-"""Calls through the page cache after direct I/O was slow, before it is tried again."""
+BUFFERED_WRITES = 64
+"""Writes through the page cache after direct ones were slow, before these are tried again."""
 
 
 class Direct:
     """Writes and reads staged files with O_DIRECT, or through the page cache where that is faster.
 
     Through the page cache 1 MiB costs 0.2 ms of CPU where the machine has free pages, and up to 2 ms where a
-    virtual machine must be given them first, and the disk is written later. With O_DIRECT it costs 0.08 ms,
-    and the mount's own page cache has the bytes anyway. But then a write waits for the disk. A slow disk
-    would slow every reader down, so the page cache is used there, until it is full.
+    virtual machine must be given them first, and what is written goes to the disk later. With O_DIRECT it
+    costs 0.08 ms, and the mount's own page cache has the bytes anyway. But then a write waits for the disk. A
+    slow disk would slow every reader down, so there what is written goes to the page cache, until it is full.
+    A read has to wait for the disk in any case.
 
     Two threads at a time may miscount the calls; that costs only speed.
     """
 
     def __init__(self) -> None:
-        self._buffered_calls = 0
+        self._buffered_writes = 0
         self._pace = 0.0
         self._supported = True
         """False once the file system refused O_DIRECT."""
 
-    def transfer(
-        self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int
-    ) -> None:
-        """Calls `call(file, parts, offset)`: `write_parts`, or `os.preadv`, which fills `parts` as far as the
-        file goes. Raises OSError."""
-        direct = self._supported and not offset % ALIGNED
-        for part in parts:
-            direct = direct and isinstance(part, memoryview) and is_aligned(part, ALIGNED)
-        if direct and self._buffered_calls:
-            self._buffered_calls -= 1
-            direct = False
+    def read(self, file: int, parts: Sequence[memoryview], offset: int) -> None:
+        """Fills `parts`, one behind the other, as far as the file goes. Raises OSError."""
+        if not self._call(os.preadv, file, parts, offset):
+            os.preadv(file, parts, offset)
+
+    def write(self, file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
+        """As `write_parts`."""
+        if self._buffered_writes:
+            self._buffered_writes -= 1
+            write_parts(file, parts, offset)
+            return
         start = time.monotonic()
-        if direct:
-            flags = fcntl.fcntl(file, fcntl.F_GETFL)
-            try:
-                fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
-                call(file, parts, offset)
-            except OSError as exc:
-                if exc.errno != errno.EINVAL:
-                    raise
-                self._supported = direct = False
-            finally:
-                fcntl.fcntl(file, fcntl.F_SETFL, flags)
-        if not direct:
-            call(file, parts, offset)
+        if not self._call(write_parts, file, parts, offset):
+            write_parts(file, parts, offset)
             return
         pace = (time.monotonic() - start - THREAD_SWITCH) / sum(map(len, parts))
         self._pace += WEIGHT * (max(pace, 0.0) - self._pace)
         if self._pace > SLOW:
-            self._buffered_calls, self._pace = BUFFERED_CALLS, SLOW  # the next direct call decides
+            self._buffered_writes, self._pace = BUFFERED_WRITES, SLOW  # the next direct write decides
+
+    def _call(
+        self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int
+    ) -> bool:
+        """Calls `call(file, parts, offset)` with O_DIRECT. False if that can't be done."""
+        if not self._supported or offset % ALIGNED:
+            return False
+        if not all(isinstance(part, memoryview) and is_aligned(part, ALIGNED) for part in parts):
+            return False
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+            call(file, parts, offset)
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:
+                raise
+            self._supported = False
+        finally:
+            fcntl.fcntl(file, fcntl.F_SETFL, flags)
+        return self._supported
 
 
 # -- whole files ---------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from ipfsfuse.fileio import files
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.files import Direct, write_parts
+from ipfsfuse.fileio.files import Direct
 
 SIZE = 64 << 10
 
@@ -47,7 +47,7 @@ def in_page_cache(file: int, offset: int) -> bool:
 
 
 def takes_direct(file: int) -> bool:
-    Direct().transfer(write_parts, file, [part(b"?")], 0)
+    Direct().write(file, [part(b"?")], 0)
     return not in_page_cache(file, 0)
 
 
@@ -55,10 +55,10 @@ def test_leaves_are_written_past_the_page_cache_and_anything_else_through_it(fil
     if not takes_direct(file):
         pytest.skip("this file system keeps everything in memory")
     writer = Direct()
-    writer.transfer(write_parts, file, [part(b"a"), part(b"b")], 0)
-    writer.transfer(write_parts, file, [part(b"c"), part(b"d")[:5000]], 2 * SIZE)
-    writer.transfer(write_parts, file, [part(b"e")], 4 * SIZE + 512)
-    writer.transfer(write_parts, file, [b"f" * SIZE], 6 * SIZE)
+    writer.write(file, [part(b"a"), part(b"b")], 0)
+    writer.write(file, [part(b"c"), part(b"d")[:5000]], 2 * SIZE)
+    writer.write(file, [part(b"e")], 4 * SIZE + 512)
+    writer.write(file, [b"f" * SIZE], 6 * SIZE)
     assert [in_page_cache(file, at * SIZE) for at in (0, 1, 2, 6)] == [False, False, True, True]
     expected = b"a" * SIZE + b"b" * SIZE + b"c" * SIZE + b"d" * 5000
     assert os.pread(file, len(expected), 0) == expected
@@ -74,13 +74,24 @@ def test_a_slow_disk_is_written_to_through_the_page_cache_and_tried_again_later(
         pytest.skip("this file system keeps everything in memory")
     writer, seconds = Direct(), iter(range(1000))
     monkeypatch.setattr(files.time, "monotonic", lambda: next(seconds))  # each write takes a second
-    writer.transfer(write_parts, file, [part(b"a")], 0)
-    for _ in range(files.BUFFERED_CALLS):
-        writer.transfer(write_parts, file, [part(b"b")], SIZE)
+    writer.write(file, [part(b"a")], 0)
+    for _ in range(files.BUFFERED_WRITES):
+        writer.write(file, [part(b"b")], SIZE)
     assert [in_page_cache(file, at * SIZE) for at in (0, 1)] == [False, True]
-    writer.transfer(write_parts, file, [part(b"c")], 2 * SIZE)
+    writer.write(file, [part(b"c")], 2 * SIZE)
     assert not in_page_cache(file, 2 * SIZE)
     assert os.pread(file, 3 * SIZE, 0) == b"a" * SIZE + b"b" * SIZE + b"c" * SIZE
+
+
+def test_a_slow_disk_is_read_past_the_page_cache(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not takes_direct(file):
+        pytest.skip("this file system keeps everything in memory")
+    reader, seconds = Direct(), iter(range(1000))
+    monkeypatch.setattr(files.time, "monotonic", lambda: next(seconds))  # each call takes a second
+    reader.write(file, [part(b"a"), part(b"b")], 0)
+    for at in (0, SIZE):
+        reader.read(file, [part(b"?")], at)
+    assert [in_page_cache(file, at) for at in (0, SIZE)] == [False, False]
 
 
 def test_leaves_are_read_past_the_page_cache_to_the_end_of_the_file(file: int) -> None:
@@ -91,7 +102,7 @@ def test_leaves_are_read_past_the_page_cache_to_the_end_of_the_file(file: int) -
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     into = [part(b"?"), part(b"?")]
-    Direct().transfer(os.preadv, file, into, 0)
+    Direct().read(file, into, 0)
     assert into[0] == b"a" * SIZE
     assert into[1][:5000] == b"b" * 5000
     assert not in_page_cache(file, 0)
@@ -122,7 +133,7 @@ def test_a_file_system_that_takes_none_is_asked_once(
     monkeypatch.setattr(os, "pwritev", write)
     writer = Direct()
     for at, fill in enumerate((b"a", b"b")):
-        writer.transfer(write_parts, file, [part(fill)], at * SIZE)
+        writer.write(file, [part(fill)], at * SIZE)
     assert os.pread(file, 2 * SIZE, 0) == b"a" * SIZE + b"b" * SIZE
     assert asked == 1
 
@@ -133,4 +144,4 @@ def test_a_full_disk_is_said(file: int, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(OSError, match="full"):
-        Direct().transfer(write_parts, file, [part(b"a")], 0)
+        Direct().write(file, [part(b"a")], 0)

@@ -39,7 +39,6 @@ from ipfsfuse.fileio.files import (
     punch_hole,
     regular,
     share_extents,
-    write_parts,
 )
 from ipfsfuse.fileio.tags import TAG, tags_of
 
@@ -345,7 +344,7 @@ class Staging:
     def _read_into_buffers(self, file: int, wanted: Sequence[Leaf], offset: int) -> list[memoryview]:
         buffers = [lend(leaf.size) for leaf in wanted[:-1]]
         buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file's end may lie anywhere
-        self._direct.transfer(os.preadv, file, buffers, offset)
+        self._direct.read(file, buffers, offset)
         return [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
 
     def clone(
@@ -419,7 +418,7 @@ class Staging:
             try:
                 if not entry.seen:
                     os.ftruncate(file, entry.size)
-                self._direct.transfer(write_parts, file, parts, offset)
+                self._direct.write(file, parts, offset)
             except OSError as exc:
                 if exc.errno == errno.EFBIG and not entry.seen:
                     self.too_large = min(self.too_large, entry.size)

@@ -233,7 +233,7 @@ class Flatfs:
                     return None
                 block = lend(max(size, 1))[:size]
                 if block:
-                    self._direct.transfer(os.preadv, file, [block], 0)
+                    self._direct.read(file, [block], 0)
                 return block
         except FileNotFoundError:
             return None
