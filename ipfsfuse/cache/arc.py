@@ -22,7 +22,7 @@ Concurrency: none; one task at a time.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -174,6 +174,14 @@ class Arc(Generic[K]):
         """All that is cached: used once, then used again, least lately used first in each."""
         yield from self._once
         yield from self._again
+
+    def used_once(self) -> Iterable[K]:
+        """Of what is cached, what was used once: least lately used first."""
+        return self._once
+
+    def used_again(self) -> Iterable[K]:
+        """The same of what was used again."""
+        return self._again
 
     def bytes_by_owner(self) -> Mapping[Owner, int]:
         """Bytes by owner, without what is nobody's."""

@@ -271,3 +271,24 @@ def test_what_is_evicted_or_renamed_meanwhile_is_counted_once(
         assert sum(name.endswith(PART) for name in names) == PARTS
 
     trio.run(main)
+
+
+def test_what_is_written_at_the_end_fits_the_budget(tmp_path: Path) -> None:
+    """The order of use takes 2 MB of the index here, and the cache is full."""
+    count = 30_000
+    folder, page = tmp_path / "staging", bytes(4096)
+    folder.mkdir(mode=0o700)
+    for number in range(count):
+        name = cids.text(Chain().add(b"%d" % number))
+        (folder / name).write_bytes(page)
+        (folder / name).chmod(0o600)
+
+    async def main() -> int:
+        async with PinsetCache.open(tmp_path, Chain(), 1 << 30) as cache:
+            await cache.store.budget.counted.wait()
+            await cache.store.budget.resize(cache.store.budget.used)
+            return cache.store.budget.limit
+
+    budget = trio.run(main)
+    assert taken(tmp_path) <= budget
+    assert len(list(folder.iterdir())) > 0.9 * count, "it is little that leaves for it"

@@ -276,6 +276,15 @@ class Index:
             for sql, arguments in statements:
                 self._writer.executemany(sql, arguments)
 
+    def clear_uses(self) -> int:
+        """Forgets when things were used. Returns how many bytes in the database are free for new rows. Raises
+        Damaged or StoreFailed."""
+        self.write([("DELETE FROM uses", [()])])
+        with _translated(self.path):
+            free: int = self._writer.execute("PRAGMA freelist_count").fetchone()[0]
+            size: int = self._writer.execute("PRAGMA page_size").fetchone()[0]
+        return free * size
+
     def close(self) -> None:
         for name in ("_reader", "_writer", "_counter"):
             connection = getattr(self, name, None)

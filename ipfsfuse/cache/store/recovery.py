@@ -21,7 +21,7 @@ from ipfsfuse.cache.base import Pins
 from ipfsfuse.cache.budget import RETRY, Key
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import as_store_failed, tag
-from ipfsfuse.cache.store.index import Damaged, Statements
+from ipfsfuse.cache.store.index import Damaged, Index
 from ipfsfuse.cache.store.packs import ROWS, Place
 from ipfsfuse.cache.store.staging import Entry
 from ipfsfuse.cache.store.store import Store
@@ -53,6 +53,10 @@ IN_ORDER = "in order"
 """The key of a row among the uses. It says that their order is that of the last unmount, and not older."""
 MARGIN = 1 << 20
 """Bytes that the index and the log may grow between two looks at them, at most an eighth of the budget."""
+USE_BYTES = 80
+"""Bytes in the index, at most, of the row that says when something was used last."""
+USES_TOGETHER = 2000
+"""Such rows that are written by one transaction."""
 MEASURE_SECONDS = 5.0
 """Between two looks at what the folder takes, and at the free space, while nothing is written."""
 
@@ -369,20 +373,26 @@ async def _read_packs(store: Store) -> None:
     store.blocks.packs_indexed.set()
 
 
-def uses(store: Store) -> list[tuple[Key | str, float, bool]]:
-    """(key, last use, whether it was used again) of all that ARC holds, as `Inventory` reads it. Times grow
-    with ARC's order."""
-    out: list[tuple[Key | str, float, bool]] = [(IN_ORDER, 0.0, False)]
-    last, was_frequent = 0.0, False
-    for key in store.budget.arc:
-        frequent = store.budget.arc.frequent(key)
-        entry = None if isinstance(key, int) else store.staging.entries.get(key)
-        if frequent != was_frequent:  # the second list begins
-            last, was_frequent = 0.0, frequent
-        # of a pack only its place is known
-        last = max(last + 1e-6, staging.to_wall(entry.last_used) if entry else 0.0)
-        out.append((key, last, frequent))
-    return out
+Use = tuple[Key | str, float, bool]
+"""A row of the index's `uses`: a key, its last use, and whether it was used again."""
+
+
+def uses(store: Store) -> tuple[list[Use], list[Use]]:
+    """The packs and the files that ARC holds, as `Inventory` reads them. Times grow with ARC's order."""
+    packs, files = list[Use](), list[Use]()
+    arc, entries, booted = store.budget.arc, store.staging.entries, staging.to_wall(0.0)
+    for frequent, keys in ((False, arc.used_once()), (True, arc.used_again())):
+        last = 0.0
+        for key in keys:
+            last += 1e-6  # of a pack only its place is known
+            if isinstance(key, int):
+                packs.append((key, last, frequent))
+            else:
+                entry = entries.get(key)
+                if entry is not None and (used := booted + entry.last_used) > last:
+                    last = used
+                files.append((key, last, frequent))
+    return packs, files
 
 
 async def close(store: Store) -> None:
@@ -392,15 +402,34 @@ async def close(store: Store) -> None:
             await store.finish(entry)
     await flush(store)
     if store.budget.counted.is_set():  # else what the index says of the uses is still the best there is
-        statements: Statements = [
-            ("DELETE FROM uses", [()]),
-            ("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", uses(store)),
-        ]
         try:
-            await threads.run_sync(store.blocks.index.write, statements)
+            await _keep_order(store)
         except (StoreFailed, Damaged) as exc:
             log.warning("%s: the order of use is not kept: %s", store.blocks.index.path, exc)
     _close_files(store)
+
+
+async def _keep_order(store: Store) -> None:
+    """Writes in which order things were used. What is too much for the budget with these rows leaves before.
+    Raises StoreFailed, Damaged."""
+    index, rest = store.blocks.index, await threads.run_sync(store.rest_on_disk)
+    free = await threads.run_sync(index.clear_uses)
+    growth = max(0, USE_BYTES * len(store.budget.arc) - free)
+    margin = min(MARGIN, store.small_budget // 8)  # half of it for the write-ahead log
+    await store.budget.refit(rest, max(margin, growth + margin // 2))
+    if store.blocks.changed.is_set():
+        await flush(store)
+    await threads.run_sync(_write_uses, index, *uses(store))
+
+
+def _write_uses(index: Index, packs: list[Use], files: list[Use]) -> None:
+    """In the order of the keys, so that SQLite fills one page after the other: it has room for a few of them
+    in memory. And a part at a time, so that the write-ahead log stays small."""
+    for rows in (packs, files, [(IN_ORDER, 0.0, False)]):
+        rows.sort()
+        for at in range(0, len(rows), USES_TOGETHER):
+            some = rows[at : at + USES_TOGETHER]
+            index.write([("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", some)])
 
 
 def _close_files(store: Store) -> None:
