@@ -414,7 +414,8 @@ class Reader:
         came: set[Leaf] = set()
         listening = True
         cloned: dict[int, object] = {}
-        """The memory of what was read from clones, by the offset of the leaf in the file."""
+        """The memory of what was read from clones and is not proved yet, by the offset of the leaf in the
+        file."""
         by_key: dict[bytes, list[Leaf]] = {}
         for leaf in leaves:  # a file may hold one leaf many times: it is fetched once
             by_key.setdefault(cids.canonical(leaf.cid), []).append(leaf)
@@ -462,7 +463,7 @@ class Reader:
             first = [(file, by_key[key][0], result) for key, result in came_now]
             with trio.CancelScope(shield=True):
                 if all(
-                    memoryview(result.content).obj is cloned.get(leaf.offset, self)
+                    memoryview(result.content).obj is cloned.pop(leaf.offset, self)
                     for _file, leaf, result in first
                 ):
                     self.store.note_proved(file, [leaf for _file, leaf, _result in first])

@@ -6,12 +6,22 @@ import os
 import random
 import shutil
 import subprocess
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from ipfsfuse.cache.base import Content as Bytes
+from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.sources.base import LeafRange, Verified
+from ipfsfuse.sources.local.kubo_repo import Flatfs
+from ipfsfuse.sources.streams import Delivery, Send
+from tests.cache.standin import Chain
 from tests.dagging import Dag
 from tests.faults.test_harm import repository
 from tests.mounting import Home, Mounted, wait_until
@@ -137,3 +147,51 @@ def test_what_was_cloned_is_hashed_and_a_wrong_block_is_never_given(disk: Path) 
         (kept,) = content.home.json("ls", "--json")["entries"]
         assert not kept["complete"], "a wrong leaf was never proved"
         assert not content.staged.exists()
+
+
+class Repository(Chain):
+    """A source that sends leaves from a repository as a node's does. They are right."""
+
+    def __init__(self, blocks: Path) -> None:
+        super().__init__()
+        self._files = Flatfs(blocks, 2)
+
+    async def _send_leaves(self, wanted: LeafRange, send: Send[Verified]) -> None:
+        source = self.source
+
+        class Verify(Send[Delivery]):
+            def __init__(self) -> None:
+                pass
+
+            async def send(self, value: Delivery) -> None:
+                await send.send(Verified(value.first, value.blocks, source, value.release))
+
+        assert await self._files.send_leaves(wanted, Verify(), source.name) == len(wanted.leaves)
+
+
+def test_what_was_cloned_stays_in_memory_no_longer_than_it_is_in_flight(disk: Path) -> None:
+    content = Content(disk)
+    (folder := disk / "cache").mkdir(mode=0o700)
+    leaves = [
+        Leaf(cids.make(cids.RAW, multihash), number * MIB, len(leaf))
+        for number, leaf in enumerate(content.leaves)
+        for multihash in [cids.multihash(Dag().block(leaf))]
+    ]
+    buffers: list[weakref.ref[object]] = []
+    most = 0
+
+    def arrived(leaf: Leaf, came: Bytes) -> None:
+        nonlocal most
+        assert came == content.leaves[leaf.offset // MIB]
+        buffers.append(weakref.ref(memoryview(came).obj))
+        most = max(most, sum(buffer() is not None for buffer in buffers))
+
+    async def main() -> None:
+        async with PinsetCache.open(folder, Repository(content.repository / "blocks"), 200 * MIB) as cache:
+            file = FileRef(cids.parse(content.cid), len(content.bytes))
+            await cache.reader.ahead(file, leaves, arrived)
+            assert cache.store.staging.shares, "nothing was copied"
+
+    trio.run(main)
+    assert len(buffers) == len(leaves)
+    assert most < 30, "of the first leaves nothing is left when the last ones come"
