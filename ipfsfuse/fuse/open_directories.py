@@ -116,6 +116,10 @@ class Listing:
         self._place = -1
         """Where the kernel goes on if it reads in order: then `_index` of `_page` is next."""
 
+    def is_at(self, start: int) -> bool:
+        """Whether a reader who goes on behind the offset `start` needs no other page first."""
+        return self._place == max(start - DOTS, 0)
+
     async def reply(self, start: int, token: ReaddirToken) -> int | None:
         """The offset of the directory's last entry, if the kernel is given that now, or has it.
 
@@ -135,9 +139,8 @@ class Listing:
     async def _fill(self, start: int, reply: _Reply) -> int | None:
         if start < DOTS and not reply.dots(start):
             return None
-        after = max(start - DOTS, 0)
-        if after != self._place:
-            await self._turn(after)
+        if not self.is_at(start):
+            await self._turn(max(start - DOTS, 0))
         while True:
             index = await reply.fill(self._page, self._index)
             if index > self._index:
@@ -186,12 +189,13 @@ class RootListing:
 
 @dataclass(slots=True)
 class _Shared:
-    """A listing for a handle that was given in C, which all opens of the directory have there."""
+    """Of a handle that was given in C: all opens of the directory have the same there."""
 
-    listing: Listing
+    directory: Inode
     opens: int
-    turn: trio.Lock = field(default_factory=trio.Lock)
-    """Two of these opens may be read at a time."""
+    idle: list[Listing] = field(default_factory=list)
+    """Those that nobody waits for now, the last used first. Each reader goes on with the one that is at his
+    place, and waits for no other reader."""
 
 
 class OpenDirectories:
@@ -228,24 +232,38 @@ class OpenDirectories:
 
     async def read(self, handle: int, start: int, token: ReaddirToken) -> None:
         """Fills a reply with the entries behind the offset `start`. Raises as `Listing.reply`."""
-        if device.inode_of(handle) is None:
-            listing = self._listings[handle]
-            end = await listing.reply(start, token)
-            if end is not None:
-                device.listing_ends(handle, end)
-        else:  # the kernel had the listing when it opened the directory, and has dropped it
-            shared = self._shared.get(handle) or self._take_over(handle)
-            listing = shared.listing
-            async with shared.turn:
-                end = await listing.reply(start, token)
-        if end is not None and self._push and isinstance(listing, Listing):
+        if device.inode_of(handle) is not None:
+            await self._read_shared(handle, start, token)
+            return
+        listing = self._listings[handle]
+        end = await listing.reply(start, token)
+        if end is not None:
+            device.listing_ends(handle, end)
+            self._allow(listing)
+
+    async def _read_shared(self, handle: int, start: int, token: ReaddirToken) -> None:
+        """The kernel had the listing when it opened the directory, and has dropped it."""
+        shared = self._shared.get(handle) or self._take_over(handle)
+        listing = next((one for one in shared.idle if one.is_at(start)), None)
+        if listing is None:
+            listing = self._listing(shared.directory)
+        else:
+            shared.idle.remove(listing)
+        end = await listing.reply(start, token)
+        shared.idle = [listing, *shared.idle][: max(shared.opens, 1)]
+        if end is not None:
+            self._allow(listing)
+
+    def _allow(self, listing: Listing | RootListing) -> None:
+        """The kernel has all of `listing`. That of the root changes."""
+        if self._push and isinstance(listing, Listing):
             device.allow(listing.directory.number)
 
     def _take_over(self, handle: int) -> _Shared:
         """From now on Python is asked to open the directory, until the kernel has its listing again."""
         number = device.inode_of(handle)
         assert number is not None
-        found = _Shared(self._listing(self._inodes.get(number)), device.revoke(number))
+        found = _Shared(self._inodes.get(number), device.revoke(number))
         self._shared[handle] = found
         return found
 
@@ -253,7 +271,7 @@ class OpenDirectories:
         shared = self._shared.get(handle)
         if shared is not None:
             shared.opens -= 1
-            if not shared.opens:
+            if shared.opens < 1:  # C may have counted a release that it could not answer
                 del self._shared[handle]
         self._listings.pop(handle, None)
         self._openers.pop(handle, None)

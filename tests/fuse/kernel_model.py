@@ -354,10 +354,22 @@ class Memory:
 
     def __init__(self, blocks: dict[bytes, bytes]) -> None:
         self._blocks = blocks
+        self._forget: list[Callable[[], None]] = []
+        self.held_back: set[bytes] = set()
+        """The multihashes of blocks that do not come while they are here."""
 
-    def when_blocks_leave(self, call: Callable[[], None]) -> None: ...
+    def when_blocks_leave(self, call: Callable[[], None]) -> None:
+        self._forget.append(call)
+
+    def hold_back(self, cid: Cid) -> None:
+        """The block of `cid` has left, and does not come again before it is taken out of `held_back`."""
+        self.held_back.add(cids.multihash(cid))
+        for call in self._forget:
+            call()
 
     async def block(self, cid: Cid, *, early: bool = False) -> bytes:
+        while cids.multihash(cid) in self.held_back:  # noqa: ASYNC110 # another thread changes it
+            await trio.sleep(0.01)
         for _ in range(len(cid) % 3):
             await trio.lowlevel.checkpoint()
         return self._blocks[cids.multihash(cid)]
@@ -401,13 +413,15 @@ class Memory:
 class Served:
     kernel: Kernel
     inodes: Inodes
+    memory: Memory
     operations: list[Operations] = field(default_factory=list)
 
     def held(self) -> int:
         """What the daemon believes that the kernel holds, once it has read all that was sent: inodes without
-        the root, and open files."""
+        the root, open files, and directories that were opened in C and read by Python."""
         self.kernel.look_up_absent(())
-        return len(self.inodes) - 1 + len(self.operations[0].files.handles)
+        operations = self.operations[0]
+        return len(self.inodes) - 1 + len(operations.files.handles) + len(operations.directories._shared)
 
 
 @contextmanager
@@ -419,13 +433,13 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
     ours.settimeout(ANSWER_SECONDS)
     reader, inodes, kernel = device.Device(readahead=True), Inodes(key, bits), Kernel(ours, forest)
-    served = Served(kernel, inodes)
+    served = Served(kernel, inodes, Memory(forest.dag.blocks))
     ready, failed = threading.Event(), list[BaseException]()
     end: list[Callable[[], None]] = []
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            tree = Tree(Memory(forest.dag.blocks), nursery, known=known)
+            tree = Tree(served.memory, nursery, known=known)
             roots = Roots(lambda: forest.listed, lambda: (), lambda _cid, _name: None, None)
             operations = Operations(tree, roots, inodes, lambda: 1 << 30, deadline=30.0)
             served.operations.append(operations)

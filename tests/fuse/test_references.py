@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import nodes
+from ipfsfuse.dag import hamt, nodes
 from tests.dag.blocks import Blocks
 from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Forest, Thing, forest
 from tests.fuse.kernel_model import Kernel, Served, serving
@@ -225,20 +225,25 @@ def test_what_was_seen_by_one_spelling_is_known_by_another() -> None:
         assert all(path in kernel.dentries for path in (*of_v0, *links))
 
 
+def large_folder() -> tuple[Forest, tuple[bytes, ...], nodes.Shard]:
+    """A HAMT of 6,000 names in a forest of its own, its path, and its root."""
+    heap, made = Blocks(), Forest()
+    names = sorted((b"%06d" % number for number in range(6000)), key=hamt.hash64)
+    root = heap.trie(names)
+    shard = nodes.parse(root, heap.block(root))
+    assert isinstance(shard, nodes.Shard)
+    made.dag.blocks = heap.by_hash
+    folder = (cids.text(root).encode(),)
+    made.things = {folder: Thing(DIRECTORY, root, names=tuple(names))} | {
+        (*folder, name): Thing(FILE, cids.EMPTY, claimed=1) for name in names
+    }
+    return made, folder, shard
+
+
 def test_a_listing_that_fails_half_way_gives_what_came_before_and_then_the_error() -> None:
     """And counts only the entries that the kernel was given."""
-    heap, broken = Blocks(), Forest()
-    names = [b"%06d" % number for number in range(6000)]
-    root = heap.trie(names)
-    empty = cids.EMPTY
-    shards = nodes.parse(root, heap.block(root))
-    assert isinstance(shards, nodes.Shard)
-    heap.by_hash[cids.multihash(shards.links[200].cid)] = b"not a shard"
-    broken.dag.blocks = heap.by_hash
-    folder = (cids.text(root).encode(),)
-    broken.things = {folder: Thing(DIRECTORY, root)} | {
-        (*folder, name): Thing(FILE, empty, claimed=1) for name in names
-    }
+    broken, folder, root = large_folder()
+    broken.dag.blocks[cids.multihash(root.links[200].cid)] = b"not a shard"
     for room in (4096, 50_000, 1 << 20):
         with serving(broken, 1000, 63, bytes(32)) as served:
             kernel = served.kernel
@@ -253,3 +258,24 @@ def test_a_listing_that_fails_half_way_gives_what_came_before_and_then_the_error
             assert 2000 < len(given) < 6000
             kernel.forget_everything()
             assert served.held() == 0
+
+
+def test_a_reader_who_waits_delays_no_other_who_has_the_same_handle() -> None:
+    made, folder, root = large_folder()
+    with serving(made, 1000, 63, bytes(32)) as served:
+        kernel = served.kernel
+        kernel.list_all(folder, 4096)
+        first, second = kernel.open_folder(folder), kernel.open_folder(folder)
+        assert first is not None
+        assert second is not None
+        assert first.handle == second.handle, "C opens it, since the kernel has its listing"
+        kernel.listed(first, kernel.wait(kernel.ask_to_list(first, 4096)), lambda: True)
+        served.memory.hold_back(root.links[200].cid)
+        first.offset = 200 << 55
+        waiting = kernel.ask_to_list(first, 4096)
+        for _ in range(10):
+            assert kernel.listed(second, kernel.wait(kernel.ask_to_list(second, 4096)), lambda: True)
+        served.memory.held_back.clear()
+        assert kernel.listed(first, kernel.wait(waiting), lambda: True)
+        kernel.forget_everything()
+        assert served.held() == 0
