@@ -34,7 +34,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources.base import LeafRange, Source, fits, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
-from ipfsfuse.sources.streams import Delivery, Leases, Send, consecutive
+from ipfsfuse.sources.streams import Delivery, Leases, Send, all_of, consecutive
 
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, fewer at the file's end only."""
@@ -340,10 +340,10 @@ def _sweep(folder: Path, keep: Path, identity: Identity) -> None:
 
 # -- long reads ----------------------------------------------------------------------------------------------
 
-GROUP_BYTES = 8 << 20
-GROUPS = 4
-"""Groups that may be in memory at a time, of all readers of all CAR files."""
-_GROUP_LEAVES = 512
+GROUPS = 8
+"""Groups that may be in memory at a time, of up to 4 MiB each, of all readers of all CAR files."""
+READ_TASKS = 2
+"""Groups of one file that are read at a time."""
 _MAX_GAP = 4 << 10
 """Reading over so many bytes that nobody wants is cheaper than a read of its own."""
 _ALONE = 128 << 10
@@ -378,33 +378,30 @@ def _room_of_run() -> trio.Semaphore:
 async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -> None:
     """Sends the blocks of `leaves` that `find` finds and that fit, in their order. Raises SourceFailed."""
     room = _room_of_run()
-    with closing(Leases(lambda _one: room.release())) as leases:
-        for start, group in _groups(leaves):
-            await room.acquire()
+    groups = together([leaf.size for leaf in leaves])
+    before = trio.Event()
+    before.set()
+
+    async def work() -> None:
+        nonlocal before
+        for start, sizes in groups:
+            turn, before = before, (sent := trio.Event())
+            await room.acquire()  # in their order: each waits for those before it
             release = leases.take(1)
-            rows = [
-                (first + index, blocks[index : index + len(sizes)])  # so many are worth verifying together
-                for first, blocks in consecutive(await threads.run_sync(_read_group, start, group, find))
-                for index, sizes in together([len(block) for block in blocks])
-            ]
-            for index, blocks in rows[:-1]:
-                await send.send(Delivery(index, blocks))
+            group = leaves[start : start + len(sizes)]
+            rows = list(consecutive(await threads.run_sync(_read_group, start, group, find)))
+            await turn.wait()
+            for first, blocks in rows[:-1]:
+                await send.send(Delivery(first, blocks))
             if rows:
                 await send.send(Delivery(*rows.pop(), release))
             else:
                 release()
             del rows  # before the next group is read in its place
+            sent.set()
 
-
-def _groups(leaves: Sequence[Leaf]) -> Iterator[tuple[int, Sequence[Leaf]]]:
-    start = size = 0
-    for index, leaf in enumerate(leaves):
-        if index > start and (size + leaf.size > GROUP_BYTES or index - start == _GROUP_LEAVES):
-            yield start, leaves[start:index]
-            start, size = index, 0
-        size += leaf.size
-    if leaves:
-        yield start, leaves[start:]
+    with closing(Leases(lambda _one: room.release())) as leases:
+        await all_of([work] * READ_TASKS)
 
 
 def _read_group(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
