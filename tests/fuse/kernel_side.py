@@ -15,7 +15,8 @@ from pyfuse3 import FileHandleT, FileInfo, FlagT, InodeT, ReaddirToken, RequestC
 
 from ipfsfuse.fuse import device
 
-OPEN, READ, RELEASE, INIT, RELEASEDIR, BATCH_FORGET, READDIRPLUS = 14, 15, 18, 26, 29, 42, 44
+OPEN, READ, RELEASE, INIT, OPENDIR, RELEASEDIR, BATCH_FORGET, READDIRPLUS = 14, 15, 18, 26, 27, 29, 42, 44
+KEEP_CACHE, CACHE_DIR = 2, 8
 ANSWERED_HERE = 1 << 63
 EVERYTHING = (1 << 20) - 1
 """What the kernel offers, of that time."""
@@ -29,7 +30,7 @@ class Operations(pyfuse3.Operations):
     def __init__(self) -> None:
         super().__init__()
         self.opened, self.released, self.forgotten = Counter[int](), Counter[int](), Counter[int]()
-        self.listed, self.released_listings = Counter[int](), Counter[int]()
+        self.listed = Counter[int]()
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         self.opened[inode] += 1
@@ -45,11 +46,15 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         self.released[fh] += 1
 
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        self.opened[inode] += 1
+        return FileHandleT(ASKED)
+
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         self.listed[fh] += 1
 
     async def releasedir(self, fh: FileHandleT) -> None:
-        self.released_listings[fh] += 1
+        self.released[fh] += 1
 
 
 class Kernel:
@@ -74,12 +79,13 @@ class Kernel:
         assert length == len(answer)
         return number, error, answer[16:]
 
-    async def open(self, inode: int, flags: int = os.O_RDONLY) -> tuple[int, bool]:
+    async def open(self, inode: int, flags: int = os.O_RDONLY, directory: bool = False) -> tuple[int, bool]:
         """The handle, and whether Python was asked."""
         before = self.operations.opened.total()
-        handle, how = struct.unpack("<QIxxxx", await self.ask(OPEN, inode, struct.pack("<II", flags, 0)))
+        opcode = OPENDIR if directory else OPEN
+        handle, how = struct.unpack("<QIxxxx", await self.ask(opcode, inode, struct.pack("<II", flags, 0)))
         asked = self.operations.opened.total() > before
-        assert asked or how & 2, "an open without asking keeps the page cache"
+        assert asked or how == KEEP_CACHE | (CACHE_DIR if directory else 0), "the kernel keeps what it has"
         return handle, asked
 
     async def read(self, handle: int, offset: int, size: int, inode: int = 1) -> tuple[bytes, bool]:
@@ -93,10 +99,11 @@ class Kernel:
         """Sends a READ. Returns its number."""
         return self.send(READ, inode, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
 
-    async def release(self, inode: int, handle: int) -> bool:
+    async def release(self, inode: int, handle: int, directory: bool = False) -> bool:
         """Whether Python was asked."""
         before = self.operations.released.total()
-        assert await self.ask(RELEASE, inode, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
+        opcode = RELEASEDIR if directory else RELEASE
+        assert await self.ask(opcode, inode, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
         return self.operations.released.total() > before
 
     async def list(self, handle: int, offset: int) -> bool:
@@ -109,9 +116,7 @@ class Kernel:
 
     async def release_listing(self, handle: int) -> bool:
         """Whether Python was asked."""
-        before = self.operations.released_listings.total()
-        assert await self.ask(RELEASEDIR, 1, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
-        return self.operations.released_listings.total() > before
+        return await self.release(1, handle, directory=True)
 
     def send(self, opcode: int, inode: int, body: bytes, user: int = 0) -> int:
         """Sends a request. Returns its number."""

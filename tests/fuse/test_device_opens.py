@@ -23,6 +23,10 @@ def neighbours(count: int) -> list[int]:
     return found
 
 
+def is_directory(inode: int) -> bool:
+    return inode % 2 == 1
+
+
 class Model:
     """What should be allowed, open and not drained; each step does the same to the device thread."""
 
@@ -50,7 +54,7 @@ class Model:
             self.allowed = {one: opens for one, opens in self.allowed.items() if opens}
 
     async def open(self, inode: int) -> None:
-        handle, asked = await self._asking.open(inode)
+        handle, asked = await self._asking.open(inode, directory=is_directory(inode))
         assert asked == (inode not in self.allowed or len(self._undrained) == 32)
         assert handle == (ASKED if asked else ANSWERED_HERE | inode)
         if not asked:
@@ -66,10 +70,11 @@ class Model:
 
     async def release(self, inode: int) -> None:
         if not self._given[inode]:
-            assert await self._asking.release(inode, ASKED)
+            assert await self._asking.release(inode, ASKED, is_directory(inode))
             return
         self._given[inode] -= 1
-        assert await self._asking.release(inode, ANSWERED_HERE | inode) == (not self.allowed.get(inode))
+        asked = await self._asking.release(inode, ANSWERED_HERE | inode, is_directory(inode))
+        assert asked == (not self.allowed.get(inode))
         if self.allowed.get(inode):
             self.allowed[inode] -= 1
 
