@@ -54,7 +54,7 @@ def slot(shard: Shard, spot: Spot, key: int) -> tuple[Spot, Link | None]:
 
 
 def slots(shard: Shard) -> Iterator[tuple[int, Cid, bytes, int]]:
-    """Of each slot that is used its index, and of its link the CID, the `entry_name` and the tsize."""
+    """For each slot in use: its index, and the CID, the `entry_name` and the tsize of its link."""
     length = prefix_length(shard.width)
     links = shard.links.parts(0, len(shard.links))
     for index, (cid, name, tsize) in zip(shard.indices, links, strict=True):

@@ -142,7 +142,7 @@ def expand(
 
 
 def ready(frontier: Frontier[Ready, State]) -> list[Ready]:
-    """Takes out the parts before the first unexpanded node."""
+    """Removes the parts before the first unexpanded node, and returns them."""
     parts: list[Ready] = []
     for part in frontier:
         if isinstance(part, Unexpanded):

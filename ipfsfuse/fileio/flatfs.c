@@ -331,7 +331,7 @@ static struct slot *want(struct repo *repo, const uint8_t *digest, int codec, in
 	return slot;
 }
 
-/* All threads start with the first block: later ones need not wait for that. */
+/* All threads start with the first block, so that no later one waits for a thread to start. */
 static void wake(struct repo *repo)
 {
 	pthread_t thread;

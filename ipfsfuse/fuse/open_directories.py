@@ -4,8 +4,8 @@ An entry's offset is its place plus two, for "." and "..", so that any reader re
 attributes are known carries them, and is a reference for the kernel to count; of any other, and where the
 table of inodes is full, the kernel is given the name alone, and the type where that is known.
 
-When the kernel has a whole listing, it asks for that again only if it needs the memory. Then the directory is
-opened and released in C, without Python (`device`).
+Once the kernel has a whole listing, it asks for it again only after it has dropped it to free memory. Until
+then the directory is opened and released in C, without Python (`device`).
 
 Concurrency: the kernel asks for one buffer of an open directory at a time.
 """
