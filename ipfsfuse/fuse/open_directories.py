@@ -102,7 +102,8 @@ class _Reply:
     def undo(self) -> None:
         """The reply will not be sent: its references don't count."""
         for inode in self._referred:
-            self._inodes.forget(inode.number, 1)
+            if self._inodes.forget(inode.number, 1) is not None:  # the kernel gave back its own meanwhile
+                device.revoke(inode.number)
 
 
 class Listing:

@@ -3,11 +3,16 @@
 import os
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 import trio
 
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.fuse import device
+from ipfsfuse.fuse.inodes import Inodes
+from ipfsfuse.fuse.open_directories import _Reply
+from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES
 from tests.fuse.kernel_side import ANSWERED_HERE, ASKED, Kernel, kernel
 
 
@@ -180,3 +185,22 @@ def test_no_end_of_a_listing_outlives_its_session() -> None:
 
     trio.run(one, True)
     trio.run(one, False)
+
+
+def test_what_a_reply_that_is_not_sent_held_last_is_opened_by_python() -> None:
+    trio.run(_what_a_reply_that_is_not_sent_held_last_is_opened_by_python)
+
+
+async def _what_a_reply_that_is_not_sent_held_last_is_opened_by_python() -> None:
+    """The kernel has forgotten it meanwhile, and may get another size of it."""
+    inodes = Inodes(bytes(32))
+    inode = inodes.file(cids.EMPTY, ROOT_ATTRIBUTES)
+    unused: Any = None
+    reply = _Reply(inode, unused, inodes, unused, unused)
+    async with kernel() as asking:
+        device.allow(inode.number)
+        inodes.refer(inode)
+        reply._referred.append(inode)
+        reply.undo()
+        assert inodes.known(inode.number) is None
+        assert (await asking.open(inode.number))[1]
