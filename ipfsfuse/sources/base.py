@@ -85,6 +85,8 @@ class SourceRequest:
     _holds: int = 0
     _held_at: float = 0.0
     _waits: dict[trio.CancelScope, float] = field(default_factory=dict)
+    """While bytes are held back: the seconds of silence that each wait has left. They do not begin anew, or a
+    source that sends a byte now and then would never be late."""
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -95,12 +97,12 @@ class SourceRequest:
             current_source_request.reset(token)
 
     def limit(self, scope: trio.CancelScope, seconds: float) -> None:
-        """Ends `scope` when the source has been silent for so many seconds from now on."""
+        """Ends `scope` when the source has been silent for so many seconds in all from now on."""
         self._waits[scope] = seconds
         scope.deadline = math.inf if self._holds else trio.current_time() + seconds
 
     def patience(self, seconds: float) -> "_Patience":
-        """Ends its block when the source has been silent for so many seconds."""
+        """Ends its block when the source has been silent for so many seconds in all."""
         return _Patience(self, seconds, self._waits)
 
     @contextmanager
@@ -111,6 +113,7 @@ class SourceRequest:
             if not self._holds:
                 self._held_at, self.free_since = trio.current_time(), math.inf
                 for scope in self._waits:
+                    self._waits[scope] = scope.deadline - self._held_at
                     scope.deadline = math.inf
             self._holds += 1
             try:

@@ -1,6 +1,8 @@
 """What our own rate limit holds back is not a source's silence: nothing is broken off, asked for twice or held
 against anybody."""
 
+import random
+
 import pytest
 import trio
 
@@ -11,6 +13,7 @@ from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
+from ipfsfuse.sources.pool.managed_source import ManagedSource
 from ipfsfuse.sources.pool.pool import SourcePool
 from tests.sources.content import sample
 from tests.sources.servers import Server
@@ -63,6 +66,42 @@ def test_a_run_that_stalls_behind_the_limit_is_broken_off_all_the_same() -> None
         assert {index: block for index, (block, _source) in got.items()} == file.expected
         assert 20 + pool.patience <= trio.current_time() - start <= 20 + pool.patience + 1
         assert pool.statistics()[0].failures == {"timeout": 1}
+
+    run(main)
+
+
+def test_a_run_that_drips_behind_the_limit_is_broken_off_all_the_same() -> None:
+    """Each byte that was held back gave its source all of its time again."""
+    file = sample(15, count=1)
+
+    async def main() -> None:
+        limit = RateLimit(1)
+
+        async def drips(_cid: Cid) -> bytes:
+            while True:
+                await trio.sleep(0.9)
+                await limit.spend(1)
+
+        pool = pool_of(Timed("drips", drips), Timed("good", blocks=file.blocks))
+        with trio.fail_after(60):
+            await collect(pool, file)
+
+    run(main)
+
+
+@pytest.mark.parametrize(("seconds", "failures"), [(0, {"timeout": 1}), (5, {})])
+def test_what_is_held_back_comes_when_it_is_let_go(seconds: int, failures: dict[str, int]) -> None:
+    """A request without an answer counts against its source only if nothing came from that meanwhile."""
+
+    async def main() -> None:
+        managed = ManagedSource(Timed("one", limited(BLOCKS, seconds)), random.Random(1), 1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(managed.ask, CID)
+            await trio.sleep(3)
+            asked = trio.current_time()
+            await trio.sleep(10)
+        managed.overtaken(asked)
+        assert managed.statistics().failures == failures
 
     run(main)
 

@@ -138,7 +138,7 @@ class ManagedSource:
                 if isinstance(answer, SourceFailed):
                     self.note(answer, began)
                 elif isinstance(answer, bytes | NotHere):
-                    self._answered = began + seconds
+                    self._answered = trio.current_time()
                     if place is not None:
                         place.answered = True
                     if isinstance(answer, bytes):
