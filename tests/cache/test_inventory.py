@@ -1,6 +1,7 @@
 """A start on a large cache: reads are served while what an earlier run left is still being counted, and
 nothing new is kept until then."""
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,13 +274,19 @@ def test_what_is_evicted_or_renamed_meanwhile_is_counted_once(
     trio.run(main)
 
 
-def test_what_is_written_at_the_end_fits_the_budget(tmp_path: Path) -> None:
-    """The order of use takes 2 MB of the index here, and the cache is full."""
-    count = 30_000
+@pytest.mark.parametrize(
+    ("prefix", "digest", "count"),
+    [(b"\x12\x20", hashlib.sha256, 30_000), (b"\x13\x40", hashlib.sha512, 50_000)],
+    ids=["sha2-256", "sha2-512"],
+)
+def test_what_is_written_at_the_end_fits_the_budget(
+    tmp_path: Path, prefix: bytes, digest: Callable[[bytes], "hashlib._Hash"], count: int
+) -> None:
+    """The order of use takes 2 or 5 MB of the index here, and the cache is full."""
     folder, page = tmp_path / "staging", bytes(4096)
     folder.mkdir(mode=0o700)
     for number in range(count):
-        name = cids.text(Chain().add(b"%d" % number))
+        name = cids.text(cids.make(cids.RAW, prefix + digest(b"%d" % number).digest()))
         (folder / name).write_bytes(page)
         (folder / name).chmod(0o600)
 

@@ -53,8 +53,8 @@ IN_ORDER = "in order"
 """The key of a row among the uses. It says that their order is that of the last unmount, and not older."""
 MARGIN = 1 << 20
 """Bytes that the index and the log may grow between two looks at them, at most an eighth of the budget."""
-USE_BYTES = 80
-"""Bytes in the index, at most, of the row that says when something was used last."""
+USE_BYTES = 44
+"""Bytes in the index, at most, of the row that says when something was used last; those of a CID besides."""
 USES_TOGETHER = 2000
 """Such rows that are written by one transaction."""
 MEASURE_SECONDS = 5.0
@@ -414,7 +414,8 @@ async def _keep_order(store: Store) -> None:
     Raises StoreFailed, Damaged."""
     index, rest = store.blocks.index, await threads.run_sync(store.rest_on_disk)
     free = await threads.run_sync(index.clear_uses)
-    growth = max(0, USE_BYTES * len(store.budget.arc) - free)
+    rows = sum(USE_BYTES if isinstance(key, int) else USE_BYTES + len(key) for key in store.budget.arc)
+    growth = max(0, rows - free)
     margin = min(MARGIN, store.small_budget // 8)  # half of it for the write-ahead log
     await store.budget.refit(rest, max(margin, growth + margin // 2))
     if store.blocks.changed.is_set():
