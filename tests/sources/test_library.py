@@ -1,5 +1,6 @@
 """The library: what one process adds another reads, what is removed gives back what nobody else needs."""
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -217,6 +218,28 @@ def test_what_a_damaged_root_needs_is_not_removed(library: Library) -> None:
     add(library, blocks)
     assert library.compact()
     assert set(library.roots()) == {blocks[-1][0], raw(1)[0]}
+
+
+def test_an_add_that_fails_leaves_a_damaged_root_where_it_is(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took the damaged root away, and the next `add` removed the packs that this one needed."""
+    blocks = dag(range(20))
+    add(library, blocks)
+    (path,) = (library.folder / "roots").iterdir()
+    path.write_text(path.read_text()[:20])
+
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(libraries, "write_root", full)
+        with pytest.raises(StoreFailed, match="No space"):
+            add(library, blocks)
+    add(library, [raw(100)])
+    with pytest.raises(StoreFailed, match="add its content again"):
+        library.compact()
+    assert [Library(library.folder).block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
 
 
 @pytest.mark.logs("had wrong bytes")

@@ -489,7 +489,8 @@ class LibraryWriter:
                 known = read_root(path)
                 packs = tuple(sorted(self._used.union(known.packs if known else ())))
                 if known is None:
-                    new.append(path)
+                    if not os.path.lexists(path):  # a damaged root stays: it keeps the packs that it may need
+                        new.append(path)
                     write_root(self._folder, Entry(*root, time.time(), packs))
                 elif known.packs != packs:
                     write_root(self._folder, replace(known, packs=packs))
