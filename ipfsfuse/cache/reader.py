@@ -462,10 +462,11 @@ class Reader:
         ) -> None:
             first = [(file, by_key[key][0], result) for key, result in came_now]
             with trio.CancelScope(shield=True):
-                if all(
+                are_clones = [
                     memoryview(result.content).obj is cloned.pop(leaf.offset, self)
                     for _file, leaf, result in first
-                ):
+                ]
+                if all(are_clones):
                     self.store.note_proved(file, [leaf for _file, leaf, _result in first])
                 else:
                     await self._stage(first)
