@@ -13,6 +13,7 @@ Concurrency: any thread may call the functions and `ReadWindows`. `Device` belon
 """
 
 import ctypes
+import errno
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -107,8 +108,9 @@ class Device:
 
     async def initialized(self) -> bool:
         """Waits until INIT is answered. Returns whether the kernel offered parallel directory operations.
-        Raises MountFailed if libfuse refused."""
-        while not (result := _LIBRARY.reply_init_result()):
+        Raises MountFailed if libfuse refused. Where the mount went before that, nobody waits for the answer:
+        then it never returns, and ends with the session."""
+        while (result := _LIBRARY.reply_init_result()) in (0, -errno.ENOENT):
             await self._notified()
         if result < 0:
             raise MountFailed(f"libfuse refused INIT: {os.strerror(-result)}")

@@ -1,5 +1,6 @@
 """INIT: what libfuse answers, and what we add to it."""
 
+import errno
 import struct
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import trio
 
 from ipfsfuse.errors import MountFailed
+from ipfsfuse.fuse import device
 from tests.fuse.kernel_side import INIT, uninitialized
 from tests.mounting import fuse_mounts, wait_until
 
@@ -47,6 +49,19 @@ def test_the_answer_asks_for_nothing_that_was_not_offered() -> None:
 
 def test_a_recording_mount_has_no_kernel_read_ahead() -> None:
     assert init(NEEDED, readahead=False)[0] == 0
+
+
+def test_a_mount_that_goes_before_init_is_answered_was_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is quicker than any test: so its answer to ours is made up."""
+
+    async def main() -> bool:
+        async with uninitialized(True) as (_asking, opened):
+            monkeypatch.setattr(device._LIBRARY, "reply_init_result", lambda: -errno.ENOENT)
+            with trio.move_on_after(0.1) as waiting:
+                await opened.initialized()
+            return waiting.cancelled_caught
+
+    assert trio.run(main)
 
 
 NO_THREAD = """
