@@ -12,6 +12,7 @@ take Python's lock from those who work on the last ones. Leaving the block ends 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from itertools import groupby
+from types import TracebackType
 from typing import Generic, NamedTuple, TypeVar
 
 import trio
@@ -187,6 +188,36 @@ async def send_singly(
             await send.send(Delivery(index, [block]))
 
     await all_of([work] * min(connections, len(leaves)))
+
+
+class Turns:
+    """Lets tasks that take one job after the other send what they made in the order of the jobs."""
+
+    def __init__(self) -> None:
+        self._last = trio.Event()
+        """Set when the job that was taken last has been sent."""
+        self._last.set()
+
+    def take(self) -> "Turn":
+        """The turn of the next job: call it when the job is taken."""
+        before, self._last = self._last, trio.Event()
+        return Turn(before, self._last)
+
+
+class Turn:
+    """A block that begins when the jobs before this one have been sent. What failed lets no other begin."""
+
+    def __init__(self, before: trio.Event, sent: trio.Event) -> None:
+        self._before, self._sent = before, sent
+
+    async def __aenter__(self) -> None:
+        await self._before.wait()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._sent.set()
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:

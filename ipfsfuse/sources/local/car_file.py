@@ -34,7 +34,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources.base import LeafRange, Source, fits, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
-from ipfsfuse.sources.streams import Delivery, Leases, Send, all_of, consecutive
+from ipfsfuse.sources.streams import Delivery, Leases, Send, Turns, all_of, consecutive
 
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, fewer at the file's end only."""
@@ -379,26 +379,23 @@ async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -
     """Sends the blocks of `leaves` that `find` finds and that fit, in their order. Raises SourceFailed."""
     room = _room_of_run()
     groups = together([leaf.size for leaf in leaves])
-    before = trio.Event()
-    before.set()
+    turns = Turns()
 
     async def work() -> None:
-        nonlocal before
         for start, sizes in groups:
-            turn, before = before, (sent := trio.Event())
+            turn = turns.take()
             await room.acquire()  # in their order: each waits for those before it
             release = leases.take(1)
             group = leaves[start : start + len(sizes)]
             rows = list(consecutive(await threads.run_sync(_read_group, start, group, find)))
-            await turn.wait()
-            for first, blocks in rows[:-1]:
-                await send.send(Delivery(first, blocks))
-            if rows:
-                await send.send(Delivery(*rows.pop(), release))
-            else:
-                release()
+            async with turn:
+                for first, blocks in rows[:-1]:
+                    await send.send(Delivery(first, blocks))
+                if rows:
+                    await send.send(Delivery(*rows.pop(), release))
+                else:
+                    release()
             del rows  # before the next group is read in its place
-            sent.set()
 
     with closing(Leases(lambda _one: room.release())) as leases:
         await all_of([work] * READ_TASKS)

@@ -32,7 +32,7 @@ from ipfsfuse.fileio.buffers import lend, together
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
 from ipfsfuse.sources.base import LeafRange, Subtree, fits, too_large
-from ipfsfuse.sources.streams import Block, Blocks, Delivery, Hashed, Leases, Send, all_of
+from ipfsfuse.sources.streams import Block, Blocks, Delivery, Hashed, Leases, Send, Turns, all_of
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -121,13 +121,12 @@ class Flatfs:
             return 0
         stretches = together([leaf.size for leaf in wanted.leaves])
         end = len(wanted.leaves)
-        before = trio.Event()
-        before.set()
+        turns = Turns()
 
         async def work() -> None:
-            nonlocal before, end
+            nonlocal end
             for index, sizes in stretches:
-                turn, before = before, (sent := trio.Event())
+                turn = turns.take()
                 await self._stretches.acquire()  # in their order: each waits for those before it
                 release = leases.take(1)
                 stretch = wanted.leaves[index : index + len(sizes)]
@@ -137,12 +136,11 @@ class Flatfs:
                 if rest := stretch[len(blocks) :]:
                     blocks += await threads.run_sync(self.read_each, rest, limiter=self._threads)
                 is_all_here = len(blocks) == len(stretch) or await self._has(stretch[len(blocks)])
-                await turn.wait()
-                if index < end:
-                    await send.send(Delivery(index, blocks, release))
-                    if not is_all_here:
-                        end = index + len(blocks)
-                sent.set()
+                async with turn:
+                    if index < end:
+                        await send.send(Delivery(index, blocks, release))
+                        if not is_all_here:
+                            end = index + len(blocks)
                 if end < len(wanted.leaves):
                     return
 
