@@ -189,8 +189,9 @@ class Direct:
         """Calls `call(file, parts, offset)` with O_DIRECT. False if that can't be done."""
         if not self._supported or offset % ALIGNED:
             return False
-        if not all(isinstance(part, memoryview) and is_aligned(part, ALIGNED) for part in parts):
-            return False
+        for part in parts:
+            if not isinstance(part, memoryview) or not is_aligned(part, ALIGNED):
+                return False
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         try:
             fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)

@@ -69,6 +69,9 @@ def request_of(caller: Caller, deadline: float = math.inf) -> Iterator[Request]:
         current_request.reset(token)
 
 
+current_source_request: ContextVar["SourceRequest | None"] = ContextVar("source request", default=None)
+
+
 @dataclass(slots=True, eq=False)
 class SourceRequest:
     """One request to a source, for those who wait for its answer. Its task, and tasks that it starts, find
@@ -80,7 +83,7 @@ class SourceRequest:
     """Seconds for which they did so."""
     free_since: float = -math.inf
     """When they last let go, on trio's clock; infinite while they hold bytes back."""
-    _outer: "SourceRequest | None" = field(default_factory=lambda: current_source_request.get())
+    _outer: "SourceRequest | None" = field(default_factory=current_source_request.get)
     """The one that this one is part of: a source may be a pool itself."""
     _holds: int = 0
     _held_at: float = 0.0
@@ -125,9 +128,6 @@ class SourceRequest:
                     self.held += now - self._held_at
                     for scope, seconds in self._waits.items():
                         scope.deadline = now + seconds
-
-
-current_source_request: ContextVar[SourceRequest | None] = ContextVar("source request", default=None)
 
 
 class _Patience:

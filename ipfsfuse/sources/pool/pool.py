@@ -377,11 +377,13 @@ class HedgedFetch:
             wait = self._pool.wait(managed)
             if wait == 0:
                 self.said.setdefault(managed.source.name, f"{managed.source.name} has not answered")
-                began, held = trio.current_time(), self._held()
+                began, request = trio.current_time(), current_source_request.get()
+                held = request.held if request is not None else 0.0  # by our own limits, in seconds
                 try:
                     answer = await managed.ask(self._cid, hedge=hedge, retried=retried)
                 except trio.Cancelled:
-                    self._note_cancelled(managed, began, self._held() - held)
+                    held = request.held - held if request is not None else 0.0
+                    self._note_cancelled(managed, began, held)
                     raise
                 if isinstance(answer, bytes):
                     self.found = Fetched(answer, managed.source)
@@ -400,12 +402,6 @@ class HedgedFetch:
             with trio.move_on_after(min(wait, longest)):  # a pause may end sooner than it was said to
                 await self._no_more_tries.wait()
                 return
-
-    @staticmethod
-    def _held() -> float:
-        """Seconds for which our own limits have held back what the source sent that this task asks."""
-        asked = current_source_request.get()
-        return 0.0 if asked is None else asked.held
 
     def _note_cancelled(self, managed: ManagedSource, asked: float, held: float) -> None:
         """`managed`, which was asked at the time `asked`, has not answered, nor sent what was `held` back for
