@@ -79,7 +79,7 @@ def test_offline_no_node_on_another_machine_is_asked(tmp_path: Path, monkeypatch
         source = Kubo("kubo", HttpSettings(), offline=True)
         with (
             trio.fail_after(1),
-            pytest.raises(SourceFailed, match="is not on this machine, and this mount is offline"),
+            pytest.raises(SourceFailed, match="is not on this machine: this mount is offline"),
         ):
             await source.get(sample(20).leaves[0].cid)
 

@@ -111,8 +111,7 @@ class _HttpcoreConnection:
         self._origin, self._settings = origin, settings
         self._public_only = settings.public_only or not named
         self.keep_alive = named  # httpcore itself drops a connection that the server does not keep
-        self._pieces: AsyncIterator[bytes] | None = None
-        """Of the last response's body."""
+        self._pieces: AsyncIterator[bytes] | None = None  # of the last response's body
         proxy = proxy_for(origin)
         self._transport = httpx.AsyncHTTPTransport(
             tls_context(),
@@ -257,8 +256,7 @@ class Response:
     def __init__(self, connection: AnyConnection, http: "Http") -> None:
         self.connection = connection
         self.status = connection.status
-        self.headers: dict[str, str] = connection.headers
-        """By names in lower case."""
+        self.headers: dict[str, str] = connection.headers  # by names in lower case
         self.content_type = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         self._name, self._settings, self._share = http.origin.text, http.settings, http.share
         length = self.headers.get("content-length", "")
@@ -328,11 +326,6 @@ class Response:
         if self._settings.quota is not None:
             self._settings.quota.spend(count)
 
-    async def refused(self, name: str) -> SourceFailed:
-        """What this response means, which is neither a success nor "not here"."""
-        retry_after = self.headers.get("retry-after", "")
-        return failures.refused(name, self.status, retry_after, await self.read_error())
-
     async def read_error(self) -> bytes:
         """The body of a response that is not a success; b"" for a long page: the status says enough."""
         try:
@@ -342,11 +335,12 @@ class Response:
                 raise
             return b""
 
-    async def declined(self, name: str, what: str) -> NotHere | SourceFailed:
-        """What this response to a request for `what` means, which is not a success."""
-        refused = await self.refused(name)
-        absent = self.status in failures.ABSENT
-        return NotHere(f"{name} does not have {what} (status {self.status})") if absent else refused
+    async def refused(self, name: str, what: str = "") -> NotHere | SourceFailed:
+        """What this response means, which is not a success: NotHere where `what` was asked for is absent."""
+        said = await self.read_error()
+        if what and self.status in failures.ABSENT:
+            return NotHere(f"{name} does not have {what} (status {self.status})")
+        return failures.refused(name, self.status, self.headers.get("retry-after", ""), said)
 
 
 class _Client(httpx.AsyncClient):
@@ -361,11 +355,9 @@ class Http:
         self.settings = s = settings or HttpSettings()
         self.share = BodyShare(s.budget)
         """For bodies that are not `read` whole: who receives one takes room for it, and gives it back."""
-        self._answered = -math.inf
-        """When the last head came."""
+        self._answered = -math.inf  # when the last head came
         self._named = replace(origin, base="")
-        self._host = origin.authority
-        """The Host header for the origin itself."""
+        self._host = origin.authority  # the Host header for the origin itself
         self._url = httpx.URL(scheme=origin.scheme, host=origin.host)
         """For httpx. Our transports are told origin and path beside it: to parse a URL takes 100 us, as long
         as all else for a small block."""

@@ -65,7 +65,7 @@ class Gateway(Source):
     async def get(self, cid: Cid) -> bytes:
         async with self._http.ask("GET", f"/ipfs/{cids.text(cid)}?format=raw", self._headers) as response:
             if response.status != 200:
-                raise await response.declined(self.name, cids.text(cid))
+                raise await response.refused(self.name, cids.text(cid))
             if response.content_type in ("text/html", "application/json"):
                 raise SourceFailed(f"{self.name} sent a page, {response.content_type}, not a block", PAGE)
             if cids.MAX_BLOCK < (response.left or 0) <= BELIEVED:
@@ -160,17 +160,15 @@ class Gateway(Source):
                     await trio.lowlevel.checkpoint()
                 limit -= len(piece)
                 if limit < 0:
-                    raise CarTooLong(
-                        f"{self._http.origin.text} sent far more than the blocks that were asked for", LONG
-                    )
+                    raise CarTooLong(f"{self.name} sent far more blocks than were asked for", LONG)
 
     async def _not_offered(self, response: Response, root: Cid, what: str) -> NotHere | SourceFailed:
         """The error for a response that does not contain `what`. What the server does not offer is not asked
         for again."""
         if response.status not in (200, 206):
-            declined = await response.declined(self._http.origin.text, cids.text(root))
+            refused = await response.refused(self._http.origin.text, cids.text(root))
             if response.status not in NOT_SUPPORTED:
-                return declined
+                return refused
         self._offers.discard(what)
         return NotOffered(f"{self._http.origin.text} gives no {what} (status {response.status})", STATUS)
 
@@ -179,7 +177,7 @@ async def ask_for_record(http: Http, name: str, target: str, headers: Headers = 
     """The IPNS record at `target` of the server called `name`, unverified. Raises NotHere, SourceFailed."""
     async with http.ask("GET", target, [("Accept", RECORD_TYPE), *headers]) as response:
         if response.status != 200:
-            raise await response.declined(name, "that name's record")
+            raise await response.refused(name, "that name's record")
         if response.content_type != RECORD_TYPE:
             raise NotHere(f"{name} sent no record, but {response.content_type or 'something'}")
         return await response.read(MAX_RECORD)

@@ -118,9 +118,7 @@ class Kubo(Source):
         if self._rpc is None:
             origin = self._api or self._read("api")
             if self._offline and not origin.is_local:
-                raise SourceFailed(
-                    f"{origin.text} is not on this machine, and this mount is offline", CONNECT
-                )
+                raise SourceFailed(f"{origin.text} is not on this machine: this mount is offline", CONNECT)
             token, advice = kubo_token(None if self._api else self._repository / "api")
             headers = self._settings.headers.with_token(origin, token)
             self._rpc = Rpc(Http(origin, replace(self._settings, headers=headers)), self.name, advice)
@@ -180,8 +178,7 @@ class Rpc:
 
     http: Http
     name: str
-    _advice: str = "look at its API.Authorizations"
-    """What to do if the node refuses us."""
+    _advice: str = "look at its API.Authorizations"  # what to do if the node refuses us
 
     async def call(
         self, command: str, arguments: Headers = (), limit: int = 65536, file: bytes | None = None
