@@ -60,13 +60,6 @@ def give_back() -> None:
                 pages.pop()
 
 
-def is_aligned(data: memoryview, to: int) -> bool:
-    """Whether the address and the length of `data` are multiples of `to`; False where that is not known."""
-    if data.readonly or not data.contiguous or len(data) % to or not data:
-        return False
-    return ctypes.addressof(ctypes.c_char.from_buffer(data)) % to == 0
-
-
 TOGETHER = 4 << 20
 """Bytes of leaves that are read, verified and written by one call: a call in a thread costs 60 us of CPU."""
 MOST_TOGETHER = 64

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ipfsfuse.errors import IpfsFuseError
-from ipfsfuse.fileio.buffers import is_aligned
 
 
 def load_library(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
@@ -190,7 +189,9 @@ class Direct:
         if not self._supported or offset % ALIGNED:
             return False
         for part in parts:
-            if not isinstance(part, memoryview) or not is_aligned(part, ALIGNED):
+            if not isinstance(part, memoryview) or part.readonly or not part.contiguous or not part:
+                return False  # its address can't be known
+            if len(part) % ALIGNED or ctypes.addressof(ctypes.c_char.from_buffer(part)) % ALIGNED:
                 return False
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         try:

@@ -67,6 +67,26 @@ def test_leaves_are_written_past_the_page_cache_and_anything_else_through_it(fil
     assert not fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT
 
 
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        part(b"b")[1:4097],
+        part(b"b")[:4095],
+        part(b"b")[:0],
+        memoryview(b"b" * SIZE),
+    ],
+    ids=["begins within a page", "ends within a page", "empty", "read only"],
+)
+def test_what_can_not_be_written_past_the_page_cache_goes_through_it(file: int, unfit: memoryview) -> None:
+    if not takes_direct(file):
+        pytest.skip("this file system keeps everything in memory")
+    writer = Direct()
+    writer.write(file, [part(b"a"), unfit], SIZE)
+    writer.write(file, [part(b"c")], 4 * SIZE)
+    assert os.pread(file, SIZE + len(unfit), SIZE) == b"a" * SIZE + bytes(unfit)
+    assert [in_page_cache(file, at * SIZE) for at in (1, 4)] == [True, False]
+
+
 def test_a_slow_disk_is_written_to_through_the_page_cache_and_tried_again_later(
     file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
