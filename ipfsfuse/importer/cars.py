@@ -32,7 +32,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import too_large
 from ipfsfuse.sources.local.car_file import CarFile, ensure_index
 from ipfsfuse.sources.local.car_writer import CarWriter
-from ipfsfuse.sources.local.library import Library, NewRoot, damaged_roots
+from ipfsfuse.sources.local.library import Library, NewRoot, damaged_roots, lost_packs, store_errors
 
 _FETCHED_AHEAD = 16
 """Blocks fetched side by side."""
@@ -306,6 +306,11 @@ def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, 
     entries = library.entries()
     for path in damaged_roots(library.folder, entries):
         yield path.name, f"{path} can't be read: add its content again, or remove that file"
+    with store_errors(f"the library {library.folder}"):
+        lost = lost_packs(library.folder, entries)
+    for path, pack in lost:
+        how = "add its content again, or remove this root"
+        yield path.name, f"{path} names the pack {pack}, which is not there: {how}"
     roots = [(entry.cid, f"{cids.text(entry.cid)} {entry.name}".rstrip()) for entry in entries]
     yield from _damage(roots, library.block, progress)
 

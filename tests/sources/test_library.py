@@ -14,6 +14,7 @@ from ipfsfuse.dag import dagpb
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.errors import BlockTooLarge, NotFound, NotHere, StoreFailed
+from ipfsfuse.importer.cars import library_damage
 from ipfsfuse.sources.base import LeafRange
 from ipfsfuse.sources.local import library as libraries
 from ipfsfuse.sources.local.library import Library, LibrarySource, NewRoot
@@ -218,6 +219,47 @@ def test_what_a_damaged_root_needs_is_not_removed(library: Library) -> None:
     add(library, blocks)
     assert library.compact()
     assert set(library.roots()) == {blocks[-1][0], raw(1)[0]}
+
+
+def test_no_bit_that_turns_in_a_root_costs_a_pack(library: Library) -> None:
+    """A root that named a pack of another name was taken for right, and its own pack for unused."""
+    blocks = dag(range(3))
+    add(library, blocks)
+    (path,) = (library.folder / "roots").iterdir()
+    before, there = path.read_bytes(), packs(library)
+    refusals = 0
+    for bit in range(8 * len(before)):
+        turned = bytearray(before)
+        turned[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(turned)
+        try:
+            library.compact()
+        except StoreFailed as exc:
+            assert "add its content again" in str(exc)
+            refusals += 1
+        assert packs(library) == there, turned
+    (name,) = there
+    assert refusals > 8 * len(name)
+
+
+@pytest.mark.logs("was not given back")
+def test_a_root_that_names_a_pack_which_is_not_there_is_mended_by_an_add(library: Library) -> None:
+    blocks = dag(range(20))
+    add(library, blocks)
+    (path,) = (library.folder / "roots").iterdir()
+    (name,) = packs(library)
+    other = name[:-5] + ("0" if name[-5] != "0" else "1") + ".car"
+    path.write_text(path.read_text().replace(name, other))
+    add(library, [raw(100)])
+    library.remove(raw(100)[0])
+    assert [Library(library.folder).block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
+    assert [reason for _path, reason in library_damage(library, lambda _done: None)] == [
+        f"{path} names the pack {other}, which is not there: add its content again, or remove this root"
+    ]
+    add(library, blocks)
+    assert [entry.packs for entry in library.entries()] == [(name,)]
+    assert library.compact()
+    assert list(library_damage(library, lambda _done: None)) == []
 
 
 def test_an_add_that_fails_leaves_a_damaged_root_where_it_is(

@@ -285,6 +285,15 @@ def damaged_roots(folder: Path, entries: Iterable[Entry]) -> list[Path]:
     return found
 
 
+def lost_packs(folder: Path, entries: Iterable[Entry]) -> list[tuple[Path, str]]:
+    """Files of roots, and the name of a pack that each names and that is not there: it is lost, or the name
+    is damaged, and another pack is needed."""
+    there = pack_names(folder)
+    return [
+        (root_path(folder, entry.cid), pack) for entry in entries for pack in entry.packs if pack not in there
+    ]
+
+
 def sync_folder(folder: Path) -> None:
     with Closing(os.open(folder, os.O_RDONLY | os.O_DIRECTORY)) as fd:
         os.fsync(fd)
@@ -482,12 +491,13 @@ class LibraryWriter:
 
     def _write_roots(self, roots: Sequence[NewRoot]) -> None:
         """All of them, or on an error none that was not there."""
+        there = pack_names(self._folder)  # any other name is of no use: all blocks of the roots were put
         new: list[Path] = []
         try:
             for root in roots:
                 path = root_path(self._folder, root.cid)
                 known = read_root(path)
-                packs = tuple(sorted(self._used.union(known.packs if known else ())))
+                packs = tuple(sorted(self._used.union(there.intersection(known.packs) if known else ())))
                 if known is None:
                     if not os.path.lexists(path):  # a damaged root stays: it keeps the packs that it may need
                         new.append(path)
@@ -658,6 +668,11 @@ class Library:
                 raise StoreFailed(
                     f"the root {damaged[0]} can't be read, and nothing is removed that it may need: add its "
                     "content again, or remove this file"
+                )
+            if lost := lost_packs(self.folder, entries):
+                raise StoreFailed(
+                    f"the root {lost[0][0]} names the pack {lost[0][1]}, which is not there, and nothing is "
+                    "removed that it may need: add its content again, or remove this root"
                 )
             needed = {pack for entry in entries for pack in entry.packs}
             names = pack_names(self.folder)
