@@ -3,6 +3,7 @@
 What can't be used raises UsageError, whose message says what could be."""
 
 import re
+from collections.abc import Iterable
 
 from ipfsfuse.errors import UsageError
 
@@ -65,6 +66,22 @@ def address(text: str) -> tuple[str, int]:
     if not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise UsageError(f"--listen {text}: write HOST:PORT, as in 127.0.0.1:8080")
     return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
+
+
+def names_this_machine(host: str, others: Iterable[str] = ()) -> bool:
+    """Whether the header Host is an address, names this machine, or is one of `others`.
+
+    By DNS rebinding a web page directs its own name to this machine. Its requests then carry that name."""
+    import socket  # late: a guest that starts would wait for them
+    from ipaddress import ip_address
+    from urllib.parse import urlsplit
+
+    try:
+        name = (urlsplit(f"//{host}").hostname or "").removesuffix(".")
+        known = ("localhost", socket.gethostname().lower(), *(each.lower().rstrip(".") for each in others))
+        return name in known or name.endswith(".localhost") or bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 def octal(text: str) -> int:

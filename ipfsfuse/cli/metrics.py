@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -110,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        if self.server.private and not _is_local(self.headers.get("Host", "localhost")):
+        if self.server.private and not units.names_this_machine(self.headers.get("Host", "localhost")):
             said = "ask by the address itself or as localhost: a web page may ask under any other name\n"
             self._answer(403, said)
         elif self.path.partition("?")[0] != "/metrics":
@@ -135,16 +134,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_args: object) -> None:
         pass
-
-
-def _is_local(host: str) -> bool:
-    """Whether the header Host is an address or names this machine. By DNS rebinding a web page directs its
-    own name to this machine. Its requests then carry that name."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-        return name in ("localhost", socket.gethostname().lower()) or bool(ip_address(name))
-    except ValueError:
-        return False
 
 
 def text(answer: Mapping[str, Any], encode: Callable[[Any], bytes] = openmetrics.generate_latest) -> str:

@@ -632,7 +632,7 @@ def serve(arguments: argparse.Namespace) -> int:
     def ready(urls: Sequence[str]) -> None:
         console.listening(arguments, urls, f"serving at {', '.join(urls)}")
 
-    server.run(config, host, port, arguments.fetch, ready)
+    server.run(config, host, port, arguments.fetch, arguments.allow_host or [], ready)
     return 0
 
 

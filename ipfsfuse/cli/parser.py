@@ -81,7 +81,7 @@ _IGNORED = {
     "diratime", "nodiratime", "lazytime", "nolazytime", "default_permissions",
 }  # fmt: skip
 """Options of mount(8) that change nothing here: every mount is nosuid and nodev, and refuses to write."""
-_OF_MOUNT = frozenset(settings.SETTINGS) - {"listen", "fetch", "cid-version", "profile", "user"}
+_OF_MOUNT = frozenset(settings.SETTINGS) - {"listen", "allow-host", "fetch", "cid-version", "profile", "user"}
 
 
 def _of_mount_8(words: list[str]) -> list[str]:
@@ -294,6 +294,11 @@ def _content(commands: Any) -> None:
         metavar="HOST:PORT",
         help="where to listen (default: 127.0.0.1:8080)",
     )
+    serve.add_argument(
+        "--allow-host", action="append", metavar="NAME",
+        help="also answer requests for this host name, such as a reverse proxy's (at a loopback address "
+        "only this machine's names are answered)",
+    )  # fmt: skip
     _switches(serve, {"--fetch": "also fetch what is not here, for any client"})
     _bounds(serve)
     for parser in (export, push, cat, get, serve):

@@ -52,6 +52,7 @@ SETTINGS: Mapping[str, str] = {
     "log-file": "where the daemon logs",
     "log-format": "text, json or journal",
     "listen": "where `serve` listens",
+    "allow-host": "a list of host names under which `serve` answers too",
     "fetch": "let `serve` fetch what is not here",
     "cid-version": "of `add`",
     "profile": "of `add`",
@@ -324,8 +325,8 @@ _EXAMPLES = {
     "uid": "1000", "gid": "1000",
     "user": '"nobody"', "unconfined": "false", "umask": '"022"',
     "log-level": '"info"', "log-file": '"/var/log/ipfsfuse/mount.log"',
-    "log-format": '"text"', "listen": '"127.0.0.1:8080"', "fetch": "false", "cid-version": "1",
-    "profile": '"unixfs-v1-2025"',
+    "log-format": '"text"', "listen": '"127.0.0.1:8080"', "allow-host": '["ipfs.example"]', "fetch": "false",
+    "cid-version": "1", "profile": '"unixfs-v1-2025"',
 }  # fmt: skip
 
 

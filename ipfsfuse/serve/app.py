@@ -7,7 +7,7 @@ at a time, others wait for their turn.
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,7 @@ from ipfsfuse.serve.request import CAR, RAW, RECORD, GatewayRequest, Refused
 from ipfsfuse.sources.names import record as records
 from ipfsfuse.sources.names.record import KeyName, Record
 from ipfsfuse.text import printable
+from ipfsfuse.units import names_this_machine
 
 log = logging.getLogger("ipfsfuse.serve")
 
@@ -77,9 +78,18 @@ class Served:
 
 
 class TrustlessGateway:
-    def __init__(self, get_block: GetBlock, get_record: GetRecord, *, fetch: bool = False) -> None:
-        """`fetch`: what is not here is asked of the sources."""
+    def __init__(
+        self,
+        get_block: GetBlock,
+        get_record: GetRecord,
+        *,
+        fetch: bool = False,
+        hosts: Collection[str] | None = None,
+    ) -> None:
+        """`fetch`: what is not here is asked of the sources. `hosts`: beside addresses and this machine's
+        own names, the only ones under which it answers; None for any."""
         self._get_block, self._get_record, self._fetch = get_block, get_record, fetch
+        self._hosts = hosts
         self._turns = trio.CapacityLimiter(MAX_REQUESTS)
         self.served = Served()
 
@@ -103,6 +113,8 @@ class TrustlessGateway:
     async def _answer(self, scope: Scope, reply: "_Response") -> None:
         self.served.requests += 1
         try:
+            if self._hosts is not None:
+                _check_host(scope, self._hosts)
             _check_method(scope)
             wanted = requests.parse(scope["raw_path"], scope["query_string"], scope["headers"])
             with trio.move_on_after(WAIT_SECONDS) as waiting:
@@ -224,6 +236,18 @@ def _refusal(exc: Exception) -> tuple[int, str]:
         log.error("a request failed unexpectedly", exc_info=exc)
         return 500, "this gateway failed unexpectedly: its log says more"
     return status, str(exc)
+
+
+def _check_host(scope: Scope, hosts: Collection[str]) -> None:
+    """Without the header it is no browser that asks."""
+    for name, value in scope["headers"]:
+        host = value.decode("latin-1")
+        if name == b"host" and not names_this_machine(host, hosts):
+            raise Refused(
+                403,
+                f"{host[:200]!r} is no name of this gateway, and a web page may ask under any: ask by the "
+                "address itself or as localhost, or start it with --allow-host NAME",
+            )
 
 
 def _check_method(scope: Scope) -> None:

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,21 +50,26 @@ Ready = Callable[[Sequence[str]], None]
 """Called once, with the URLs, when requests are answered."""
 
 
-def run(config: ContentConfig, host: str, port: int, fetch: bool, ready: Ready) -> None:
-    """Serves until SIGTERM or SIGINT. Raises what prevents it."""
+def run(
+    config: ContentConfig, host: str, port: int, fetch: bool, allowed: Sequence[str], ready: Ready
+) -> None:
+    """Serves until SIGTERM or SIGINT, also under the names `allowed`. Raises what prevents it."""
     if cache_folder.is_free(config.cache_dir):
         with cache_folder.locked(config.cache_dir) as folder:
             folder.announce(os.getpid(), "ipfsfuse serve")
-            trio.run(_serve, partial(_own, config, folder), host, port, fetch, ready)
+            trio.run(_serve, partial(_own, config, folder), host, port, fetch, allowed, ready)
     else:
-        trio.run(_serve, partial(_of_mount, config), host, port, fetch, ready)
+        trio.run(_serve, partial(_of_mount, config), host, port, fetch, allowed, ready)
 
 
-async def _serve(opened: Any, host: str, port: int, fetch: bool, ready: Ready) -> None:
+async def _serve(
+    opened: Any, host: str, port: int, fetch: bool, allowed: Sequence[str], ready: Ready
+) -> None:
     listeners = await listen(host, port)
+    only = hosts([each.socket.getsockname()[0] for each in listeners], allowed)
     urls = addresses(listeners)
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async with opened(fetch, urls) as app:
+        async with opened(fetch, urls, only) as app:
 
             async def ending() -> None:
                 log.info("serving at %s", ", ".join(urls))
@@ -80,12 +86,16 @@ async def _serve(opened: Any, host: str, port: int, fetch: bool, ready: Ready) -
 
 @asynccontextmanager
 async def _own(
-    config: ContentConfig, folder: cache_folder.CacheFolder, fetch: bool, urls: Sequence[str]
+    config: ContentConfig,
+    folder: cache_folder.CacheFolder,
+    fetch: bool,
+    urls: Sequence[str],
+    only: Sequence[str] | None,
 ) -> AsyncIterator[TrustlessGateway]:
     started = time.clock_gettime(time.CLOCK_BOOTTIME)
     async with content.opened(config, folder) as here, trio.open_nursery() as nursery:
         blocks = WholeBlocks(here.cache.reader, here.pool)
-        app = TrustlessGateway(blocks.get, here.names.record, fetch=fetch)
+        app = TrustlessGateway(blocks.get, here.names.record, fetch=fetch, hosts=only)
 
         async def status(_arguments: Arguments, _progress: Progress) -> Mapping[str, Any]:
             trouble = here.cache.trouble
@@ -139,12 +149,12 @@ class MountContent:
 
 @asynccontextmanager
 async def _of_mount(
-    config: ContentConfig, fetch: bool, _urls: Sequence[str]
+    config: ContentConfig, fetch: bool, _urls: Sequence[str], only: Sequence[str] | None
 ) -> AsyncIterator[TrustlessGateway]:
     control = cache_folder.socket_path(config.cache_dir)
     await threads.run_sync(partial(client.call, control, "status", timeout=config.deadline))
     mounted = MountContent(control, config.deadline)
-    yield TrustlessGateway(mounted.block, mounted.record, fetch=fetch)
+    yield TrustlessGateway(mounted.block, mounted.record, fetch=fetch, hosts=only)
 
 
 # -- connections ---------------------------------------------------------------------------------------------
@@ -168,6 +178,12 @@ async def listen(host: str, port: int) -> list[trio.SocketListener]:
     except (OSError, UnicodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise UsageError(f"--listen {host}:{port}: {reason}") from exc
+
+
+def hosts(listening: Sequence[str], allowed: Sequence[str]) -> Sequence[str] | None:
+    """The names under which a server answers that listens at those addresses; None for any. Where only this
+    machine reaches it, a browser on it must not let other people's pages in."""
+    return allowed if allowed or all(ip_address(each).is_loopback for each in listening) else None
 
 
 def addresses(listeners: list[trio.SocketListener]) -> list[str]:

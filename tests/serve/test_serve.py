@@ -279,7 +279,7 @@ def test_an_answer_that_can_not_be_ended_is_cut_off_visibly(home: Home, tmp_path
         serving(home, "--from", gateway.url, "--fetch", "--deadline", "1s") as server,
         closing(connect(server)) as client,
     ):
-        client.sendall(f"GET /ipfs/{cid}?format=car HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        client.sendall(f"GET /ipfs/{cid}?format=car HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         said = b""
         while piece := client.recv(1 << 20):
             said += piece
@@ -306,7 +306,7 @@ def test_a_client_that_reads_nothing_delays_no_other_and_not_the_end(home: Home)
     with serving(home) as server:
         stalled = [connect(server) for _ in range(5)]
         for each in stalled:
-            each.sendall(f"GET /ipfs/{cid}?format=car HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            each.sendall(f"GET /ipfs/{cid}?format=car HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert each.recv(10)
         assert server.ask(f"/ipfs/{cid}?format=raw").status == 200
         began = time.monotonic()
@@ -378,14 +378,48 @@ def test_garbage_ends_one_connection(home: Home) -> None:
     _folder, cid = tree(home)
     with serving(home) as server:
         for said in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"a" * 100_000, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nxxxxx",
-                     b"GET /ipfs/%ff?format=raw HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 50_000,
-                     b"GET /ipfs/x?" + b"a=1&" * 1000 + b" HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n\r\n"):  # fmt: skip
+                     b"GET /ipfs/%ff?format=raw HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 50_000,
+                     b"GET /ipfs/x?" + b"a=1&" * 1000 + b" HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n\r\n"):  # fmt: skip
             with closing(connect(server)) as client:
                 client.sendall(said)
                 client.shutdown(socket.SHUT_WR)
                 answer = client.recv(1 << 16)
                 assert not answer.startswith(b"HTTP/1.1 200")
         assert server.ask(f"/ipfs/{cid}?format=raw").status == 200
+
+
+def test_a_web_page_under_a_name_of_its_own_reads_nothing(home: Home) -> None:
+    """DNS rebinding: a page's own name leads to this machine, so that the browser lets the page read the
+    answers. A proxy's name is allowed by an option."""
+    _folder, cid = tree(home)
+
+    def asked(server: Server, host: str) -> int:
+        return server.ask(f"/ipfs/{cid}?format=raw", Host=host).status
+
+    with serving(home) as server:
+        for host in (
+            "127.0.0.1",
+            "127.9.9.9:1",
+            "localhost:1",
+            "LOCALHOST.",
+            "cid.ipfs.localhost",
+            "[::1]:80",
+        ):
+            assert asked(server, host) == 200
+        for host in (
+            "rebound.example:8080",
+            "127.0.0.1.example",
+            "localhost.example",
+            "xlocalhost",
+            "[::1",
+            "",
+        ):
+            assert asked(server, host) == 403
+        assert b"--allow-host" in server.ask("/ipfs/x", Host="rebound.example").body
+    with serving(home, "--allow-host", "ipfs.example") as server:
+        assert [asked(server, host) for host in ("IPFS.example:443", "x.ipfs.example")] == [200, 403]
+    assert bounds.hosts(["192.0.2.1", "127.0.0.1"], []) is None
+    assert bounds.hosts(["192.0.2.1"], ["ipfs.example"]) == ["ipfs.example"]
 
 
 def test_what_prevents_it_is_told_in_one_line(home: Home) -> None:
