@@ -83,6 +83,8 @@ class SourceRequest:
     """Seconds for which they did so."""
     free_since: float = -math.inf
     """When they last let go, on trio's clock; infinite while they hold bytes back."""
+    unpaid: int = 0
+    """Bytes that have come, and have not waited for the rate limit yet."""
     _outer: "SourceRequest | None" = field(default_factory=current_source_request.get)
     """The one that this one is part of: a source may be a pool itself."""
     _holds: int = 0
@@ -103,6 +105,11 @@ class SourceRequest:
         """Ends `scope` when the source has been silent for so many seconds in all from now on."""
         self._waits[scope] = seconds
         scope.deadline = math.inf if self._holds else trio.current_time() + seconds
+
+    def shorten(self, scope: trio.CancelScope, seconds: float) -> None:
+        """As `limit`, of a `scope` that ends already, and may end sooner than that."""
+        left = self._waits[scope] if self._holds else scope.deadline - trio.current_time()
+        self.limit(scope, min(left, seconds))
 
     def patience(self, seconds: float) -> "_Patience":
         """Ends its block when the source has been silent for so many seconds in all."""

@@ -238,7 +238,7 @@ class Network(Source):
         """The block, from the providers that `lookup` found. Routers that had no time to answer it are asked
         again beside that, and their providers too. Raises BlockTooLarge."""
         block: bytes | None = None
-        scope = trio.CancelScope()
+        scope, asked = trio.CancelScope(), SourceRequest()
 
         async def ask_providers() -> None:
             nonlocal block
@@ -249,12 +249,13 @@ class Network(Source):
 
         async def ask_routers_again() -> None:
             nonlocal lookup
-            await trio.sleep(HEAD_START)
+            with asked.patience(HEAD_START):
+                await trio.sleep_forever()
             with suppress(SourceFailed):
                 lookup = await self._look_up(cid, patient=True)
             await ask_providers()
 
-        with scope:
+        with scope, asked.current():
             await all_of([ask_providers] if lookup.complete else [ask_providers, ask_routers_again])
         if block is None:
             lookup.until = min(lookup.until, trio.current_time() + NONE_SECONDS)
@@ -401,6 +402,7 @@ class Network(Source):
     async def _ask_routers(self, cid: Cid, lookup: _Lookup) -> bool:
         """Whether some provider is known now. `lookup` has why no router could say."""
         named, failures, answered = 0, list[SourceFailed](), 0
+        asked = SourceRequest()
 
         async def ask(router: Router, scope: trio.CancelScope) -> None:
             nonlocal named, answered
@@ -410,7 +412,7 @@ class Network(Source):
                     async for addresses in found:
                         of_router += self._add(addresses, router)
                         if of_router and not lookup.patient:
-                            scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
+                            asked.shorten(scope, GRACE_SECONDS)
                         if of_router >= MAX_NEW:
                             break
                 answered += 1
@@ -420,7 +422,7 @@ class Network(Source):
             finally:
                 named += of_router
 
-        with trio.CancelScope(deadline=trio.current_time() + LOOKUP_SECONDS) as scope:
+        with asked.current(), asked.patience(LOOKUP_SECONDS) as scope:
             async with trio.open_nursery() as nursery:
                 for router in self._routers:
                     nursery.start_soon(ask, router, scope)

@@ -1,22 +1,32 @@
 """What our own rate limit holds back is not a source's silence: nothing is broken off, asked for twice or held
 against anybody."""
 
+import itertools
 import random
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 
 import pytest
 import trio
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from trio.testing import wait_all_tasks_blocked
 
+from ipfsfuse.cache.store.records import NameRecords
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import BlockTooLarge
-from ipfsfuse.sources.base import Subtree
+from ipfsfuse.sources.base import SourceRequest, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
+from ipfsfuse.sources.names.resolver import Resolver
 from ipfsfuse.sources.pool.managed_source import ManagedSource
 from ipfsfuse.sources.pool.pool import SourcePool
+from ipfsfuse.sources.routing import GRACE_SECONDS, LOOKUP_SECONDS, Network
 from tests.sources.content import sample
-from tests.sources.servers import Server
+from tests.sources.ipns import make, name_of
+from tests.sources.servers import Ask, Behaviour, Server
 from tests.sources.streamed import give_each
 from tests.sources.test_pool_ranges import collect
 from tests.sources.timed import BLOCK, BLOCKS, CID, Answer, Takes, Timed, never, pool_of, run
@@ -87,6 +97,88 @@ def test_a_run_that_drips_behind_the_limit_is_broken_off_all_the_same() -> None:
             await collect(pool, file)
 
     run(main)
+
+
+def test_who_drips_behind_a_limit_that_others_use_up_is_broken_off() -> None:
+    """Each byte waited behind megabytes of others, and that wait excused the source for sending no more."""
+    file = sample(16, count=1)
+
+    async def main() -> None:
+        limit = RateLimit(1000)
+
+        async def uses_it_up() -> None:
+            while True:
+                await limit.spend(5000)
+
+        async def drips(_cid: Cid) -> bytes:
+            while True:
+                await trio.sleep(0.1)
+                await limit.spend(1, False)
+
+        pool = pool_of(Timed("drips", drips), Timed("good", blocks=file.blocks))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(uses_it_up)
+            with trio.fail_after(20):
+                await collect(pool, file)
+            nursery.cancel_scope.cancel()
+        assert pool.statistics()[0].failures == {"timeout": 1}
+
+    run(main)
+
+
+def test_small_pieces_are_waited_for_together_and_all_are_counted() -> None:
+    async def main() -> None:
+        limit, start = RateLimit(1000), trio.current_time()
+        with SourceRequest().current():
+            for _ in range(99):
+                await limit.spend(1, False)
+            assert trio.current_time() - start == 0
+            await limit.spend(1, False)
+            assert trio.current_time() - start == pytest.approx(0.1)
+            await limit.spend(50, False)
+            await limit.spend(0, True)
+            assert trio.current_time() - start == pytest.approx(0.15)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(limit.spend, 10_000)
+                await wait_all_tasks_blocked()
+                await limit.spend(0, True)  # it owes nothing, and waits for nobody
+                assert trio.current_time() - start == pytest.approx(0.15)
+
+    run(main)
+
+
+def whole(ask: Ask) -> None:
+    ask.send(200, bytes(300_000))
+
+
+def in_chunks(ask: Ask) -> None:
+    ask.send_chunked([bytes(1000)] * 300)
+
+
+@pytest.mark.parametrize("behave", [whole, in_chunks])
+def test_pieces_of_an_answer_are_told_apart_from_its_end(behave: Behaviour) -> None:
+    """So that what is left to wait for is waited for at its end."""
+    told = list[tuple[int, bool]]()
+
+    class Listening(RateLimit):
+        async def spend(self, count: int, ended: bool = True) -> None:
+            told.append((count, ended))
+
+    async def main() -> None:
+        with Server(BLOCKS, behave) as server:
+            http = Http(parse_origin(server.url), HttpSettings(rate=Listening(1)))
+            async with http.ask("GET", "/") as response:
+                while await response.receive():
+                    pass
+            await http.aclose()
+
+    trio.run(main)
+    came = list(itertools.accumulate(count for count, _ended in told))
+    assert came[-1] == 300_000
+    assert told[-1][1]
+    assert not any(
+        ended for (_count, ended), all_so_far in zip(told, came, strict=True) if all_so_far < 300_000
+    )
 
 
 @pytest.mark.parametrize(("seconds", "failures"), [(0, {"timeout": 1}), (5, {})])
@@ -175,3 +267,62 @@ def test_a_range_of_a_real_answer_comes_by_one_request() -> None:
             assert (len(server.asked), pool.statistics()[0].failures) == (1, {})
 
     trio.run(main)
+
+
+def test_a_lookup_has_its_time_whatever_the_rate_limit_holds_back() -> None:
+    """Its answer waited behind other answers, and the router counted as silent."""
+
+    class Held:
+        """A router whose answer our limit holds back for so many seconds, and that then stalls."""
+
+        name = "http://router.example"
+
+        def __init__(self, seconds: float) -> None:
+            self.limit, self.seconds = RateLimit(1), round(seconds)
+
+        async def providers(self, _cid: Cid) -> AsyncGenerator[Sequence[str], None]:
+            await self.limit.spend(self.seconds)
+            yield ["/dns4/provider.example/tcp/443/https"]
+            await trio.sleep_forever()
+
+    async def main() -> None:
+        start = trio.current_time()
+        one, other = Held(3 * LOOKUP_SECONDS), Held(4 * LOOKUP_SECONDS)
+        network = Network([one, other], HttpSettings())  # type: ignore[list-item]
+        lookup = await network._look_up(CID)
+        assert (lookup.failure, len(network.statistics())) == (None, 1)
+        # once one has named a provider the other has the grace time, which stands still while it is held back
+        assert trio.current_time() - start == pytest.approx(4 * LOOKUP_SECONDS + GRACE_SECONDS)
+
+    run(main)
+
+
+def test_a_record_has_its_time_whatever_the_rate_limit_holds_back(tmp_path: Path) -> None:
+    """A record of a few bytes waited behind other answers, and its source counted as silent."""
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    path = f"/ipfs/{cids.text(CID)}"
+
+    class Held:
+        name = "http://gateway.example"
+        limit = RateLimit(1)
+
+        async def ipns_record(self, _name: str) -> bytes:
+            await self.limit.spend(30)
+            return make(key, path)
+
+    class HeldDns:
+        limit = RateLimit(1)
+
+        async def texts(self, _domain: str) -> tuple[Sequence[str], float]:
+            await self.limit.spend(30)
+            return [f"dnslink={path}"], 60.0
+
+        async def aclose(self) -> None:
+            pass
+
+    async def main() -> None:
+        resolver = Resolver([Held()], NameRecords(tmp_path), HeldDns(), seconds=5.0)
+        for name in (str(name_of(key)), "name.example"):
+            assert str((await resolver.resolve_text(name)).path) == path
+
+    run(main)

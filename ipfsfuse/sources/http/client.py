@@ -297,7 +297,7 @@ class Response:
         """The next piece of the body, b"" at its end."""
         piece = await self._receive()
         if self._settings.rate is not None:
-            await self._settings.rate.spend(len(piece))
+            await self._settings.rate.spend(len(piece), self.ended)
         return piece
 
     async def _receive(self) -> bytes:

@@ -19,7 +19,7 @@ from typing import Final
 import trio
 
 from ipfsfuse.errors import QuotaReached, UsageError
-from ipfsfuse.sources.base import held_back
+from ipfsfuse.sources.base import current_source_request, held_back
 from ipfsfuse.sources.http.origin import Origin
 
 # -- secrets -------------------------------------------------------------------------------------------------
@@ -182,15 +182,26 @@ class BodyShare:
 
 
 class RateLimit:
-    """Bounds bytes a second: whoever received some waits until they fit. Concurrency: any number of tasks."""
+    """Bounds bytes a second: whoever received some waits until they fit. Concurrency: any number of tasks.
+
+    While others use the limit up, each wait is long, and it excuses a source for sending nothing meanwhile
+    (`SourceRequest`). So pieces of a body wait only once they are `TOGETHER_SECONDS` worth, or it ends: a
+    source that drips has to use its own time."""
 
     def __init__(self, per_second: int) -> None:
         self._per_second = per_second
         self._paid_until = float("-inf")
 
-    async def spend(self, count: int) -> None:
+    async def spend(self, count: int, ended: bool = True) -> None:
+        """`ended`: they are the last bytes of an answer, or all."""
         now = trio.current_time()
         self._paid_until = max(self._paid_until, now) + count / self._per_second
+        request = current_source_request.get()
+        if request is not None:
+            count = request.unpaid = request.unpaid + count
+            if count < (1 if ended else TOGETHER_SECONDS * self._per_second):
+                return
+            request.unpaid = 0
         if self._paid_until - now > GRACE_SECONDS:
             with held_back():
                 await trio.sleep_until(self._paid_until)
@@ -223,6 +234,7 @@ class FetchQuota:
 
 GRACE_SECONDS = 0.01
 """Waits that are shorter are saved up."""
+TOGETHER_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from ipfsfuse.errors import (
 )
 from ipfsfuse.extras import optional
 from ipfsfuse.fileio import threads
+from ipfsfuse.sources.base import SourceRequest
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
@@ -319,7 +320,8 @@ class Resolver:
     async def _of_domain(self, name: DomainName) -> tuple[str, float]:
         if self._dns is None:
             raise Unavailable(f"{name}: this mount is offline, and DNS is not asked")
-        with trio.move_on_after(self._seconds):
+        asked = SourceRequest()
+        with asked.current(), asked.patience(self._seconds):
             return await lookup(self._dns, name.domain)
         raise Unavailable(f"{name}: DNS did not answer within {self._seconds:g} s")
 
@@ -359,17 +361,17 @@ class Resolver:
         """(Source, its verified record or why there is none), as they came. When a valid record has come, the
         others have `GRACE_SECONDS`."""
         answers: dict[int, Record | IpfsFuseError] = {}
-        async with trio.open_nursery() as nursery:
-            scope = nursery.cancel_scope
-            scope.deadline = trio.current_time() + self._seconds
+        asked = SourceRequest()
 
-            async def ask(number: int) -> None:
-                answers[number] = await self._answer(self._sources[number], name)
-                if isinstance(answers[number], Record):
-                    scope.deadline = min(scope.deadline, trio.current_time() + GRACE_SECONDS)
+        async def ask(number: int) -> None:
+            answers[number] = await self._answer(self._sources[number], name)
+            if isinstance(answers[number], Record):
+                asked.shorten(scope, GRACE_SECONDS)
 
-            for number in range(len(self._sources)):
-                nursery.start_soon(ask, number)
+        with asked.current(), asked.patience(self._seconds) as scope:
+            async with trio.open_nursery() as nursery:
+                for number in range(len(self._sources)):
+                    nursery.start_soon(ask, number)
         for number in range(len(self._sources)):
             answers.setdefault(number, Unavailable("no answer in time"))
         return [(self._sources[number].name, answer) for number, answer in answers.items()]
