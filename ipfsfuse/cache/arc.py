@@ -23,6 +23,7 @@ Concurrency: none; one task at a time.
 
 from collections import Counter, OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -141,6 +142,48 @@ class _Part(OrderedDict[K, int]):
                 del self._of[owner]
 
 
+class Changes(Generic[K]):
+    """What differs from the order in which things were restored. Whoever wrote that order down needs to write
+    no more than this."""
+
+    def __init__(self, count: int) -> None:
+        """`count`: things that were restored."""
+        self.count = count
+        self.moved: set[K] = set()
+        """What was used since, or came: in each list it is all that stands behind the first of them."""
+        self.came: set[K] = set()
+        """What of it was not restored."""
+        self.left: set[K] = set()
+        """What was restored and is not there any more."""
+        self.too_many = False
+        """True once half as much has changed as was restored: from then on nothing is noted."""
+
+    def note_moved(self, key: K, was_there: bool = True) -> None:
+        if self.too_many:
+            return
+        if key in self.left:
+            self.left.remove(key)
+        elif not was_there:
+            self.came.add(key)
+        self.moved.add(key)
+        self._check()
+
+    def note_left(self, key: K) -> None:
+        if self.too_many:
+            return
+        self.moved.discard(key)
+        if key in self.came:
+            self.came.remove(key)
+        else:
+            self.left.add(key)
+            self._check()
+
+    def _check(self) -> None:
+        if 2 * (len(self.moved) + len(self.left)) > self.count:
+            self.too_many = True
+            self.moved, self.came, self.left = set(), set(), set()
+
+
 class Arc(Generic[K]):
     """Sizes and capacity in bytes."""
 
@@ -151,6 +194,8 @@ class Arc(Generic[K]):
         self._accounts = _Accounts[K]()
         self._once, self._again = _Part[K](self._accounts), _Part[K](self._accounts)
         self._once_ghosts, self._again_ghosts = _Part[K](), _Part[K]()
+        self.changes = Changes[K](0)
+        """Since `follow` was called."""
 
     @property
     def bytes(self) -> int:
@@ -190,10 +235,23 @@ class Arc(Generic[K]):
     def owner(self, key: K) -> Owner:
         return self._accounts.owners.get(key)
 
+    def follow(self) -> None:
+        """All is restored: from now on `changes` says what has changed."""
+        self.changes = Changes(len(self))
+
+    def moved(self) -> tuple[list[K], list[K]]:
+        """What moved, as `changes` says, of what was used once and of what was used again: least lately used
+        first."""
+        moved = self.changes.moved
+        once = list(takewhile(moved.__contains__, reversed(self._once)))
+        again = list(takewhile(moved.__contains__, reversed(self._again)))
+        return once[::-1], again[::-1]
+
     def use(self, key: K, owner: Owner = NOBODY) -> None:
         """A new use of something cached, by `owner`."""
         part = self._part(key)
         if part is not None:
+            self.changes.note_moved(key)
             before = self.owner(key)
             if owner is not NOBODY and before not in (owner, ALL):
                 part.reown(key, owner if before is NOBODY else ALL)
@@ -203,6 +261,7 @@ class Arc(Generic[K]):
         """More of the same use: most lately used in its list."""
         part = self._part(key)
         if part is not None:
+            self.changes.note_moved(key)
             part.renew(key)
 
     def admit(self, key: K, size: int, owner: Owner = NOBODY) -> list[K]:
@@ -223,6 +282,7 @@ class Arc(Generic[K]):
         leave: list[K] = []
         if self._once.bytes + self._again.bytes + size > self.capacity:
             leave = self._make_room(size, key, again_ghost, owner)
+        self.changes.note_moved(key, key in part)
         if key in part:
             before = part[key]
             part.put(key, before + size)
@@ -238,7 +298,8 @@ class Arc(Generic[K]):
         return leave
 
     def restore(self, key: K, size: int, frequent: bool) -> None:
-        """Takes in, most lately used, what an earlier run left; what is too much leaves by `set_capacity`."""
+        """Takes in, most lately used, what an earlier run left: that is no change. What is too much leaves by
+        `set_capacity`."""
         (self._again if frequent else self._once).put(key, size)
 
     def set_size(self, key: K, size: int) -> None:
@@ -253,6 +314,7 @@ class Arc(Generic[K]):
         if part is not None:
             part.take(key)
             self._accounts.forget(key)
+            self.changes.note_left(key)
 
     def set_capacity(self, capacity: int) -> list[K]:
         """Returns what must leave, in order."""
@@ -289,6 +351,7 @@ class Arc(Generic[K]):
                 (self._once_ghosts if part is self._once else self._again_ghosts).put(victim, part[victim])
             part.take(victim)
             self._accounts.forget(victim)
+            self.changes.note_left(victim)
             leave.append(victim)
         return leave
 

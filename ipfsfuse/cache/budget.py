@@ -206,6 +206,7 @@ class Budget:
         del self._exempt[key]
         if size:
             self.arc.restore(key, size, frequent)
+            self.arc.refresh(key)
 
     async def refit(self, overhead: int, margin: int) -> None:
         """Takes in what else lies in the cache folder (`overhead` bytes, which may grow by `margin` before

@@ -1,8 +1,13 @@
 """A start on a large cache: reads are served while what an earlier run left is still being counted, and
 nothing new is kept until then."""
 
+import contextlib
 import hashlib
+import os
+import random
+import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +16,10 @@ import trio
 import trio.testing
 
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store import recovery
+from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.staging import PART, Entry, Staging
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -299,3 +306,104 @@ def test_what_is_written_at_the_end_fits_the_budget(
     budget = trio.run(main)
     assert taken(tmp_path) <= budget
     assert len(list(folder.iterdir())) > 0.9 * count, "it is little that leaves for it"
+
+
+def rows_of_uses(folder: Path) -> dict[object, tuple[float, int]]:
+    with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as database:
+        found = database.execute("SELECT key, last, frequent FROM uses").fetchall()
+    return {key: (last, frequent) for key, last, frequent in found}
+
+
+def order_of(cache: PinsetCache) -> tuple[list[Key], list[Key]]:
+    arc = cache.store.budget.arc
+    return list(arc.used_once()), list(arc.used_again())
+
+
+def make_staging_files(folder: Path, count: int) -> list[FileRef]:
+    """Files of which an earlier run left one page each."""
+    (folder / "staging").mkdir(mode=0o700)
+    made = []
+    for number in range(count):
+        made.append(FileRef(cids.make(cids.RAW, b"\x12\x20" + number.to_bytes(32, "big")), 100_000))
+        path = folder / "staging" / (cids.text(made[-1].cid) + PART)
+        path.write_bytes(bytes(4096))
+        os.truncate(path, 100_000)
+        path.chmod(0o600)
+    return made
+
+
+def test_an_unmount_writes_only_what_has_changed_in_the_order_of_use(tmp_path: Path) -> None:
+    """It wrote a row for each staging file: 9 s of a million."""
+
+    async def main() -> None:
+        files = make_staging_files(tmp_path, 1000)
+        async with PinsetCache.open(tmp_path, Chain(), BUDGET):
+            pass
+        before = rows_of_uses(tmp_path)
+        async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
+            for number in (7, 3, 900):
+                cache.reader.opened(files[number])
+            await cache.store.evict(files[20].cid)
+            order = order_of(cache)
+        after = rows_of_uses(tmp_path)
+        changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+        assert changed == {files[number].cid for number in (7, 3, 900, 20)}
+        async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
+            assert order_of(cache) == order
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_order_of_use_is_exact_after_many_unmounts(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was used, evicted, pinned, read again or staged anew, and however the clock was set."""
+    monkeypatch.setattr(recovery, "FEWEST_TOGETHER", 3)
+    dice = random.Random(seed)
+    whole: list[bool] = []
+    keep = Index.clear_uses
+    monkeypatch.setattr(Index, "clear_uses", lambda index: whole.append(True) or keep(index))
+
+    async def main() -> None:
+        chain = Chain()
+        files = make_staging_files(tmp_path, 300)
+        order: tuple[list[Key], list[Key]] | None = None
+        for run in range(12):
+            shift = dice.choice([0, 0, 0, -3600, 86_400])
+            with monkeypatch.context() as patch:
+                now = time.time
+                patch.setattr(time, "time", lambda now=now, shift=shift: now() + shift)
+                async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+                    if order is not None:
+                        assert order_of(cache) == order
+                    budget, pinned = cache.store.budget, list[Key]()
+                    for _ in range(dice.choice([0, 5, 5, 40, 400])):
+                        file = dice.choice(files)
+                        match dice.randrange(8):
+                            case 0:
+                                await cache.store.evict(file.cid)
+                            case 1:
+                                budget.protect(file.cid)
+                                pinned.append(file.cid)
+                            case 2 if pinned:
+                                budget.unprotect(pinned.pop())
+                            case 3:
+                                budget.arc.refresh(file.cid)
+                            case 4 if run > 2:
+                                await cache.reader.block(chain.add(random_bytes(100, dice.randrange(10**6))))
+                            case 5:
+                                leaf = Leaf(file.cid, 0, 4096)
+                                await cache.store.put_leaves(file, [leaf], [bytes(4096)], "memory")
+                            case _:
+                                cache.reader.opened(file)
+                    for key in pinned:
+                        budget.unprotect(key)
+                    order = order_of(cache)
+                    whole.append(False)
+            assert set(rows_of_uses(tmp_path)) == {*order[0], *order[1], recovery.IN_ORDER}
+
+    trio.run(main)
+    ways = list(zip(whole, [*whole[1:], False], strict=True))
+    assert (False, True) in ways, "all was written"
+    assert (False, False) in ways[:-1], "and only what had changed"

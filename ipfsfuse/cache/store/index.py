@@ -276,6 +276,10 @@ class Index:
             for sql, arguments in statements:
                 self._writer.executemany(sql, arguments)
 
+    def has_uses(self) -> bool:
+        """Whether it says of anything when that was used. In any thread. Raises Damaged or StoreFailed."""
+        return bool(self._ask("SELECT 1 FROM uses LIMIT 1"))
+
     def clear_uses(self) -> int:
         """Forgets when things were used. Returns how many bytes in the database are free for new rows. Raises
         Damaged or StoreFailed."""

@@ -10,7 +10,7 @@ import heapq
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,7 +56,14 @@ MARGIN = 1 << 20
 USE_BYTES = 44
 """Bytes in the index, at most, of the row that says when something was used last; those of a CID besides."""
 USES_TOGETHER = 2000
-"""Such rows that are written by one transaction."""
+"""Such rows that are written by one transaction where all are written: they fill 45 pages."""
+FEWEST_TOGETHER = 64
+"""The same where few have changed, which lie on as many pages: the write-ahead log stays as small."""
+FEW_CAME = 64
+"""The part of what was restored, as a divisor, that may have come besides while only changes are written: a
+new row may split a page, and half of it stays empty."""
+PAGE_BYTES = 4096
+"""Of a page of the index."""
 MEASURE_SECONDS = 5.0
 """Between two looks at what the folder takes, and at the free space, while nothing is written."""
 
@@ -129,6 +136,10 @@ class Inventory:
         self._begin()
 
     def _begin(self) -> None:
+        self._newest = 0.0
+        """The latest of the times in `_looks`."""
+        self._all_known = self._in_order
+        """Whether the index has the use of each thing that was found and is not pinned."""
         self._packs, self._entries = self._store.blocks.packs.scan(), self._store.staging.scan()
         self._new: tuple[list[tuple[int, os.stat_result]], list[Entry]] = [], []
         """What the last look found."""
@@ -145,6 +156,8 @@ class Inventory:
         keys: list[Key] = [pack for pack, _info in packs]
         keys += [entry.cid for entry in entries]
         uses = self._from_index(lambda: self._index.uses(keys))
+        is_pinned = self._store.budget.is_pinned
+        self._all_known = self._all_known and all(key in uses or is_pinned(key) for key in keys)
 
         def used(key: Key, changed: float) -> tuple[float, bool]:
             """When something was used last, whose file says that it was `changed` then; and whether it was
@@ -163,6 +176,7 @@ class Inventory:
             found.append((last, frequent, entry.cid, moment))
         found.sort(key=_when)
         self._looks.append(found)
+        self._newest = max(self._newest, found[-1][0] if found else 0.0)
         self._new = packs, entries
         return len(packs) + len(entries) < count
 
@@ -230,6 +244,11 @@ class Inventory:
         used_again += [entry for key in early if (entry := files.entries.get(key)) is not None]
         for entry in sorted(used_again, key=lambda entry: entry.last_used):
             store.budget.restore(entry.cid, entry.charged, True)
+        store.budget.arc.follow()
+        for entry in used_again:
+            store.budget.arc.refresh(entry.cid)
+        # times that lie in the future would be those of all that is used from now on
+        store.order_until = self._newest if self._all_known and self._newest <= time.time() else None
         gone = [pack for pack in indexed if pack not in packs.sizes]
         if gone:  # deleted before the index has it: their numbers are not used again until it has
             packs.last = max(packs.last, *gone)
@@ -377,12 +396,15 @@ Use = tuple[Key | str, float, bool]
 """A row of the index's `uses`: a key, its last use, and whether it was used again."""
 
 
-def uses(store: Store) -> tuple[list[Use], list[Use]]:
-    """The packs and the files that ARC holds, as `Inventory` reads them. Times grow with ARC's order."""
+def uses(
+    store: Store, once: Iterable[Key], again: Iterable[Key], after: float = 0.0
+) -> tuple[list[Use], list[Use]]:
+    """The packs and the files of these, as `Inventory` reads them: `once` and `again` are what ARC's lists
+    hold, or end with. Times grow with ARC's order, from `after` on."""
     packs, files = list[Use](), list[Use]()
-    arc, entries, booted = store.budget.arc, store.staging.entries, staging.to_wall(0.0)
-    for frequent, keys in ((False, arc.used_once()), (True, arc.used_again())):
-        last = 0.0
+    entries, booted = store.staging.entries, staging.to_wall(0.0)
+    for frequent, keys in ((False, once), (True, again)):
+        last = after
         for key in keys:
             last += 1e-6  # of a pack only its place is known
             if isinstance(key, int):
@@ -412,24 +434,51 @@ async def close(store: Store) -> None:
 async def _keep_order(store: Store) -> None:
     """Writes in which order things were used. What is too much for the budget with these rows leaves before.
     Raises StoreFailed, Damaged."""
-    index, rest = store.blocks.index, await threads.run_sync(store.rest_on_disk)
-    free = await threads.run_sync(index.clear_uses)
-    rows = sum(USE_BYTES if isinstance(key, int) else USE_BYTES + len(key) for key in store.budget.arc)
-    growth = max(0, rows - free)
+    index, arc, after = store.blocks.index, store.budget.arc, store.order_until
+    rest = await threads.run_sync(store.rest_on_disk)
+    only_changes = (
+        after is not None
+        and not arc.changes.too_many
+        and len(arc.changes.came) * FEW_CAME <= arc.changes.count
+        and await threads.run_sync(index.has_uses)  # else it was replaced
+    )
+    if only_changes:
+        growth = len(arc.changes.came) * PAGE_BYTES
+    else:
+        free = await threads.run_sync(index.clear_uses)
+        rows = sum(USE_BYTES if isinstance(key, int) else USE_BYTES + len(key) for key in arc)
+        growth = max(0, rows - free)
     margin = min(MARGIN, store.small_budget // 8)  # half of it for the write-ahead log
     await store.budget.refit(rest, max(margin, growth + margin // 2))
     if store.blocks.changed.is_set():
         await flush(store)
-    await threads.run_sync(_write_uses, index, *uses(store))
+    if only_changes and arc.changes.too_many:  # by what has just left
+        await _keep_order(store)
+    elif only_changes and after is not None:
+        left, written = list(arc.changes.left), uses(store, *arc.moved(), after)
+        share = (len(left) + len(arc.changes.moved)) / max(1, arc.changes.count)
+        together = max(FEWEST_TOGETHER, int(USES_TOGETHER * share))
+        await threads.run_sync(_write_uses, index, *written, left, together)
+    else:
+        await threads.run_sync(_write_uses, index, *uses(store, arc.used_once(), arc.used_again()))
 
 
-def _write_uses(index: Index, packs: list[Use], files: list[Use]) -> None:
-    """In the order of the keys, so that SQLite fills one page after the other: it has room for a few of them
+def _write_uses(
+    index: Index,
+    packs: list[Use],
+    files: list[Use],
+    left: Sequence[Key] = (),
+    together: int = USES_TOGETHER,
+) -> None:
+    """In the order of the keys, so that SQLite goes from one page to the next: it has room for a few of them
     in memory. And a part at a time, so that the write-ahead log stays small."""
+    gone = sorted(left, key=lambda key: (not isinstance(key, int), key))
+    for at in range(0, len(gone), together):
+        index.write([("DELETE FROM uses WHERE key = ?", [(key,) for key in gone[at : at + together]])])
     for rows in (packs, files, [(IN_ORDER, 0.0, False)]):
         rows.sort()
-        for at in range(0, len(rows), USES_TOGETHER):
-            some = rows[at : at + USES_TOGETHER]
+        for at in range(0, len(rows), together):
+            some = rows[at : at + together]
             index.write([("INSERT OR REPLACE INTO uses VALUES (?, ?, ?)", some)])
 
 

@@ -86,6 +86,9 @@ class Store:
             opened.pop_all()
         self.pinned: dict[Cid, PinRecord] = {}
         """What was pinned when the store was opened."""
+        self.order_until: float | None = None
+        """The latest use, in seconds since 1970, that the index has of what an earlier run left; None where
+        it does not have all of them."""
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
         self.arriving: Counter[Cid] = Counter()
