@@ -1,9 +1,10 @@
-"""Runs a WASI guest with IPFS at /ipfs: beneath WASI, by a mount that it uses as any process would.
+"""Runs a WASI guest with IPFS at /ipfs. The guest reads a FUSE mount, as any process does, so nothing in WASI
+is replaced.
 
-Concurrency rule: the runner's own process forks the guest's before it makes any thread, and never touches the
-mount; the guest's process runs one guest and ends with it.
+The runner's process forks the guest's process before it starts any thread, and never touches the mount. The
+guest's process runs one guest and ends with it.
 
-What stands in `__all__` is the Python interface (docs/RUNNING.md). Everything else is private.
+`__all__` is the Python interface (docs/RUNNING.md). Everything else is private.
 """
 
 from importlib import import_module
@@ -17,7 +18,7 @@ __all__ = ["Asked", "GuestFailed", "GuestRefused", "Result", "ResultsNotKept", "
 
 
 def __getattr__(name: str) -> object:
-    """What is public is imported when it is first used: the command needs none of it."""
+    """Imports the Python interface when it is first used, because the command needs none of it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module("ipfsfuse_run.api"), name)

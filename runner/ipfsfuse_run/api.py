@@ -1,7 +1,7 @@
-"""Runs of guests for Python programs: what `ipfsfuse-run` does, with results in place of exit codes.
+"""Runs guests for Python programs: the same as `ipfsfuse-run`, with results instead of exit codes.
 
-What is public stands in `ipfsfuse_run.__all__`. A run is made by the same code as the command's, in a process
-that the fork server (`forkserver`) has ready.
+`ipfsfuse_run.__all__` lists what is public. A run executes the same code as the command, in a process that
+the fork server (`forkserver`) starts.
 """
 
 import json
@@ -24,7 +24,7 @@ from ipfsfuse_run.options import Options
 MAX_STDOUT = 64 << 20
 """Bytes of standard output, and of standard error, that a run may have where `limits` has no max_stdout."""
 _ENDING_S = 2.0
-"""Seconds that a run which is cancelled gets to end."""
+"""Seconds that a cancelled run gets to end."""
 
 Path = str | os.PathLike[str]
 Ended = Literal["exited", "trapped", "timeout", "limit", "killed"]
@@ -32,36 +32,38 @@ Ended = Literal["exited", "trapped", "timeout", "limit", "killed"]
 
 @dataclass(frozen=True)
 class Result:
-    """How a guest's run ended, and what it gave."""
+    """How a guest's run ended, and its output."""
 
     exit_code: int
-    """As the command's: the guest's own, or 124 out of time, 134 trapped or over a limit, 128 + a signal."""
+    """The guest's own, or 124 out of time, 134 trapped or over a limit, 128 + a signal, as the command has
+    it."""
     stdout: bytes
     stderr: bytes
     ended: Ended
-    """`exited`: by itself, whatever its code. `killed`: by a signal from outside, or for want of memory."""
+    """`exited`: by itself, with any code. `killed`: by a signal from outside, or because memory ran out."""
     reason: str = ""
     """The sentence that the command would print; "" for a guest that exited."""
     limit: str | None = None
     """The limit that ended the run, by its name in `limits`."""
     trap: str | None = None
-    """wasmtime's message and back-trace; None where the command ran the guest, which writes it to stderr."""
+    """wasmtime's message and back-trace. None if the wasmtime command ran the guest: it writes them to
+    stderr."""
     out: str | None = None
     """The CID of the results in the folder `out`; None for a run that max_out ended."""
     receipt: Mapping[str, Any] | None = None
-    """The receipt, where `record` asked for one: what `ipfsfuse-run inspect --json` prints of it."""
+    """The receipt, if `record` was given: the same as `ipfsfuse-run inspect --json` prints."""
     notes: Sequence[str] = ()
-    """What else the command would have printed, line by line."""
+    """Other lines that the command would have printed."""
 
     def check(self) -> "Result":
-        """This result, if the guest exited with 0. Raises GuestFailed."""
+        """Returns this result. Raises GuestFailed unless the guest exited with 0."""
         if self.ended != "exited" or self.exit_code:
             raise GuestFailed(self)
         return self
 
 
 class GuestFailed(IpfsFuseError):
-    """A guest that ended in another way than with exit code 0. `result` has all that it gave."""
+    """The guest did not exit with 0. `result` has its output."""
 
     def __init__(self, result: Result) -> None:
         super().__init__(result.reason or f"the guest exited with {result.exit_code}")
@@ -69,9 +71,10 @@ class GuestFailed(IpfsFuseError):
 
 
 class ResultsNotKept(IpfsFuseError):
-    """The guest ran, but its results or its receipt could not be written or taken into the library. `result`
-    has how it ended, its streams, and the receipt if that was written. What it left in the folder `out` is
-    still there."""
+    """The guest ran, but its results or its receipt could not be written or added to the library.
+
+    `result` says how the guest ended. It has the guest's streams, and the receipt if that was written. The
+    files that the guest wrote are still in the folder `out`."""
 
     def __init__(self, message: str, result: Result) -> None:
         super().__init__(message)
@@ -79,7 +82,7 @@ class ResultsNotKept(IpfsFuseError):
 
 
 class Asked(TypedDict, total=False):
-    """What a run is given beside its guest and arguments; the command has options of the same names."""
+    """The keywords of `run`. The command has options of the same names."""
 
     env: Mapping[str, str]
     stdin: bytes | BinaryIO | None
@@ -94,7 +97,7 @@ class Asked(TypedDict, total=False):
     out: Path | None
     """A new or empty folder for its results: /out."""
     add: bool
-    """Take the results into the library, too."""
+    """Also add the results to the library."""
     invoke: str | None
     """The exported function that is called in place of `_start`, with `args`."""
     preload: Mapping[str, Path]
@@ -120,11 +123,11 @@ class Asked(TypedDict, total=False):
 
 
 def run(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
-    """Runs the guest (a file, or /ipfs/CID/path) to its end, whatever that is.
+    """Runs the guest (a file, or /ipfs/CID/path) until it exits, traps or is ended.
 
     Raises UsageError for arguments that can't be used, GuestRefused for a guest that can't be run, and
-    MountFailed, DaemonFailed or StoreFailed where there is no mount for it. Raises ResultsNotKept if the
-    guest ran, but what it left could not be kept.
+    MountFailed, DaemonFailed or StoreFailed if there is no mount for it. Raises ResultsNotKept if the guest
+    ran, but its results or receipt could not be stored.
     """
     options = _options(guest, args, asked)
     with _started(options, asked.get("stdin")) as started:
@@ -133,7 +136,7 @@ def run(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
 
 
 async def run_trio(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
-    """As `run`, in trio: a run that is cancelled has ended when this returns."""
+    """The same as `run`, for trio. A cancelled run has ended when this returns."""
     import trio
 
     options = _options(guest, args, asked)
@@ -152,7 +155,7 @@ async def run_trio(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
 
 
 def _options(guest: Path, args: Sequence[str], asked: Asked) -> Options:
-    """Raises UsageError, and TypeError for a keyword that there is not."""
+    """Raises UsageError, and TypeError for an unknown keyword."""
     unknown = asked.keys() - Asked.__annotations__.keys()
     if unknown:
         raise TypeError(f"run() has no keyword {min(unknown)!r}")
@@ -196,7 +199,7 @@ _TUPLES = {"allow", "ipns"}
 
 
 def _texts(what: str, given: Sequence[object]) -> tuple[str, ...]:
-    """Raises UsageError for what is not a text, or can't be handed to a program."""
+    """Raises UsageError for values that can't be arguments of a program."""
     for each in given:
         if not isinstance(each, str) or "\0" in each:
             raise UsageError(f"{what}: {each!r} is not a text without null bytes")
@@ -216,7 +219,7 @@ def _started(asked: Options, stdin: bytes | BinaryIO | None) -> Iterator["_Run"]
 
 
 class _Run:
-    """A run that has begun: its socket, and the files that it writes to. They have no names."""
+    """A run that was started: its socket, and the files without names that it writes to."""
 
     def __init__(self, guest: str, started: socket.socket, stdout: int, stderr: int, said: int) -> None:
         self.socket = started
@@ -224,7 +227,7 @@ class _Run:
         self._answer = b""
 
     def received(self) -> bool:
-        """Whether the answer is complete. Waits for that if the socket blocks."""
+        """Whether the answer is complete. Waits until it is if the socket blocks."""
         while True:
             try:
                 data = self.socket.recv(1 << 16)

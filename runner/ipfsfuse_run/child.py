@@ -1,7 +1,7 @@
-"""The guest's own process, from the fork to its end. It reports to its parent by JSON lines in a pipe.
+"""The guest's process, from the fork to its end. It reports to its parent by JSON lines in a pipe.
 
-The kernel ends it with its parent. SIGINT and SIGTERM have their default effect here, so the kernel ends the
-guest whatever it does, without help from wasmtime.
+The kernel kills it when its parent ends. SIGINT and SIGTERM have their default effect here, so the kernel
+ends the guest whatever it does, without help from wasmtime.
 """
 
 import _thread
@@ -33,7 +33,8 @@ MAX_GUEST = 256 << 20
 """Bytes of the largest guest."""
 _STACK_SPARE = 4 << 20
 _MAX_TRAP = 64 << 10
-"""Characters of a back-trace that are passed on: the module chose the function names in it."""
+"""Characters of a back-trace that are reported. The module chose the function names in it, so it may be
+long."""
 
 
 class Plan(NamedTuple):
@@ -43,17 +44,17 @@ class Plan(NamedTuple):
     mountpoint: str
     box: Sandbox
     mount_id: int | None = None
-    """The kernel's number of the mount at `mountpoint`, where it must be that one."""
+    """The kernel's number that the mount at `mountpoint` must have; None if any folder will do."""
     command: str | None = None
     """The wasmtime command that runs the guest; None for the library."""
     guest_copy: int | None = None
     """The descriptor of a file that gets a copy of the guest's bytes."""
     shown_as: str | None = None
-    """The guest's name in messages, where that is not `options.guest`."""
+    """The guest's name in messages, if it is not `options.guest`."""
     max_data: int | None = None
-    """Bytes of memory that the guest's process may write to, its own needs included."""
+    """Bytes of memory that the guest's process may write to, wasmtime's own included."""
     guest_sha256: str | None = None
-    """Of the guest's binary form, where it must be that very one."""
+    """The SHA-256 that the guest's binary form must have."""
 
     @property
     def name(self) -> str:
@@ -74,7 +75,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
     """Exits with the guest's code, 134 if it trapped, 125 if it can't run, 2 for a usage error."""
     code = COULD_NOT_RUN
     try:
-        # the guest's process needs nothing else that the runner and its caller had open
+        # the guest's process needs none of the other files that the runner and its caller opened
         processes.close_all_but(0, 1, 2, plan.guest_copy, reports.file, _named_descriptor(plan.options.guest))
         processes.handle_signals(signal.SIG_DFL)
         processes.die_with(parent)
@@ -84,7 +85,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
         reports.send({"refused": str(exc)})
     except MemoryError:
         reports.send({"refused": f"{plan.name} can't be run: the system gives this process no more memory"})
-    except Exception as exc:  # else it would look like a guest that ended with 1
+    except Exception as exc:  # without this, the guest would seem to have exited with 1
         reports.send({"refused": f"{plan.name} met a fault of the runner's: {exc!r}"})
     finally:
         sys.stderr.flush()
@@ -92,7 +93,7 @@ def main(plan: Plan, parent: int, reports: Reports) -> NoReturn:
 
 
 def _named_descriptor(guest: str) -> int | None:
-    """The descriptor that is the guest, given as /dev/fd/N."""
+    """N if the guest is /dev/fd/N."""
     folder, name = os.path.split(guest)
     return int(name) if folder in ("/proc/self/fd", "/dev/fd") and name.isdigit() else None
 
@@ -115,7 +116,8 @@ def _run(plan: Plan, reports: Reports) -> int:
 
 
 def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:
-    """Becomes the wasmtime command, or gives 0 if the guest is only compiled. Raises TooOld, GuestRefused."""
+    """Executes the wasmtime command in this process. Returns 0 if the guest is only compiled. Raises TooOld,
+    GuestRefused."""
     from ipfsfuse_run import command
 
     given = plan.options.limits
@@ -178,8 +180,8 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
 def _lock(
     plan: Plan, folders: Sequence[OpenFolder], more: Sequence[Access], engine: str, reports: Reports
 ) -> None:
-    """From here on the kernel refuses this process what a guest does not need. On a mount of ours, landlock
-    allows writing, so that the mount's EPERM answers. Raises GuestRefused with --require-sandbox."""
+    """From here on the kernel refuses everything that a guest does not need. On a mount of ours, landlock
+    allows writing, so that the guest gets the mount's EPERM. Raises GuestRefused with --require-sandbox."""
     allowed = [Access(each.file, each.writable or each.in_mount) for each in folders]
     active = lockdown.lock([*allowed, *more])
     missing = [each for each in lockdown.LAYERS if each not in active]
@@ -194,8 +196,8 @@ def _lock(
 
 
 def _in_thread(max_wasm_stack: int | None, run: Callable[[], "End"]) -> "End":
-    """Runs the guest in a thread whose stack is deep enough, and raises what it raised. By `_thread`, because
-    `threading` takes 2 ms to import."""
+    """Runs the guest in a thread with a stack that is deep enough, and raises what it raises. Uses `_thread`,
+    because `threading` takes 2 ms to import."""
     result: list[End | BaseException] = []
     ended = _thread.allocate_lock()
     ended.acquire()
@@ -223,7 +225,7 @@ def _in_thread(max_wasm_stack: int | None, run: Callable[[], "End"]) -> "End":
 
 
 def _writable(plan: Plan, folders: list[OpenFolder], reports: Reports) -> Growth:
-    """What the guest may write to and must be watched, as it is now. Adds its /tmp to `folders`."""
+    """The folders that the guest may write to, with their size before the run. Adds its /tmp to `folders`."""
     box, found = plan.box, []
     given = [each.host for each in box.preopens if each.writable]
     if given:
@@ -240,18 +242,18 @@ def _writable(plan: Plan, folders: list[OpenFolder], reports: Reports) -> Growth
         folders += [OpenFolder(sandbox.TMP, tmp.file, each, writable=True) for each in names]
         if tmp.folder is not None:
             found.append(Watched(growth.TMP, [tmp.folder], growth.Usage(0, 0), box.tmp))
-    reports.send({"growth": found})  # before the guest's code is loaded, which could tell otherwise
+    reports.send({"growth": found})  # before the guest's code is loaded, because that could send another size
     return found
 
 
 def _limit_process(plan: Plan, grown: Growth) -> None:
-    """Limits this process, which is the guest's alone, in what wasmtime can't limit."""
+    """Sets the limits that wasmtime can't set. This process runs nothing but the guest."""
     processes.limit(resource.RLIMIT_CORE, 0)
     if plan.options.limits.max_open_files is not None:
         processes.limit(resource.RLIMIT_NOFILE, plan.options.limits.max_open_files)
     if plan.max_data is not None:
         processes.limit(resource.RLIMIT_DATA, plan.max_data)
-    if grown:  # a write beyond it then kills by SIGXFSZ, which Python ignores by default
+    if grown:  # a write beyond the limit then kills by SIGXFSZ, which Python ignores by default
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         processes.limit(resource.RLIMIT_FSIZE, grown[0].file_limit)
 
@@ -264,8 +266,9 @@ def _compiled(
     data: bytes | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Code:
-    """The guest, compiled before or now; `data` is its content if that was read already. `check` is called
-    before `build`. Compilation forks, which is safe: this process has no thread yet."""
+    """The compiled guest, from the cache or compiled now. `data` is the guest's content if it was read
+    already. `check` is called before `build`. Compilation forks, which is safe: this process has no thread
+    yet."""
     cache = CodeCache.of_user()
     with _open_guest(plan) if data is None else io.BytesIO(data) as file:
         if plan.guest_copy is None and plan.guest_sha256 is None:

@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Puts /dev/null in the place of each standard stream that the caller closed. Else a file of the runner's
-    own would get that number, and the guest would have it."""
+    """Opens /dev/null for each standard stream that the caller closed. Otherwise a file of the runner's own
+    would get that number, and the guest would inherit it."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         if getattr(sys, name) is None:
             file = os.open(os.devnull, os.O_RDWR)
@@ -44,18 +44,18 @@ def _open_streams() -> None:
 
 
 def _exit(code: int) -> NoReturn:
-    """Leaves at once: what Python does at its end takes 5 ms, and nothing here needs it."""
+    """Exits without Python's own clean-up, which takes 5 ms and is not needed."""
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # whoever read our output is gone
+    except OSError:  # the reader of our output is gone
         code = code or 1
     os._exit(code)
 
 
 def _main(argv: Sequence[str]) -> int:
-    """An exit code, or the number of a signal below 0. Modules that take long to import are imported where
-    they are used."""
+    """Returns an exit code, or the negated number of a signal. Modules that take long to import are imported
+    where they are used."""
     if argv and argv[0] == "inspect":
         from ipfsfuse_run import inspecting
 

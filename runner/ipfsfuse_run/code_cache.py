@@ -1,14 +1,14 @@
-"""Compiled guests, kept by what they were made from: the module's bytes, wasmtime's version and settings.
+"""Compiled guests. The key of an entry is made of the module's bytes, wasmtime's version and settings.
 
-wasmtime runs compiled code as it is, so it comes from one place only: a folder of the user's own cache with
-mode 0700, through a descriptor of the very file that was checked, in a process that the kernel has locked in.
-A module may break the compiler, so it is compiled in a process that reaches nothing. That process hands the
-code over in a file without a name, and this one stores it under the module's own key. So a module can spoil
-its own code, and no other's.
+wasmtime runs compiled code without checking it. So the code comes only from a folder of the user's own cache
+with mode 0700. It is loaded through the descriptor of the file that was checked, in a process that the kernel
+has locked in. A module may break the compiler, so it is compiled in a process that can reach nothing. That
+process returns the code in a file without a name, and this process stores it under the module's own key. So a
+module can spoil its own code only.
 
-Any number of processes may use the folder at once. While an entry `KEY` is made, the file `KEY.part` is
-locked, so that of several processes one compiles and the others wait; the entry appears whole, by rename.
-Names that are not the cache's own are left alone.
+Any number of processes may use the folder at once. While an entry `KEY` is compiled, the file `KEY.part` is
+locked: one process compiles, the others wait. A rename makes the complete entry appear. Files with other
+names are left alone.
 """
 
 import contextlib
@@ -32,17 +32,18 @@ from ipfsfuse_run import lockdown, places, processes
 from ipfsfuse_run.errors import GuestRefused
 
 BOUND = 1 << 30
-"""Bytes that the whole cache may take; what was used longest ago goes first."""
+"""Bytes that the whole cache may take. Entries that were used longest ago are removed first."""
 
 _PART = ".part"
 _ENTRY = re.compile(r"[0-9a-f]{64}-[0-9a-f]{16}(\.part)?|\.[0-9a-f]{16}\.part")
-"""Names of our own: entries, entries that are being made, and what an earlier version left of the latter."""
+"""Names of our own files: entries, entries that are being compiled, and the latter as an earlier version
+named them."""
 _MAX_ANSWER = 64 << 10
 
 Key = Callable[[str, str], str]
 """The name of the entry for a guest's SHA-256 and kind."""
 Build = Callable[[], bytes]
-"""Compiles a guest, in the compiling process, which it locks in first. Raises GuestRefused."""
+"""Compiles a guest in the compiling process, after it has locked that process in. Raises GuestRefused."""
 
 MODULE, COMPONENT = "module", "component"
 _MAGIC = b"\0asm"
@@ -58,7 +59,7 @@ class Code(NamedTuple):
 
 
 class CodeCache:
-    """`folder` None is a cache that keeps nothing: a run must not fail for want of one."""
+    """With `folder` None the cache stores nothing: a run must not fail because there is no cache folder."""
 
     def __init__(self, folder: str | os.PathLike[str] | None, bound: int = BOUND) -> None:
         self.folder = None if folder is None else os.fspath(folder)
@@ -72,7 +73,7 @@ class CodeCache:
             return cls(None)
 
     def opened(self, key: str) -> int | None:
-        """A descriptor of the entry `key`, which is ours and whole; None where there is no such entry."""
+        """A descriptor of the entry `key`; None if there is none that is ours and complete."""
         if self.folder is None:
             return None
         try:
@@ -91,8 +92,8 @@ class CodeCache:
         return None
 
     def kept(self, file: BufferedIOBase, name: str, key: Key) -> Code | None:
-        """The guest in `file` if it was compiled before, without holding its bytes: 25 MB of them take 10 ms.
-        Leaves the file at its start; one that has none, a pipe, is not looked at. Raises OSError."""
+        """The guest in `file` if it was compiled before. Does not keep its bytes in memory: that would take
+        10 ms for 25 MB. Leaves the file at its start; a pipe is not read. Raises OSError."""
         if not file.seekable():
             return None
         kind = _kind(file.read(8))
@@ -105,8 +106,9 @@ class CodeCache:
         return None if found is None else Code(name, kind, found)
 
     def compiled(self, kind: str, code: bytes, name: str, memory: int, key: Key, build: Build) -> Code:
-        """The guest `code`, compiled before or now, by a process that may write to `memory` bytes. What can't
-        be kept is in memory alone: a full disk costs speed. Forks. Raises GuestRefused."""
+        """The compiled guest `code`, from the cache or from a process that may write to `memory` bytes. Code
+        that can't be stored is in memory only, so that a full disk costs speed and nothing else. Forks.
+        Raises GuestRefused."""
         entry = key(hashlib.sha256(code).hexdigest(), kind)
         return Code(name, kind, self._compiled(entry, build, name, memory))
 
@@ -137,7 +139,7 @@ class CodeCache:
         return kept
 
     def _locked(self, part: str) -> int | None:
-        """The file `part`, locked for us alone and made where it is missing; None where it can't be ours."""
+        """The file `part`, created if it is missing, and locked by us alone. None if it can't be ours."""
         with contextlib.suppress(OSError):
             while True:
                 file = os.open(
@@ -200,7 +202,7 @@ def _is_ours(found: os.stat_result) -> bool:
 
 
 def _is_unlocked(path: str) -> bool:
-    """Whether nobody is compiling into the file `path`."""
+    """Whether no process is compiling into the file `path`."""
     try:
         file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -215,18 +217,20 @@ def _is_unlocked(path: str) -> bool:
 
 
 def _used_now(file: int) -> None:
-    """The kernel's own time stamps stand still for milliseconds, in which two guests can be started."""
+    """Sets the time of last use. The kernel's own time stamps advance only every few milliseconds, and two
+    guests can be started within that time."""
     now = time.time_ns()
     os.utime(file, ns=(now, now))
 
 
 _ELF64 = struct.Struct("<4s36xQ10xHH2x")
-"""Of an ELF header: the magic number; where the table of sections is; the size of each, and how many."""
+"""The fields of an ELF header that we need: the magic number; where the table of sections is; the size and
+the number of its entries."""
 
 
 def _is_whole(file: int) -> bool:
-    """wasmtime writes an ELF file whose table of sections comes last. A file that was cut short lacks some of
-    it."""
+    """wasmtime writes an ELF file, and the table of sections comes last in it. A file that was cut short
+    lacks some of it."""
     head = os.pread(file, _ELF64.size, 0)
     if len(head) < _ELF64.size:
         return False
@@ -235,19 +239,20 @@ def _is_whole(file: int) -> bool:
 
 
 def entry_key(digest: str, wasmtime: os.stat_result, settings: Sequence[str]) -> str:
-    """The name of an entry. Size and time of `wasmtime` (the library or the command) stand for its version,
-    which takes 20 ms to ask for; wasmtime checks the version itself, too. It compiles for what this processor
-    can do, which another one that shares the home folder may lack."""
+    """The name of an entry. Size and time of `wasmtime` (the library or the command) stand for its version:
+    asking for the version takes 20 ms. wasmtime also checks the version itself. The processor is part of the
+    name, because wasmtime uses all its features, and another machine that shares the home folder may lack
+    some."""
     parts = (str(wasmtime.st_size), str(wasmtime.st_mtime_ns), os.uname().machine, _processor(), *settings)
     return f"{digest}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
 
 
 def _processor() -> str:
-    """What this processor can do, as the kernel names it."""
+    """The features of this processor, as the kernel names them."""
     try:
         file = os.open("/proc/cpuinfo", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            text = os.read(file, 8192)  # the first one's: all of a large machine take long
+            text = os.read(file, 8192)  # the first processor is enough, and a large machine has many
         finally:
             os.close(file)
     except OSError:
@@ -257,13 +262,13 @@ def _processor() -> str:
 
 
 def _kind(head: bytes) -> str | None:
-    """What begins with these 8 bytes; None for text, and for what can't run."""
+    """The kind of WebAssembly that begins with these 8 bytes; None for text and for unknown versions."""
     return _KINDS.get(head[4:]) if head.startswith(_MAGIC) else None
 
 
 def binary(code: bytes, name: str, memory: int) -> tuple[str, bytes]:
     """The guest's kind and its binary form. Text is translated in a process of its own that may write to
-    `memory` bytes, because 1 byte of it can take a hundred in memory. Raises GuestRefused."""
+    `memory` bytes, because 1 byte of text can take a hundred bytes of memory. Raises GuestRefused."""
     if code.startswith(_MAGIC):
         kind = _kind(code[:8])
         if kind is None:
@@ -271,7 +276,7 @@ def binary(code: bytes, name: str, memory: int) -> tuple[str, bytes]:
         return kind, code
     if not code.lstrip().startswith((b"(", b";;")):
         raise GuestRefused(f"{name} is not WebAssembly: it begins with neither \\0asm nor text")
-    import wasmtime  # as long as this process can
+    import wasmtime  # here, because the locked process can't import
 
     def translate() -> bytes:
         lockdown.lock([])
@@ -290,10 +295,9 @@ def binary(code: bytes, name: str, memory: int) -> tuple[str, bytes]:
 
 
 def in_own_process(build: Build, name: str, memory: int) -> int:
-    """Runs `build` in a forked process that may write to `memory` bytes, and has nothing open but what it
-    hands over. Gives a file without a name that has the code. The process ends with this one: whoever kills
-    this one for taking too long ends the compilation. Raises GuestRefused as `build` does, and if the process
-    ended otherwise."""
+    """Runs `build` in a forked process that may write to `memory` bytes and has only its answer's files open.
+    Returns a file without a name that holds the code. The forked process ends with this one, so killing this
+    one ends the compilation. Raises GuestRefused as `build` does, and if the process fails."""
     code = os.memfd_create("code", os.MFD_CLOEXEC)
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = processes.fork(lambda: _compile(build, write_end, code, memory))
@@ -314,7 +318,7 @@ def in_own_process(build: Build, name: str, memory: int) -> int:
 
 
 def _compile(build: Build, write_end: int, code: int, memory: int) -> None:
-    processes.detach(write_end, code)  # Rust writes a back-trace where it finds no memory
+    processes.detach(write_end, code)  # Rust writes a back-trace to stderr when memory runs out
     processes.limit(resource.RLIMIT_DATA, memory)
     processes.limit(resource.RLIMIT_FSIZE, memory)
     try:
@@ -325,7 +329,7 @@ def _compile(build: Build, write_end: int, code: int, memory: int) -> None:
 
 
 def _text(answer: bytes) -> str:
-    """A compiler that was broken may answer anything."""
+    """A compiler that a module has broken may answer anything."""
     try:
         return str(json.loads(answer))
     except (ValueError, RecursionError):

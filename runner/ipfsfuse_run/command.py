@@ -1,8 +1,9 @@
 """The `wasmtime` command as the guest's process, in place of the library.
 
-wasmtime-wasi hands each file call to another thread, 20 to 40 us, unless `allow_blocking_current_thread` is
-set. The command sets it when it has no `-W timeout`; the C library that the Python package loads has no call
-for it. Time is kept by the supervisor, so the command needs no timeout.
+wasmtime-wasi passes each file call to another thread, which takes 20 to 40 us, unless
+`allow_blocking_current_thread` is set. The command sets it when it has no `-W timeout`. The C library that
+the Python package loads has no function for it. The supervisor enforces the time limit, so the command needs
+none.
 """
 
 import os
@@ -23,10 +24,10 @@ from ipfsfuse_run.sandbox import OpenFolder, Sandbox
 
 MIN_VERSION = 49
 MAX_ARGUMENT = 128 << 10
-"""Bytes of one argument, or of one variable with its name, that Linux refuses (execve(2))."""
+"""Linux refuses an argument, or a variable with its name, of this many bytes (execve(2))."""
 
 _STEERING = re.compile("(LD_|RUST|RAYON|XDG_|TOKIO|WASMTIME|MALLOC_|GLIBC_|GCONV_).*")
-"""Variables that the command or the loader would act on, not only the guest."""
+"""Variables that the command or the loader would act on."""
 _INTERPRETER = re.compile(rb"/lib[^\0]{0,60}/ld-[^\0]{1,60}")
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
 _FIBER_SPARE = 2 << 20
@@ -69,7 +70,7 @@ def find() -> tuple[str | None, str]:
 
 
 def unsuited(options: Options) -> str | None:
-    """Why this run needs the library."""
+    """Why this run needs the library; None if the command can run it."""
     if options.record is not None or options.deterministic:
         return "--record and --deterministic need the library"
     if options.invoke is not None or options.preload:
@@ -91,9 +92,9 @@ def unsuited(options: Options) -> str | None:
 
 
 def key(command: str, given: Limits) -> Key:
-    """The names of entries in the code cache."""
+    """How entries in the code cache are named."""
     found = os.stat(command)
-    # the code is the same for any amount
+    # the code is the same for any amount of fuel
     fixed = [re.sub("fuel=.*", "fuel", each) for each in _engine_options(given)]
     return lambda digest, kind: entry_key(digest, found, ("command", kind, *fixed))
 
@@ -111,8 +112,8 @@ def check_version(command: str) -> None:
 
 
 def build(command: str, given: Limits, kind: str, data: bytes, name: str) -> bytes:
-    """In the compiling process. The command and the library's check are locked in, each in its turn. Raises
-    GuestRefused."""
+    """Compiles in the compiling process. First the command runs in a locked process, then the library checks
+    the guest in this process, which is locked for it. Raises GuestRefused."""
     from ipfsfuse_run import guest
 
     source, made, errors_file = (os.memfd_create(each) for each in ("guest", "code", "errors"))
@@ -131,13 +132,13 @@ def build(command: str, given: Limits, kind: str, data: bytes, name: str) -> byt
 
     _pid, status = os.waitpid(processes.fork(compile_it), 0)
     with open(made, "rb") as code, open(errors_file, "rb") as errors:
-        if os.WIFSIGNALED(status):  # most likely for want of memory: the process that waits says so
+        if os.WIFSIGNALED(status):  # most likely memory ran out: the waiting process says so
             os._exit(1)
         if status:
             errors.seek(0)
             said = " ".join(errors.read(4096).decode(errors="replace").split())
             raise GuestRefused(f"{name} is not a valid WebAssembly {kind}: {said or 'the command failed'}")
-        guest.form_of(kind)  # imports what is needed, as long as this process can
+        guest.form_of(kind)  # imports what is needed, before the lock prevents it
         lockdown.lock([])
         guest.check(kind, data, name)
         code.seek(0)
@@ -145,7 +146,7 @@ def build(command: str, given: Limits, kind: str, data: bytes, name: str) -> byt
 
 
 def _engine_options(given: Limits) -> list[str]:
-    """Arguments of both compiling and running."""
+    """Arguments for compiling and for running."""
     options = [] if given.fuel is None else ["-W", f"fuel={given.fuel}"]
     if given.max_wasm_stack is not None:
         stack = given.max_wasm_stack
@@ -154,8 +155,8 @@ def _engine_options(given: Limits) -> list[str]:
 
 
 def arguments(box: Sandbox, given: Limits, folders: Sequence[OpenFolder], code: int) -> list[str]:
-    """The command line. Variables are named in it; their values are in the environment alone, because others
-    can read a command line."""
+    """The command line. It has only the names of variables: their values are in the environment, because
+    others can read a command line."""
     found = ["wasmtime", "run", "-C", "cache=n", "--allow-precompiled", *_engine_options(given)]
     for field in limits.STORE_LIMITS:
         value = getattr(given, field)
@@ -171,7 +172,7 @@ def arguments(box: Sandbox, given: Limits, folders: Sequence[OpenFolder], code: 
 
 
 def allowed(command: str, code: int) -> list[Access]:
-    """What the command needs to read and execute beside the guest's folders."""
+    """The files that the command needs to read and execute, besides the guest's folders."""
     return [*_program_files(command), Access(code)]
 
 
@@ -185,12 +186,12 @@ def _program_files(command: str) -> list[Access]:
         try:
             found.append(Access(os.open(path, os.O_PATH | os.O_CLOEXEC)))
         except OSError:
-            pass  # another system's place
+            pass  # other systems have it elsewhere
     return found
 
 
 def execute(command: str, box: Sandbox, given: Limits, folders: Sequence[OpenFolder], code: int) -> NoReturn:
-    """Replaces this process, which is locked already. Raises GuestRefused."""
+    """Replaces this process, which is already locked, by the command. Raises GuestRefused."""
     for each in (code, *(folder.file for folder in folders)):
         os.set_inheritable(each, True)
     if given.max_wasm_stack is not None:

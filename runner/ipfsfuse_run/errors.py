@@ -1,5 +1,5 @@
-"""Why a run can be refused, beside the exceptions of ipfsfuse.errors, and what the runner says on standard
-error: one line each, which names the thing."""
+"""The runner's exceptions, besides those of ipfsfuse.errors, and the one-line messages that it prints on
+standard error."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from ipfsfuse_run.supervisor import CompletedRun
 
 COULD_NOT_RUN = 125
-"""The exit code if no guest ran, as `env`, `timeout` and docker have it. 1 may be a guest's own."""
+"""The exit code if no guest ran, the same as that of `env`, `timeout` and docker. A guest itself may exit
+with 1."""
 TRAPPED = 134
 """The exit code of a shell for SIGABRT, as `wasmtime run` gives."""
 
@@ -21,7 +22,7 @@ class GuestRefused(IpfsFuseError):
 
 
 class NotKept(IpfsFuseError):
-    """The guest ran, but its results or its receipt could not be written or taken into the library."""
+    """The guest ran, but its results or its receipt could not be written or added to the library."""
 
     def __init__(self, message: str, run: "CompletedRun") -> None:
         super().__init__(message)
@@ -33,8 +34,8 @@ class ReceiptRefused(IpfsFuseError):
 
 
 def say(message: object) -> None:
-    """Prints `ipfsfuse-run: MESSAGE` on one line: names, paths and a daemon's answers come from outside, and
-    none of them can forge a line."""
+    """Prints `ipfsfuse-run: MESSAGE` on one line. The message is escaped, because names, paths and a daemon's
+    answers come from outside and must not forge a line."""
     print(f"ipfsfuse-run: {printable(str(message))}", file=sys.stderr)
 
 

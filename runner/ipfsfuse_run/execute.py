@@ -1,6 +1,7 @@
 """One run from its options: the mount, the sandbox, the guest's process.
 
-What takes long to import is imported when it is needed: a guest on a live mount waits for none of it.
+Modules that take long to import are imported only when they are needed. A guest on a live mount needs none of
+them.
 """
 
 import os
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 
 def execute(options: Options) -> CompletedRun:
-    """Raises NotKept if the guest ran and what it left could not be kept, another IpfsFuseError if it did not
-    run."""
+    """Raises NotKept if the guest ran but its results or receipt could not be stored, another IpfsFuseError
+    if it did not run."""
     if options.compile_only:
         return _execute(options._replace(out=None))
     if options.cid_file is not None and os.path.lexists(options.cid_file):
@@ -31,10 +32,10 @@ def execute(options: Options) -> CompletedRun:
     try:
         ended = _execute(options._replace(out=results.path))
     except BaseException:
-        results.forget()
+        results.discard()
         raise
     if ended.outcome.refused is not None:
-        results.forget()
+        results.discard()
     elif ended.outcome.signal is None and ended.outcome.limit != "max_out":
         try:
             return ended._replace(out=_hash_results(options, results.path, ended.out))
@@ -68,8 +69,8 @@ def _execute(options: Options) -> CompletedRun:
 
 
 def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
-    """The CID of the results, if it is known already or asked for; it is printed for the command. With --add
-    they are taken into the library. Raises StoreFailed."""
+    """The CID of the results, if it is known already or an option asks for it. Prints it, unless the caller
+    wants it returned. With --add the results are added to the library. Raises StoreFailed."""
     if options.add or (cid is None and (options.cid_file is not None or options.return_cid)):
         from ipfsfuse.dag import cid as cids
         from ipfsfuse_run import record
@@ -91,7 +92,7 @@ def _hash_results(options: Options, folder: str, cid: str | None) -> str | None:
 
 
 def _add_to_library(options: Options, folder: str) -> "Cid":
-    """Takes the results into the library, and gives their CID. Raises StoreFailed."""
+    """Adds the results to the library, and returns their CID. Raises StoreFailed."""
     from ipfsfuse_run import mounts
     from ipfsfuse_run.record import RecordWriter, add_tree
 

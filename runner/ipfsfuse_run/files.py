@@ -1,4 +1,4 @@
-"""Files that the runner reads and others name."""
+"""Opens files that a user or a guest names."""
 
 import os
 from pathlib import Path
@@ -6,5 +6,5 @@ from typing import BinaryIO
 
 
 def open_to_read(path: str | Path) -> BinaryIO:
-    """The file at `path`, to be read. Opening a named pipe does not wait for its writer. Raises OSError."""
+    """Opens the file at `path` for reading. Does not wait for the writer of a named pipe. Raises OSError."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))

@@ -1,9 +1,10 @@
-"""The process that runs guests for a Python program: it has all imported that a run needs, and forks one
-supervisor a run, which does what the command does.
+"""The process that runs guests for a Python program. It has imported all modules that a run needs. For each
+run it forks a supervisor, which does the same as the command.
 
-The program itself may have threads and secrets: it is not forked. The two talk over a socket pair, so nobody
-else can ask. Everything ends with the program: the server when its socket is closed, a run when its own
-socket is. The server has one thread and makes no other.
+The program itself is not forked, because it may have threads and secrets. Program and server talk over a
+socket pair, which no other process can reach. The server ends when the program closes its end of the socket
+pair; a run ends when the program closes the run's socket. The kernel closes both when the program ends. The
+server has one thread.
 """
 
 import gc
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from ipfsfuse_run.supervisor import CompletedRun
 
 _FILES = 5
-"""Descriptors that come with a run: its socket, stdin, stdout, stderr, and a file for the runner's words."""
+"""Descriptors that come with a run: its socket, stdin, stdout, stderr, and a file for the runner's
+messages."""
 
 
 class Request(NamedTuple):
@@ -44,7 +46,7 @@ class Request(NamedTuple):
 
 
 class _Server:
-    """The server of this process. A process that was forked starts one of its own."""
+    """The fork server of this process. A forked process starts one of its own."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,14 +55,14 @@ class _Server:
         self._owner = 0
 
     def send(self, files: list[int]) -> None:
-        """Hands a run's descriptors over; starts the server where there is none. Raises OSError."""
+        """Sends a run's descriptors to the server; starts the server if there is none. Raises OSError."""
         with self._lock:
             if self._owner == os.getpid() and self._control is not None:
                 try:
                     socket.send_fds(self._control, [b"run"], files)
                     return
                 except OSError:
-                    self._control.close()  # it was killed: begin again
+                    self._control.close()  # the server was killed: start another one
             self._start()
             assert self._control is not None
             socket.send_fds(self._control, [b"run"], files)
@@ -69,7 +71,7 @@ class _Server:
         from ipfsfuse_run.mounts import child_environment
 
         if self._process is not None and self._owner == os.getpid():
-            self._process.wait()  # its socket is closed: it is gone
+            self._process.wait()  # its socket is closed, so it has ended or ends now
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
@@ -81,7 +83,7 @@ class _Server:
                 env=child_environment(),
                 cwd="/",
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # the terminal's Ctrl-C reaches the program alone, which ends the run
+                start_new_session=True,  # Ctrl-C in the terminal goes to the program only, which ends the run
             )
         self._control, self._owner = ours, os.getpid()
 
@@ -90,8 +92,8 @@ _server = _Server()
 
 
 def start(request: Request, stdin: int, stdout: int, stderr: int, said: int) -> socket.socket:
-    """Begins a run. What the socket gives until its end is the answer, for `answer`; closing it, or shutting
-    it down for writing, ends the run."""
+    """Starts a run. Returns a socket: all that can be read from it is the answer (`_answer`). Closing it, or
+    shutting it down for writing, ends the run."""
     ours, theirs = socket.socketpair()
     try:
         with theirs:
@@ -110,8 +112,8 @@ _MAIN = "from ipfsfuse_run.forkserver import serve; serve"
 
 
 def serve(file: int) -> None:
-    """The server's main: until the program closes its end of the socket `file`, and the runs have ended that
-    it left."""
+    """The server's main function. Returns when the program has closed its end of the socket `file` and all
+    runs have ended."""
     control = socket.socket(fileno=file)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _import_all()
@@ -122,7 +124,7 @@ def serve(file: int) -> None:
 
 
 class _Poller:
-    """Descriptors, and what to call when something happens to them."""
+    """Calls a function when something happens to its descriptor."""
 
     def __init__(self) -> None:
         self._poll = select.poll()
@@ -137,7 +139,7 @@ class _Poller:
             self._poll.unregister(file)
 
     def loop(self) -> None:
-        """Until there is none."""
+        """Returns when no descriptor is left."""
         while self._calls:
             for file, _events in self._poll.poll():
                 if file in self._calls:
@@ -182,10 +184,9 @@ def _begin(poller: _Poller, files: list[int]) -> None:
 
 
 def _run(files: list[int]) -> None:
-    """In the run's own process. Raises Interrupted when the program has left."""
-    processes.close_all_but(
-        0, 1, 2, *files
-    )  # else the sockets of other runs would be open until this one ends
+    """Runs in the run's own process. Raises Interrupted when the program has closed the run's socket."""
+    # otherwise the sockets of other runs would stay open until this one ends
+    processes.close_all_but(0, 1, 2, *files)
     processes.raise_on_signals()
     run, stdin, stdout, stderr, said = files
     for file, target in ((stdin, 0), (stdout, 1), (stderr, 2)):

@@ -1,8 +1,9 @@
-"""How much the folders that a guest may write to have grown, and the process that watches it.
+"""Measures how much the folders that a guest may write to have grown, and watches that in a process of its
+own.
 
-Measuring looks at every file below the folders, which may lie on a file system that answers slowly or not at
-all: the guest's process measures before the run, a process of its own during the run, the runner's process
-never.
+Measuring looks at every file below the folders, and their file system may answer slowly or not at all. So the
+runner's process never measures. The guest's process measures before the run, the watching process during the
+run.
 """
 
 import errno
@@ -16,16 +17,16 @@ from typing import NamedTuple
 from ipfsfuse_run import processes
 
 INTERVAL = 0.1
-"""Seconds between two looks, and at least twice what the last look took."""
+"""Seconds between two measurements; or twice what the last one took, if that is longer."""
 NAME_BYTES = 4096
-"""What each name counts beside its content: about what a file system needs for it."""
+"""Bytes that each name counts besides its content: about what a file system needs for it."""
 
 
 class Usage(NamedTuple):
-    """What lies below some folders."""
+    """The size of all that is below some folders."""
 
     size: int
-    """Bytes of all files, each once whatever its names, and NAME_BYTES for each name."""
+    """Bytes of all files, and NAME_BYTES for each name. A file with several names counts once."""
     largest: int
     """Bytes of the largest file."""
 
@@ -40,29 +41,27 @@ class Watched(NamedTuple):
 
     @property
     def file_limit(self) -> int:
-        """RLIMIT_FSIZE of the guest's process: no file that is there already is above it."""
+        """RLIMIT_FSIZE of the guest's process. Files that exist before the run are not larger."""
         return min(self.before.largest + self.bound, (1 << 63) - 1)
 
     @property
     def text(self) -> str:
-        """The bound as messages name it."""
+        """The bound, for messages."""
         return f"{'--tmp ' if self.what == TMP else 'max-out='}{self.bound} bytes"
 
 
 TMP = "tmp"
 Growth = Sequence[Watched]
-"""What to watch, decided before the run. The first bounds the size of a single file."""
+"""What to watch, decided before the run. The first item also bounds the size of a single file."""
 
 
 class TooDeep(Exception):
-    """A folder that is nested too deeply for its name to reach it: a guest can make one, by steps."""
+    """A folder is nested so deeply that its path is too long to open. A guest can make one step by step."""
 
 
 def measure(folders: Sequence[str]) -> Usage:
-    """Follows no symlink; what this user can't read counts as nothing, for the guest can't write there
-    either.
-
-    Raises TooDeep."""
+    """Follows no symlink. Folders that this user can't read count as nothing: the guest can't write there
+    either. Raises TooDeep."""
     total = largest = 0
     linked: set[tuple[int, int]] = set()
     seen: set[tuple[int, int]] = set()
@@ -88,7 +87,7 @@ def measure(folders: Sequence[str]) -> Usage:
                         continue
                     try:
                         found = each.stat(follow_symlinks=False)
-                    except OSError:  # removed while we looked: what comes after it counts all the same
+                    except OSError:  # removed meanwhile: go on with the next name
                         continue
                     if found.st_nlink > 1:
                         if (found.st_dev, found.st_ino) in linked:
@@ -98,17 +97,17 @@ def measure(folders: Sequence[str]) -> Usage:
                         total += max(found.st_size, 512 * found.st_blocks)
                         largest = max(largest, found.st_size)
         except OSError:
-            pass  # removed while we looked
+            pass  # removed meanwhile
         finally:
             os.close(folder)
     return Usage(total, largest)
 
 
 def watch(growth: Growth, guest: int) -> tuple[int, int]:
-    """Forks the watching process, which measures again and again. When the process of the pidfd `guest` has
-    ended, it measures once more and ends.
+    """Forks the watching process, which measures again and again. When the guest's process (the pidfd
+    `guest`) has ended, it measures once more and ends.
 
-    Gives its pid, and a pipe. If the run must end, the pipe says what grew and why."""
+    Returns its pid and a pipe. If the run must end, the pipe says what grew and why."""
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = processes.fork(lambda: _look(growth, guest, write_end))
     os.close(write_end)

@@ -1,7 +1,7 @@
-"""One guest in the wasmtime library: what its bytes are, how they are compiled, linked and called, and what
-its end means; and the clock and random numbers of --deterministic.
+"""One guest in the wasmtime library: compiles, links and calls it, and interprets how it ended. Also the
+clock and random numbers of --deterministic.
 
-Runs in the guest's own process, on any one thread; keeps no state of its own.
+Runs in the guest's process, on any one thread. Has no state of its own.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from ipfsfuse_run.errors import TRAPPED, GuestRefused
 from ipfsfuse_run.limits import STORE_LIMITS, Limits
 from ipfsfuse_run.sandbox import OpenFolder, Sandbox
 
-if TYPE_CHECKING:  # 13 ms that a module need not wait for
+if TYPE_CHECKING:  # takes 13 ms to import, and core modules don't need it
     from wasmtime import component
 
 _FIBER_SPARE = 2 << 20
@@ -32,7 +32,7 @@ _PREVIEW_3 = re.compile(rb"wasi:[a-z-]+/[a-z-]+@0\.3[0-9a-z.-]*")
 
 
 def wasi_config(box: Sandbox, folders: Sequence[OpenFolder]) -> wasmtime.WasiConfig:
-    """What the guest is given; `folders` are those of `box`, open. Raises GuestRefused."""
+    """The WASI configuration of the sandbox `box`; `folders` are its folders, opened. Raises GuestRefused."""
     wasi = wasmtime.WasiConfig()
     wasi.argv = list(box.argv)
     wasi.env = list(box.variables.items())
@@ -48,12 +48,12 @@ def wasi_config(box: Sandbox, folders: Sequence[OpenFolder]) -> wasmtime.WasiCon
 
 
 class End(NamedTuple):
-    """How a guest ended: its exit code, and wasmtime's message with the back-trace where it trapped."""
+    """How a guest ended: its exit code, and wasmtime's message with the back-trace if it trapped."""
 
     code: int
     trap: str | None = None
     results: Sequence[str] = ()
-    """Of the function that was called by name."""
+    """The results of the function that was called in place of `_start`."""
 
 
 class Call(NamedTuple):
@@ -88,8 +88,8 @@ def make_engine(settings: Settings) -> wasmtime.Engine:
     config.consume_fuel = settings.fuel
     if settings.max_wasm_stack is not None:
         config.max_wasm_stack = settings.max_wasm_stack
-        # wasmtime aborts the process where its fibers' stacks (2 MiB) are smaller; its Python package has no
-        # name for them
+        # wasmtime aborts the process if its fibers' stacks (2 MiB) are smaller. Its Python package has no
+        # function to set their size.
         _ffi.dll.wasmtime_config_async_stack_size_set(
             config.ptr(), ctypes.c_size_t(settings.max_wasm_stack + _FIBER_SPARE)
         )
@@ -122,21 +122,21 @@ def compile_guest(engine: wasmtime.Engine, kind: str, code: bytes, name: str) ->
 
 
 def key(settings: Settings) -> Key:
-    """The names of entries in the code cache."""
+    """How entries in the code cache are named."""
     library = os.stat(_ffi.dll._name)
     return lambda digest, kind: entry_key(digest, library, (kind, *map(str, settings)))
 
 
 def build(engine: wasmtime.Engine, kind: str, code: bytes, name: str) -> bytes:
-    """In the compiling process. Raises GuestRefused."""
-    form_of(kind)  # imports what is needed, as long as this process can
+    """Compiles in the compiling process. Raises GuestRefused."""
+    form_of(kind)  # imports what is needed, before the lock prevents it
     lockdown.lock([])
     return bytes(compile_guest(engine, kind, code, name).compiled.serialize())
 
 
 def load(engine: wasmtime.Engine, code: Code) -> Guest:
-    """Only in a process that is locked in: a module that broke the compiler may have made this code. Raises
-    GuestRefused."""
+    """Loads compiled code. Call it only in a locked process: a module that broke the compiler may have made
+    this code. Raises GuestRefused."""
     path = f"/proc/self/fd/{code.file}"
     try:
         return Guest(code.name, engine, form_of(code.kind).deserialize_file(engine, path))
@@ -147,8 +147,9 @@ def load(engine: wasmtime.Engine, code: Code) -> Guest:
 
 
 def check(kind: str, code: bytes, name: str) -> None:
-    """Refuses what the wasmtime command would refuse by an exit code of the guest's, and what it would run
-    though it is not offered here. Compiles, without optimization. Raises GuestRefused."""
+    """Refuses guests that the wasmtime command would refuse with an exit code that a guest could have, and
+    guests that use interfaces which are not offered here. Compiles without optimization. Raises
+    GuestRefused."""
     config = wasmtime.Config()
     config.cranelift_opt_level = "none"
     engine = wasmtime.Engine(config)
@@ -182,7 +183,7 @@ def _check_start(name: str, module: wasmtime.Module) -> None:
 
 
 def import_for(kinds: Iterable[str], call: Call | None) -> None:
-    """Imports what is needed to run, as long as this process can."""
+    """Imports what is needed to run, before the lock prevents it."""
     for kind in kinds:
         form_of(kind)
     if call is not None:
@@ -190,7 +191,7 @@ def import_for(kinds: Iterable[str], call: Call | None) -> None:
 
 
 def form_of(kind: str) -> "type[wasmtime.Module | component.Component]":
-    """What compiles and loads a guest of that kind."""
+    """The class that compiles and loads a guest of that kind."""
     if kind == MODULE:
         return wasmtime.Module
     from wasmtime import component
@@ -211,7 +212,7 @@ def run(
     call: Call | None = None,
     preloads: Mapping[str, Guest] = MappingProxyType({}),
 ) -> End:
-    """Runs the guest to its end, calling `begin` right before its first instruction. Raises GuestRefused."""
+    """Runs the guest to its end. Calls `begin` right before the first instruction. Raises GuestRefused."""
     store = wasmtime.Store(guest.engine)
     store.set_wasi(wasi)  # before anything else: a store without it aborts the process
     _apply(limits, store)
@@ -222,7 +223,7 @@ def run(
             raise GuestRefused(f"{guest.name} is a component: --invoke and --preload take core modules")
         return End(_run_component(guest, guest.compiled, store, deterministic, begin))
     except (_Exit, wasmtime.ExitTrap) as exc:
-        return End(exc.code & 0xFF or int(exc.code != 0))  # cut to a byte, but a failure never becomes 0
+        return End(exc.code & 0xFF or int(exc.code != 0))  # the lowest byte; a failure never becomes 0
     except wasmtime.Trap as exc:
         return End(TRAPPED, str(exc))
     except wasmtime.WasmtimeError as exc:
@@ -267,7 +268,7 @@ def _run_module(
             raise GuestRefused(f"--preload {name}: {preloaded.name} is a component, not a core module")
         linker.define_module(store, name, preloaded.compiled)
     exports = linker.instantiate(store, module).exports(store)
-    initialize = exports.get("_initialize")  # of a reactor (WASI's application ABI)
+    initialize = exports.get("_initialize")  # a reactor has it (WASI's application ABI)
     if isinstance(initialize, wasmtime.Func) and call is not None and call.name != "_initialize":
         initialize(store)
     function = exports["_start" if call is None else call.name]
@@ -280,7 +281,7 @@ def _run_module(
 
 
 def _arguments(name: str, module: wasmtime.Module, call: Call) -> list[int | float]:
-    """The values that the function is called with. Raises GuestRefused."""
+    """The arguments of the call, converted to the function's types. Raises GuestRefused."""
     functions = {each.name: each.type for each in module.exports if isinstance(each.type, wasmtime.FuncType)}
     found = functions.get(call.name)
     if found is None:
@@ -309,7 +310,8 @@ _BITS = {"i32": 32, "i64": 64}
 
 
 def _text(value: object, kind: wasmtime.ValType) -> str:
-    """As `wasmtime run --invoke` prints it: the shortest decimal digits that give the same number."""
+    """The value as `wasmtime run --invoke` prints it: the shortest decimal digits that give the same
+    number."""
     if not isinstance(value, float):
         return (
             str(value) if isinstance(value, int) else "<null reference>" if value is None else "<reference>"
@@ -331,7 +333,7 @@ WASI_P1 = ("wasi_snapshot_preview1", "wasi_unstable")
 
 
 def _proc_exit(code: int) -> None:
-    """Ours, because wasmtime's loses codes from 126 up."""
+    """Replaces wasmtime's proc_exit, which loses codes from 126 up."""
     raise _Exit(code)
 
 
@@ -362,7 +364,8 @@ def _run_component(
 
 
 def _entry(guest: Guest, parts: "component.Component") -> str:
-    """The name of the exported wasi:cli/run. Raises GuestRefused, naming what there is instead."""
+    """The name of the exported wasi:cli/run. Raises GuestRefused, which names the exports if there is
+    none."""
     kind = parts.type
     exports = list(kind.exports(guest.engine))
     for name in exports:
@@ -381,7 +384,7 @@ START_NS = 946_684_800_000_000_000
 """2000-01-01T00:00:00Z, in nanoseconds since 1970."""
 STEP_NS = 1_000_000
 MAX_RANDOM = 64 << 20
-"""Bytes of random numbers that wasmtime gives at once."""
+"""Bytes of random numbers that wasmtime gives in one call."""
 
 _WALL_CLOCK = 0
 _OK, _FAULT = 0, 21
@@ -390,7 +393,7 @@ _VERSIONS = range(100)
 
 
 class DeterministicHost:
-    """What a guest gets instead."""
+    """A clock that advances by STEP_NS with each reading, and the same random numbers in each run."""
 
     def __init__(self) -> None:
         self._reads = 0
@@ -406,7 +409,7 @@ class DeterministicHost:
         return START_NS + self.monotonic()
 
     def random(self, length: int) -> bytes:
-        """Raises Trap, as wasmtime's own does, for more than it gives at once."""
+        """Raises Trap for more than MAX_RANDOM bytes, as wasmtime itself does."""
         if length > MAX_RANDOM:
             raise wasmtime.Trap(f"requested len {length} exceeds limit {MAX_RANDOM}")
         self._draws += 1
@@ -446,9 +449,9 @@ def make_module_deterministic(linker: wasmtime.Linker) -> None:
 
 
 def _put(caller: wasmtime.Caller, at: int, length: int, make: Callable[[], bytes]) -> int:
-    """Writes `length` bytes, made once it is sure that they fit the guest's memory, at `at`."""
+    """Writes `length` bytes at `at`. Calls `make` only if they fit into the guest's memory."""
     memory = caller.get("memory")
-    start = at & 0xFFFF_FFFF  # wasmtime hands an i32 over with its sign
+    start = at & 0xFFFF_FFFF  # wasmtime passes an i32 as a signed number
     if not isinstance(memory, wasmtime.Memory) or start + length > memory.data_len(caller):
         return _FAULT
     memory.write(caller, make(), start)
@@ -461,8 +464,8 @@ def _put(caller: wasmtime.Caller, at: int, length: int, make: Callable[[], bytes
 def make_component_deterministic(linker: "component.Linker") -> None:
     """Replaces the clock and random functions of preview 2, in a linker that allows shadowing.
 
-    Raises GuestRefused where this wasmtime names them in a way that can't be found: a run that only seems to
-    be deterministic is worse than none."""
+    Raises GuestRefused if this wasmtime's names for them are not found: a run that only seems to be
+    deterministic is worse than none."""
     host = DeterministicHost()
     version = _host_version(linker.engine)
     with linker.root() as root:
@@ -500,10 +503,10 @@ def _replacements(host: DeterministicHost) -> dict[str, dict[str, Callable[..., 
 
 
 def _host_version(engine: wasmtime.Engine) -> str:
-    """The 0.2 that wasmtime's own definitions bear: only under that very name do ours take the place of
-    single functions.
+    """The 0.2.x in the names of wasmtime's own definitions. Our functions replace single functions of an
+    interface only if its name is the same.
 
-    A linker that allows no shadowing tells, by refusing to define one of them again."""
+    A linker without shadowing refuses to define an existing function again: that tells the version."""
     from wasmtime import component
 
     for minor in _VERSIONS:

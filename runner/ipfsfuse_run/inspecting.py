@@ -1,4 +1,4 @@
-"""`inspect`: a receipt as a table or as JSON, what a recorded run printed and wrote, and who signed it."""
+"""`inspect`: prints a receipt as a table or as JSON, a recorded run's output, and who signed it."""
 
 import argparse
 import json
@@ -74,8 +74,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def checked_rows(record: Record, receipt: Receipt) -> tuple[list[Row], bool]:
-    """What was read by path, and whether there are more paths. Raises ReceiptRefused where the recorded
-    streams or paths are not what the blocks say."""
+    """What was read, by path, and whether there are more paths. Raises ReceiptRefused if the recorded streams
+    or paths differ from the blocks."""
     for name in receipt.contents or [receipts.STDIN]:
         check_content(record, receipt, name)
     walk = Walk(record.node, _roots(record, receipt), receipt.read)
@@ -89,10 +89,10 @@ def checked_rows(record: Record, receipt: Receipt) -> tuple[list[Row], bool]:
 
 
 def _print_json(record: Record, receipt: Receipt, rows: Sequence[Row]) -> None:
-    """The receipt; one of format 1 does not have the paths itself."""
-    place = record.find(receipts.RECEIPT)
-    assert place is not None
-    fields = json.loads(record.receipt(place))
+    """Prints the receipt with the paths, which a receipt of format 1 does not have."""
+    cid = record.find(receipts.RECEIPT)
+    assert cid is not None
+    fields = json.loads(record.receipt(cid))
     print(json.dumps(fields | {"paths": [each._asdict() for each in rows]}, indent=1))
 
 
@@ -125,14 +125,14 @@ def _show(receipt: Receipt, rows: Iterable[Row]) -> None:
 
 
 def _signed_by(record: Record, key: "Ed25519PublicKey | None") -> str:
-    place = record.find(receipts.SIGNATURE)
-    if place is None:
+    cid = record.find(receipts.SIGNATURE)
+    if cid is None:
         return "not signed"
     from ipfsfuse_run import signatures
 
     if key is not None:
         return f"signed by {signatures.fingerprint(key)}"
-    names = signatures.signers(b"".join(record.content(place, min(signatures.MAX_BYTES, record.size))))
+    names = signatures.signers(b"".join(record.content(cid, min(signatures.MAX_BYTES, record.size))))
     return f"says it is signed by {', '.join(map(printable, names))}: check it with --key PUB"
 
 
@@ -142,8 +142,8 @@ def _roots(record: Record, receipt: Receipt) -> list[cids.Cid]:
         for cid in receipt.read:
             roots.add(cid, record.block(cid))
         return roots.found
-    place = record.find(receipts.IPFS)
-    node = None if place is None else record.node(place)
+    folder = record.find(receipts.IPFS)
+    node = None if folder is None else record.node(folder)
     read = {cids.multihash(each) for each in receipt.read}
     links = node.links if isinstance(node, Directory) else ()
     return [
@@ -153,16 +153,16 @@ def _roots(record: Record, receipt: Receipt) -> list[cids.Cid]:
 
 def _print_part(record: Record, receipt: Receipt, part: str) -> None:
     if part == "signature":
-        place = record.find(receipts.SIGNATURE)
-        if place is None:
+        cid = record.find(receipts.SIGNATURE)
+        if cid is None:
             raise ReceiptRefused(f"{record.path} has no signature")
-        content = record.content(place, record.size)
+        content = record.content(cid, record.size)
     else:
-        place = record.find(part)
-        if place is None:
+        cid = record.find(part)
+        if cid is None:
             raise ReceiptRefused(f"{record.path} holds no {part}: a receipt of format 1 has its hash alone")
         check_content(record, receipt, part)
-        content = record.content(place, record.size + (64 << 20))
+        content = record.content(cid, record.size + (64 << 20))
     sys.stdout.flush()
     for data in content:
         sys.stdout.buffer.write(data)
@@ -178,5 +178,5 @@ def _write_results(record: Record, receipt: Receipt, folder: str, most: int) -> 
     except ReceiptRefused:
         for each in os.listdir(results.path):
             places.remove_tree(os.path.join(results.path, each))
-        results.forget()
+        results.discard()
         raise

@@ -1,7 +1,6 @@
-"""What a guest may use at most: `-W name=value,...` in wasmtime's manner, parsed once into frozen numbers.
-Pure.
+"""The limits of a guest: parses `-W name=value,...`, as wasmtime writes them, into frozen numbers. Pure.
 
-A receipt's limits come through the same check as the command line's."""
+The limits in a receipt pass the same check as those of the command line."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -11,12 +10,12 @@ from ipfsfuse.errors import UsageError
 
 
 class Limits(NamedTuple):
-    """None is no limit of ours, or the default below. Sizes are in bytes, times in seconds."""
+    """None means no limit, or the default named here. Sizes are in bytes, times in seconds."""
 
     timeout: float | None = None
-    """Of the run, from the guest's first instruction, whatever it does; a read that waits is included."""
+    """For the run, from the guest's first instruction. The time in which a read waits counts too."""
     compile_timeout: float | None = None
-    """Of the compilation before the run; COMPILE_TIMEOUT by default."""
+    """For the compilation before the run; COMPILE_TIMEOUT by default."""
     compile_memory: int | None = None
     """Bytes that the compiling process may write to; COMPILE_MEMORY by default."""
     fuel: int | None = None
@@ -31,15 +30,15 @@ class Limits(NamedTuple):
     max_tables: int | None = None
     max_memories: int | None = None
     max_open_files: int | None = None
-    """Descriptors of the guest's process, the few that wasmtime needs included."""
+    """Descriptors of the guest's process. wasmtime needs a few of them."""
     max_stdout: int | None = None
-    """Of standard output, and as much again of standard error."""
+    """For standard output, and the same for standard error."""
     max_out: int | None = None
     """By how much the writable folders together may grow; MAX_OUT by default."""
     max_fetch: int | None = None
-    """Of what the sources send: such a run has a mount of its own."""
+    """For what the sources send. A run with this limit has a mount of its own."""
     max_stdin: int | None = None
-    """Of standard input that a record keeps, or that a replay reads from one."""
+    """For standard input that is recorded or replayed."""
 
     @property
     def compile_seconds(self) -> float:
@@ -53,9 +52,11 @@ class Limits(NamedTuple):
     def out_bytes(self) -> int:
         return MAX_OUT if self.max_out is None else self.max_out
 
-    def over(self, other: "Limits") -> "Limits":
-        """These limits, and where there is none here, the other's."""
-        return other._replace(**{name: value for name, value in self._asdict().items() if value is not None})
+    def with_defaults(self, defaults: "Limits") -> "Limits":
+        """These limits, with `defaults` for each that is None."""
+        return defaults._replace(
+            **{name: value for name, value in self._asdict().items() if value is not None}
+        )
 
 
 NO_LIMITS = Limits()
@@ -72,13 +73,13 @@ SIZES = frozenset(
     {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin", "max_fetch"}
 )
 STORE_LIMITS = ("max_memory_size", "max_table_elements", "max_instances", "max_tables", "max_memories")
-"""The limits that wasmtime itself keeps, in the order of `Store.set_limits`."""
+"""The limits that wasmtime itself enforces, in the order of `Store.set_limits`."""
 PROPOSALS = frozenset(
     {"bulk-memory", "component-model", "exceptions", "extended-const", "function-references", "gc"}
     | {"memory64", "multi-memory", "multi-value", "reference-types", "relaxed-simd", "simd", "tail-call"}
     | {"threads", "wide-arithmetic"}
 )
-"""Proposals that `wasmtime run -W` can switch on, and that are on here anyway."""
+"""Proposals that `wasmtime run -W` can switch on, and that are always on here."""
 _YEAR = 366 * 86400.0
 _RANGES: Mapping[str, tuple[float, float]] = {
     "timeout": (0.001, _YEAR),
@@ -88,11 +89,11 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "max_open_files": (MIN_OPEN_FILES, (1 << 31) - 1),
 }
 _ANY = (0, (1 << 63) - 1)
-"""What wasmtime's 64-bit numbers hold."""
+"""The range of all other limits: wasmtime's numbers have 64 bits."""
 
 
 def parse(given: Sequence[str]) -> Limits:
-    """The limits of every `-W` argument together, the last word on each. Raises UsageError."""
+    """The limits of all `-W` arguments; the last value of each counts. Raises UsageError."""
     found: dict[str, int | float] = {}
     for item in ",".join(given).split(",") if given else ():
         name, _, text = item.partition("=")
@@ -109,7 +110,7 @@ def parse(given: Sequence[str]) -> Limits:
 
 
 def from_names(given: Mapping[str, float | str]) -> Limits:
-    """The limits of a Python program: numbers, or texts as the command line has them. Raises UsageError."""
+    """The limits that a Python program gives: numbers, or texts as on the command line. Raises UsageError."""
     return checked(
         {
             name: _number(name, value) if isinstance(value, str) and name in Limits._fields else value
@@ -127,13 +128,12 @@ def _number(field: str, text: str) -> int | float:
 
 
 def checked(numbers: Mapping[str, object]) -> Limits:
-    """The limits that these numbers are, by the names of the fields. Raises UsageError for what can't be a
-    limit."""
+    """Limits from numbers by field name. Raises UsageError for a number that can't be the limit."""
     for name, value in numbers.items():
         if name not in Limits._fields:
             raise UsageError(f"{name[:80]} is not a limit")
         kinds = (int, float) if name in DURATIONS else (int,)
-        # JSON's integers have any size: `math.isfinite` raises OverflowError for those that no float holds
+        # an integer from JSON may be larger than any float: `math.isfinite` would raise OverflowError
         if type(value) not in kinds or not isinstance(value, int | float) or not abs(value) < 1e300:
             raise UsageError(f"{option(name)}={value!s:.80} is not a number that can be a limit")
         low, high = _RANGES.get(name, _ANY)
@@ -146,12 +146,12 @@ def checked(numbers: Mapping[str, object]) -> Limits:
 
 
 def option(name: str) -> str:
-    """The field `name` as it is written behind -W."""
+    """The field `name` as -W has it."""
     return name.replace("_", "-")
 
 
 def value_text(name: str, value: float) -> str:
-    """`value` of the field `name`, as it is written behind -W."""
+    """`value` of the field `name` as -W has it."""
     if name in DURATIONS:
         return units.duration_text(value)
     return units.size_text(int(value)) if name in SIZES else str(int(value))

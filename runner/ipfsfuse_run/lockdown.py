@@ -1,9 +1,8 @@
-"""The locked room around the guest's process: what the kernel refuses even to a guest that breaks out of
-wasmtime.
+"""The sandbox of the guest's process: restrictions that hold even if a guest breaks out of wasmtime.
 
-no_new_privs, no capabilities, landlock (`ipfsfuse.confinement`) and a static seccomp filter. Each layer is
-used where the kernel has it; `lock` says which are active. The guest's process keeps its user, because a FUSE
-mount answers EACCES to another.
+The layers are no_new_privs, no capabilities, landlock (`ipfsfuse.confinement`) and a static seccomp filter.
+Each layer is used if the kernel has it; `lock` says which are active. The guest's process keeps its user,
+because a FUSE mount answers EACCES to another user.
 """
 
 import ctypes
@@ -26,7 +25,7 @@ def available() -> list[str]:
 
 
 def lock(allowed: Sequence[Access]) -> list[str]:
-    """Locks this process, which has one thread, and all that it starts. Gives the LAYERS that are active."""
+    """Locks this process, which must have one thread, and all that it starts. Returns the active LAYERS."""
     found = (
         confinement.refuse_new_privileges(),
         confinement.drop_capabilities(),
@@ -43,11 +42,11 @@ _REFUSED = {
         *(41, 57, 58, 101, 310, 311),  # socket, fork, vfork, ptrace, process_vm_readv and _writev
         *(155, 161, 165, 166, 428, 429, 430, 431, 432, 433, 442),  # pivot_root, chroot, mounts
         *(248, 249, 250, 272, 308, 298, 321, 323),  # keys, unshare, setns, perf, bpf, userfaultfd
-        *(425, 426, 427),  # io_uring, which no filter sees into
+        *(425, 426, 427),  # io_uring, whose requests no filter sees
         *(129, 200, 424, 434, 438),  # rt_sigqueueinfo, tkill, pidfd_send_signal, _open, _getfd
-        *(90, 91, 268, 452, 92, 93, 94, 260),  # chmod and chown: landlock leaves them open
+        *(90, 91, 268, 452, 92, 93, 94, 260),  # chmod and chown, which landlock does not restrict
         *(188, 189, 190, 197, 198, 199),  # xattrs
-        *(163, 167, 168, 169, 175, 176, 313, 246, 320, 304, 135),  # the machine's own; open_by_handle_at
+        *(163, 167, 168, 169, 175, 176, 313, 246, 320, 304, 135),  # administration; open_by_handle_at
     ),
     "aarch64": (
         *(198, 117, 270, 271, 41, 51, 40, 39, 428, 429, 430, 431, 432, 433, 442),
@@ -57,7 +56,7 @@ _REFUSED = {
 }
 _CLONE = {"x86_64": 56, "aarch64": 220}
 _TO_SELF = {"x86_64": (62, 234, 297), "aarch64": (129, 131, 240)}
-"""kill, tgkill, rt_tgsigqueueinfo: to this process alone."""
+"""kill, tgkill, rt_tgsigqueueinfo: allowed to this process only."""
 _PRLIMIT64 = {"x86_64": 302, "aarch64": 261}
 _CLONE3 = 435
 _ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -73,7 +72,8 @@ class _Program(ctypes.Structure):
 
 
 def seccomp_filter(machine: str, pid: int) -> bytes | None:
-    """A BPF program for the process `pid`; None for a machine whose numbers are not known here."""
+    """A BPF program for the process `pid`; None for a machine whose system call numbers are not in our
+    tables."""
     if machine not in _ARCH:
         return None
     code: list[tuple[int, int, int, int]] = [
@@ -83,7 +83,7 @@ def seccomp_filter(machine: str, pid: int) -> bytes | None:
         (_LOAD, 0, 0, 0),
         (_JGE, 0, 1, _X32),
         (_RETURN, 0, 0, _ERRNO | errno.EPERM),
-        (_JEQ, 0, 1, _CLONE3),  # its flags are behind a pointer: the C library then uses clone
+        (_JEQ, 0, 1, _CLONE3),  # a filter can't read its flags; after ENOSYS the C library uses clone
         (_RETURN, 0, 0, _ERRNO | errno.ENOSYS),
         (_JEQ, 0, 4, _CLONE[machine]),
         (_LOAD, 0, 0, 16),

@@ -1,8 +1,7 @@
-"""The mount of a run that was given none: the live one of the cache folder, or one made for this run.
+"""The mount of a run without --mount: the live mount of the cache folder, or a new one for this run.
 
-A mount that the runner uses is held by an open connection to its control socket. The daemon it starts ends
-with the last such connection, so that a runner that is killed leaves nothing. Nothing here touches the mount
-itself.
+The runner holds the mount by an open connection to its control socket. A daemon that the runner started ends
+with the last such connection, so a killed runner leaves nothing. Nothing here touches the mount itself.
 """
 
 import contextlib
@@ -26,24 +25,24 @@ from ipfsfuse_run.places import cache_home
 
 _RACE_S = 30.0
 _ANSWER_S = 40.0
-"""Longer than any deadline that the daemon has by default: it answers late, or it is gone."""
+"""Seconds, more than any default deadline of the daemon. A daemon that has not answered by then has ended."""
 _GONE_S = 2.0
 _MAX_ALLOW = 1000
-"""CIDs that are named in a command line."""
+"""The most CIDs that are passed on the command line. More are passed in a file."""
 
 
 class Mount(NamedTuple):
-    """A mounted folder, checked to be ours."""
+    """A mount of ipfsfuse, made for this user."""
 
     mountpoint: str
     mount_id: int
-    """The kernel's number of it."""
+    """The kernel's number of the mount."""
     control: Connection
-    """The held connection to its daemon."""
+    """The connection to its daemon that holds the mount."""
     daemon: int | None = None
-    """The process that serves it, where it was started for this run: it ends with the mount's last user."""
+    """The daemon's process, if it was started for this run. It ends with the last holder of the mount."""
     quota: Connection | None = None
-    """One that answers when the mount has fetched as much as -W max-fetch allows."""
+    """A connection on which the daemon answers when the mount has fetched as much as -W max-fetch allows."""
 
 
 @contextlib.contextmanager
@@ -68,7 +67,7 @@ def _wait_until_gone(daemon: int) -> None:
 
 
 def _shared(options: Options) -> Mount:
-    """The live mount of the cache folder. Of several runners that find none, one starts it and all use it."""
+    """The live mount of the cache folder. If several runners find none, one starts it and all use it."""
     until = time.monotonic() + _RACE_S
     while True:
         live = _live(options)
@@ -76,7 +75,7 @@ def _shared(options: Options) -> Mount:
             return live
         try:
             return _start(options, isolated=False)
-        except FolderInUse:  # by a mount that starts or ends: one that serves would have been found
+        except FolderInUse:  # a mount is starting or ending: `_live` finds one that serves
             if time.monotonic() > until:
                 raise
         time.sleep(0.05)
@@ -101,8 +100,8 @@ _MAX_DAEMON = 64 << 10
 
 
 def _daemon_folder(options: Options) -> str:
-    """Where the daemon of the cache folder has its lock, its socket, and the file that says where it is
-    mounted."""
+    """The folder that holds the lock and the socket of the cache folder's daemon, and the file that names its
+    mountpoint."""
     default = os.path.join(cache_home(), "ipfsfuse")
     parent = options.cache_dir or os.environ.get("IPFSFUSE_CACHE_DIR") or default
     return os.path.join(parent, "ipfsfuse-cache")
@@ -110,8 +109,8 @@ def _daemon_folder(options: Options) -> str:
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int | None]:
-    """The folder `path` as a descriptor; None where there is none. What lies in it is trusted to be the
-    user's own: so a folder that `ipfsfuse mount` refuses is refused here, too. Raises StoreFailed."""
+    """A descriptor of the folder `path`; None if there is none. Its content is trusted to be the user's own,
+    so a folder that `ipfsfuse mount` refuses is refused here too. Raises StoreFailed."""
     try:
         folder = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -137,8 +136,8 @@ def _opened(path: str) -> Iterator[int | None]:
 
 
 def _live(options: Options) -> Mount | None:
-    """Raises StoreFailed, MountFailed where what is there is not this user's, UsageError where it can't serve
-    this run."""
+    """The live mount of the cache folder; None if there is none. Raises StoreFailed or MountFailed if folder
+    or mount is not this user's, UsageError if the mount can't serve this run."""
     path = _daemon_folder(options)
     with _opened(path) as folder:
         if folder is None:
@@ -149,7 +148,7 @@ def _live(options: Options) -> Mount | None:
                 mountpoint = str(json.loads(file.read(_MAX_DAEMON))["mountpoint"])
             control = _held(os.path.join(path, _CONTROL), folder)
         except (OSError, ValueError, RecursionError, KeyError, TypeError, DaemonFailed):
-            return None  # none, one that is starting, or what a killed one left
+            return None  # no daemon, one that is starting, or files of a killed one
     try:
         mount_id = kernel_mount_id(mountpoint)
         if mount_id is not None and options.mount_options:
@@ -163,22 +162,22 @@ def _live(options: Options) -> Mount | None:
         raise
     if mount_id is None:
         control.release()
-        return None  # one that is ending
+        return None  # the daemon is ending
     return Mount(mountpoint, mount_id, control)
 
 
 def kernel_mount_id(mountpoint: str) -> int | None:
-    """The kernel's number of the mount at `mountpoint`; None where there is none.
+    """The kernel's number of the mount at `mountpoint`; None if there is none.
 
-    Raises MountFailed where it is not a mount that ipfsfuse made for this user. Asks the kernel's table
-    alone: a mount whose daemon is gone would not answer. Source: proc_pid_mountinfo(5); user_id is the owner
-    that fusermount3 or root gave."""
+    Raises MountFailed if it is not a mount that ipfsfuse made for this user. Reads only the kernel's table of
+    mounts, because a mount whose daemon is gone does not answer. Source: proc_pid_mountinfo(5); user_id is
+    the owner that fusermount3 or root gave."""
     top: list[str] | None = None
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             fields = line.split()
             if _unescaped(fields[4]) == mountpoint:
-                top = fields  # the uppermost is the last
+                top = fields  # the last line is the uppermost mount
     if top is None:
         return None
     kind, options = top[top.index("-") + 1], top[-1].split(",")
@@ -203,9 +202,9 @@ def _unescaped(text: str) -> str:
 
 
 def _start(options: Options, isolated: bool) -> Mount:
-    """A daemon that ends with its last user. Raises MountFailed, FolderInUse or UsageError, in the words of
-    the daemon."""
-    import tempfile  # with subprocess, 10 ms that a run on a live mount need not wait for
+    """Starts a daemon that ends with its last holder. Raises MountFailed, FolderInUse or UsageError with the
+    daemon's message."""
+    import tempfile  # takes 10 ms with subprocess, and a run on a live mount needs neither
 
     mountpoint = tempfile.mkdtemp(prefix="ipfsfuse-run-", dir=os.path.realpath(tempfile.gettempdir()))
     try:
@@ -238,8 +237,8 @@ def _start(options: Options, isolated: bool) -> Mount:
 
 
 def ipfsfuse_command(*args: str) -> str:
-    """What `ipfsfuse ARG...` prints. A signal that ends this wait interrupts it too. Raises MountFailed,
-    FolderInUse or UsageError, in its words."""
+    """Runs `ipfsfuse ARG...` and returns what it prints. An exception that ends the wait also interrupts the
+    command. Raises MountFailed, FolderInUse or UsageError with the command's message."""
     import subprocess
 
     with subprocess.Popen(
@@ -264,7 +263,8 @@ def ipfsfuse_command(*args: str) -> str:
 
 
 def child_environment() -> dict[str, str]:
-    """Ours, with the folders that the packages were imported from: a checkout need not be installed."""
+    """Our environment, with the folders that the packages were imported from in PYTHONPATH, so that a
+    checkout need not be installed."""
     tops = [os.path.dirname(os.path.dirname(str(each.__file__))) for each in (ipfsfuse, ipfsfuse_run)]
     return {
         **os.environ,
@@ -287,12 +287,11 @@ def _mount_options(options: Options, isolated: bool) -> Sequence[str]:
     return [*passed, *["--isolated"] * isolated]
 
 
-# -- what a guest can tell others --------------------------------------------------------------------------
+# -- IPNS names, and what a guest can disclose -------------------------------------------------------------
 
 
 def resolved_names(options: Options, mount: Mount) -> dict[str, str]:
-    """What each of the run's IPNS names stands for now: a path below the mountpoint. Raises GuestRefused,
-    UsageError."""
+    """Resolves the run's IPNS names to paths below the mountpoint. Raises GuestRefused, UsageError."""
     found: dict[str, str] = {}
     for name in options.ipns:
         if "/" in name or name in ("", ".", ".."):
@@ -306,9 +305,9 @@ def resolved_names(options: Options, mount: Mount) -> dict[str, str]:
 
 
 def warn_of_disclosure(options: Options, mount: Mount) -> None:
-    """Prints one line that names the sources which can learn what this guest was given. Prints nothing for a
-    guest that was given nothing, or that can't tell them."""
-    given = _given(options)
+    """Prints one line that names the sources which can learn the guest's input: a guest can encode it in the
+    CIDs that it reads. Prints nothing if the guest has no input or can't reach a source."""
+    given = _possible_secrets(options)
     if not given or options.allow or "--offline" in options.mount_options:
         return
     sources = _network_sources(mount)
@@ -321,8 +320,8 @@ def warn_of_disclosure(options: Options, mount: Mount) -> None:
         )
 
 
-def _given(options: Options) -> str:
-    """What of this run may hold secrets, in words."""
+def _possible_secrets(options: Options) -> str:
+    """The inputs of this run that may be secret, for the message."""
     parts = (
         ["--dir"] * bool(options.dirs)
         + ["--env"] * bool(options.env)
@@ -332,8 +331,8 @@ def _given(options: Options) -> str:
 
 
 def _has_input() -> bool:
-    """Whether standard input is a pipe, a socket or a file that is not empty. A terminal does not count: its
-    user sees what the guest is given."""
+    """Whether standard input is a pipe, a socket or a non-empty file. A terminal does not count, because its
+    user sees what the guest gets."""
     try:
         info = os.fstat(0)
     except OSError:
@@ -346,8 +345,8 @@ def _has_input() -> bool:
 
 
 def _network_sources(mount: Mount) -> list[str]:
-    """The sources of the mount that lead beyond this machine's disks. A mount that does not tell is taken to
-    have some."""
+    """The sources of the mount that are not read in place. If the mount does not list its sources, it is
+    assumed to have some."""
     try:
         status = mount.control.ask("status")
         if status["offline"] or status.get("allow"):

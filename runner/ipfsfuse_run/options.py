@@ -1,7 +1,7 @@
-"""The command line of a run, parsed once into frozen values. Options stand before GUEST, all behind it is the
-guest's.
+"""Parses the command line of a run into frozen values. Options come before GUEST; everything after GUEST is
+passed to the guest.
 
-Pure but for `--env NAME`, which reads that variable.
+Pure, except that `--env NAME` reads that variable.
 """
 
 import argparse
@@ -47,11 +47,11 @@ class Options(NamedTuple):
     mount: str | None = None
     """A mount to use as it is."""
     mount_options: tuple[str, ...] = ()
-    """Passed on to `ipfsfuse mount` as they came."""
+    """Passed on to `ipfsfuse mount` unchanged."""
     allow: tuple[str, ...] = ()
     """CIDs, or files that list some."""
     ipns: tuple[str, ...] = ()
-    """IPNS names and domains that the guest has below /ipns."""
+    """IPNS names and domains that the guest sees below /ipns."""
     cache_dir: str | None = None
     isolated: bool = False
     record: str | None = None
@@ -64,7 +64,7 @@ class Options(NamedTuple):
     cid_file: str | None = None
     """A new file for the CID of the results."""
     return_cid: bool = False
-    """Give the CID of the results to the caller, and don't print it."""
+    """Return the CID of the results to the caller instead of printing it."""
     replay: str | None = None
     show: bool = False
     """Print what the replay's guest printed."""
@@ -74,7 +74,7 @@ class Options(NamedTuple):
     engine: str = "auto"
     """What runs the guest: `auto`, `library` or `command`."""
     compile_only: bool = False
-    """Keep the compiled code for later runs, and run nothing."""
+    """Compile the guest for later runs, and don't run it."""
     verbose: bool = False
     require_sandbox: bool = False
 
@@ -85,7 +85,7 @@ class Options(NamedTuple):
 
     @property
     def own_mount(self) -> bool:
-        """Whether no mount that lives already can serve this run."""
+        """Whether the run needs a mount of its own, because a live mount can't serve it."""
         own = {"--from", "--budget"}
         return (
             self.isolated
@@ -96,21 +96,21 @@ class Options(NamedTuple):
         )
 
 
-class _Habits(NamedTuple):
-    """What `wasmtime run` takes behind one of its options."""
+class _WasmtimeOption(NamedTuple):
+    """The values of an option of `wasmtime run` that are accepted here."""
 
     name: str
     """The option's long name."""
     on: tuple[str, ...]
-    """Taken, because they are on anyway."""
+    """Accepted, because they are always on."""
     reasons: Mapping[str, str]
-    """Why others are not."""
+    """Refused, each for its reason."""
 
 
 _NETWORK = ("inherit-network", "http", "tcp", "udp", "allow-ip-name-lookup", "tls", "listenfd", "tcplisten")
 _STREAMS = ("inherit-stdin", "inherit-stdout", "inherit-stderr")
-_HABITS = {
-    "-S": _Habits(
+_WASMTIME_OPTIONS = {
+    "-S": _WasmtimeOption(
         "--wasi",
         ("cli", "common", "preview2", "preview0", *_STREAMS),
         dict.fromkeys(_NETWORK, "a guest gets no network")
@@ -122,7 +122,7 @@ _HABITS = {
             "cwd": "give --cwd DIR",
         },
     ),
-    "-C": _Habits(
+    "-C": _WasmtimeOption(
         "--codegen",
         ("cache", "parallel-compilation"),
         {
@@ -130,8 +130,10 @@ _HABITS = {
             "cache-config": "code is kept in the runner's own cache",
         },
     ),
-    "-O": _Habits("--optimize", ("opt-level=2", "memory-init-cow"), {}),
-    "-D": _Habits("--debug", ("address-map",), {"coredump": "a guest's memory is not written to a file"}),
+    "-O": _WasmtimeOption("--optimize", ("opt-level=2", "memory-init-cow"), {}),
+    "-D": _WasmtimeOption(
+        "--debug", ("address-map",), {"coredump": "a guest's memory is not written to a file"}
+    ),
 }
 _NOT_TAKEN = {
     "-g/--gdbstub": "no debugger can be attached to a guest: it gets no network",
@@ -155,7 +157,7 @@ class _Refused(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UsageErrors of one line."""
+    """An argparse parser that raises UsageError with a message of one line."""
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
@@ -167,7 +169,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Keeps names such as max-memory-size on one line, and learns the terminal's width without shutil."""
+    """Keeps names such as max-memory-size on one line, and gets the terminal's width without importing
+    shutil."""
 
     def __init__(self, prog: str) -> None:
         try:
@@ -264,9 +267,9 @@ def _guest_options(group: argparse._ArgumentGroup) -> None:
         "a core module (a file or /ipfs/CID/path) that the guest imports under this name",
         type=_preload,
     )
-    for option, habits in _HABITS.items():
-        meaning = f"accepted as in `wasmtime run`; these are always on: {', '.join(habits.on)}"
-        _repeatable(group, option, "NAME", meaning, habits.name, dest=option)
+    for option, accepted in _WASMTIME_OPTIONS.items():
+        meaning = f"accepted as in `wasmtime run`; these are always on: {', '.join(accepted.on)}"
+        _repeatable(group, option, "NAME", meaning, accepted.name, dest=option)
     for names in _NOT_TAKEN:
         group.add_argument(*names.split("/"), action=_Refused, help=argparse.SUPPRESS)
     group.add_argument("-V", "--version", action="version", version=f"ipfsfuse-run {__version__}")
@@ -323,7 +326,7 @@ PASSED_ON = {
     "--dns": ("URL", "a DNS-over-HTTPS server to ask for domains under /ipns"),
     "--router": ("URL", "a delegated router, which is asked for IPNS records and who has a block"),
 }
-"""Options of `ipfsfuse mount` with a value, passed on unread."""
+"""Options of `ipfsfuse mount` with a value. They are passed on unchecked."""
 
 
 def _receipt_options(group: argparse._ArgumentGroup) -> None:
@@ -364,8 +367,8 @@ def parse(argv: Sequence[str]) -> Options:
     parser.add_argument("guest", nargs="?", default="", help=argparse.SUPPRESS)
     parser.add_argument("args", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     seen = vars(parser.parse_args(list(argv)))
-    for option, habits in _HABITS.items():
-        _check_habits(option, seen[option], habits)
+    for option, accepted in _WASMTIME_OPTIONS.items():
+        _check_wasmtime_option(option, seen[option], accepted)
     given: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in seen.items()
@@ -377,15 +380,15 @@ def parse(argv: Sequence[str]) -> Options:
     return options
 
 
-def _check_habits(option: str, given: Sequence[str], habits: _Habits) -> None:
-    """Accepts what `wasmtime run` takes and is on here anyway. Raises UsageError for anything else."""
+def _check_wasmtime_option(option: str, given: Sequence[str], accepted: _WasmtimeOption) -> None:
+    """Raises UsageError for a value that is not always on here."""
     for text in ",".join(given).split(",") if given else ():
         name, _, value = text.partition("=")
-        if text in habits.on or (name in habits.on and value in ("y", "yes", "true")):
+        if text in accepted.on or (name in accepted.on and value in ("y", "yes", "true")):
             continue
-        why = habits.reasons.get(name)
+        why = accepted.reasons.get(name)
         if why is None:
-            why = f"ipfsfuse-run takes only {', '.join(habits.on)} there, which are on anyway"
+            why = f"ipfsfuse-run takes only {', '.join(accepted.on)} there, which are on anyway"
         raise UsageError(f"{option} {text[:80]}: {why}")
 
 
@@ -413,7 +416,7 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def parse_dir(text: str) -> Dir:
-    """What --dir says. Raises UsageError."""
+    """Parses a value of --dir. Raises UsageError."""
     host, *rest = text.split("::")
     guest = rest[0] if rest and rest[0] else host
     if len(rest) > 2 or (len(rest) == 2 and rest[1] not in ("ro", "rw")):
@@ -422,7 +425,7 @@ def parse_dir(text: str) -> Dir:
 
 
 def parse_root(text: str) -> str:
-    """What --root says. Raises UsageError."""
+    """Parses a value of --root. Raises UsageError."""
     path = text.removeprefix("/ipfs/")
     if not path.strip("/") or path.startswith("/"):
         raise UsageError(f"--root {text} is not CID or CID/path")
@@ -439,7 +442,7 @@ def check(options: Options) -> None:
                 "--key go with it"
             )
         return
-    for name, lonely, needed in (
+    for name, is_alone, needed in (
         ("--show", options.show, "--replay"),
         ("--key", options.key, "--replay or inspect"),
         ("--sign", options.sign and options.record is None, "--record"),
@@ -448,7 +451,7 @@ def check(options: Options) -> None:
         ("--add", options.add and options.out is None, "--out"),
         ("--cid-file", options.cid_file and options.out is None, "--out"),
     ):
-        if lonely:
+        if is_alone:
             raise UsageError(f"{name} goes with {needed}")
     if not options.guest:
         raise UsageError("no GUEST given: ipfsfuse-run [OPTION]... GUEST [ARG]...")

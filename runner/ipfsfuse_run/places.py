@@ -1,8 +1,8 @@
-"""The runner's own folders, and where a guest may write beside the folders of --dir: /tmp, which is private,
-bounded and gone at the end; and /out, the folder of its results.
+"""The runner's own folders, and the folders that a guest may write to besides those of --dir: /tmp, which is
+private, bounded and removed at the end; and /out, the folder of its results.
 
-/tmp is a tmpfs without a name, where the machine lets this user mount one (in a user and mount namespace for
-others than root). Elsewhere it is a folder that is measured as it grows. A process of its own removes that
+/tmp is a tmpfs without a name if the machine lets this user mount one (users other than root need a user and
+mount namespace). Otherwise it is a folder that is measured as it grows. A process of its own removes that
 folder when the guest's process has ended, however it ended.
 """
 
@@ -20,16 +20,16 @@ _LOOK = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Tmp(NamedTuple):
-    """The guest's /tmp, open. `folder` is its path where it must be measured; a tmpfs has none."""
+    """The guest's /tmp, opened. `folder` is its path if it must be measured; None for a tmpfs."""
 
     file: int
     folder: str | None
 
 
 def make_tmp(size: int, held: int) -> Tmp:
-    """An empty folder for `size` bytes, in the guest's process, which has one thread. It may get namespaces
-    of its own. Some process keeps the descriptor `held` open until the folder is removed. Raises
-    StoreFailed."""
+    """An empty folder for `size` bytes. Call it in the guest's process while that has one thread: the process
+    may enter namespaces of its own. The process that removes the folder keeps the descriptor `held` open
+    until then. Raises StoreFailed."""
     file = _tmpfs(size)
     if file is not None:
         return Tmp(file, None)
@@ -38,7 +38,7 @@ def make_tmp(size: int, held: int) -> Tmp:
 
 
 def tmpfs_is_offered() -> bool:
-    """Whether /tmp is a tmpfs on this machine. Tried in a process of its own."""
+    """Whether /tmp is a tmpfs on this machine. A process of its own tries it."""
     pid = processes.fork(lambda: os._exit(_tmpfs(1 << 20) is None))
     return os.waitpid(pid, 0)[1] == 0
 
@@ -67,7 +67,7 @@ def _mounted_tmpfs(libc: ctypes.CDLL, size: int) -> int | None:
     if context < 0:
         return None
     try:
-        # an empty file or folder takes no page, but an inode
+        # an empty file or folder takes an inode, but no page
         for name, value in (("size", size), ("nr_inodes", 64 + size // growth.NAME_BYTES), ("mode", 700)):
             if libc.syscall(_FSCONFIG, context, _SET_STRING, name.encode(), b"%d" % value, 0) != 0:
                 return None
@@ -80,13 +80,13 @@ def _mounted_tmpfs(libc: ctypes.CDLL, size: int) -> int | None:
 
 
 def _enter_namespaces(libc: ctypes.CDLL) -> bool:
-    """A user namespace, in which this user keeps its number and may mount, and a mount namespace. Mounts that
-    others make or remove are seen there, too: the kernel makes all of them slaves
+    """Enters a user namespace, in which this user keeps its number and may mount, and a mount namespace.
+    Later mounts and unmounts outside still appear in it, because the kernel makes all its mounts slaves
     (mount_namespaces(7))."""
     user, group, parent = os.geteuid(), os.getegid(), os.getppid()
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) != 0:
         return False
-    libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self belongs to root
+    libc.prctl(_PR_SET_DUMPABLE, 1, 0, 0, 0)  # otherwise /proc/self belongs to root
     try:
         for name, text in (
             ("setgroups", "deny"),
@@ -98,7 +98,7 @@ def _enter_namespaces(libc: ctypes.CDLL) -> bool:
     except OSError:
         return False
     finally:
-        processes.die_with(parent)  # a change of rights can undo it (prctl(2))
+        processes.die_with(parent)  # again: a change of privileges can clear it (prctl(2))
     return True
 
 
@@ -106,15 +106,16 @@ def _enter_namespaces(libc: ctypes.CDLL) -> bool:
 
 
 def cache_home() -> str:
-    """The user's cache folder. As in the mount, a relative XDG_CACHE_HOME is ignored (XDG specification)."""
+    """The user's cache folder. A relative XDG_CACHE_HOME is ignored, as the XDG specification says."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     return given if os.path.isabs(given) else os.path.join(os.path.expanduser("~"), ".cache")
 
 
 def private_folder(*parts: str) -> str:
-    """`$XDG_CACHE_HOME/ipfsfuse-run/parts...`, made if it is missing.
+    """`$XDG_CACHE_HOME/ipfsfuse-run/parts...`, created if it is missing.
 
-    Raises StoreFailed if a folder on the way can't be made, is a symlink, or is not this user's alone."""
+    Raises StoreFailed if a folder of the path can't be created, is a symlink, or is not private to this
+    user."""
     path = os.path.join(cache_home(), "ipfsfuse-run")
     if not os.path.isabs(path):
         raise StoreFailed("there is no home folder to put things in: set HOME or XDG_CACHE_HOME")
@@ -125,8 +126,8 @@ def private_folder(*parts: str) -> str:
             try:
                 os.mkdir(path, 0o700)
             except FileExistsError:
-                pass  # whatever it is: checked next, without following a symlink
-            # an earlier version made the deeper folders with mode 0755: nobody else can reach those
+                pass  # it may be anything: checked next, without following a symlink
+            # An earlier version created the deeper folders with mode 0755. No other user can reach them.
             _check_private(path, 0o077 if depth < 2 else 0o022)
     except OSError as exc:
         raise StoreFailed(f"the folder {path} can't be used: {exc.strerror}") from exc
@@ -134,7 +135,7 @@ def private_folder(*parts: str) -> str:
 
 
 def _check_private(path: str, forbidden: int) -> None:
-    """Raises StoreFailed unless `path` is a folder of this user's that has none of the modes `forbidden`."""
+    """Raises StoreFailed unless `path` is a folder of this user's without the mode bits `forbidden`."""
     found = os.lstat(path)
     mode = stat.S_IMODE(found.st_mode)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or mode & forbidden:
@@ -148,8 +149,8 @@ def _check_private(path: str, forbidden: int) -> None:
 
 
 def scratch_folder(kind: str, owner: int, *held: int) -> str:
-    """A new folder in the runner's own, removed when the process `owner` has ended. The descriptors `held`
-    are closed after that. Forks. Raises StoreFailed."""
+    """A new folder in the runner's own folder. Forks a process that removes it when the process `owner` has
+    ended, and keeps the descriptors `held` open until then. Raises StoreFailed."""
     folder = private_folder(kind, os.urandom(8).hex())
     watched = os.pidfd_open(owner)
 
@@ -162,7 +163,7 @@ def scratch_folder(kind: str, owner: int, *held: int) -> str:
         poll.poll()
         remove_tree(folder)
 
-    # the process between ends, so that nobody has to wait for the one that removes
+    # the process between the two ends at once, so that no process has to wait for the removing one
     pid = processes.fork(lambda: processes.fork(remove, dies_with_us=False))
     os.waitpid(pid, 0)
     os.close(watched)
@@ -170,10 +171,10 @@ def scratch_folder(kind: str, owner: int, *held: int) -> str:
 
 
 def remove_tree(path: str) -> None:
-    """Removes the folder `path` and all in it, however deeply it is nested; what can't be removed stays.
+    """Removes the folder `path` and its content, at any depth. Leaves what can't be removed.
 
-    A guest can nest folders more deeply than a path can say or Python can call: so what lies deeper is moved
-    up first."""
+    A guest can nest folders so deeply that no path reaches them and Python can't recurse into them. So deeper
+    folders are moved up first."""
     with contextlib.suppress(OSError):
         top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -192,7 +193,7 @@ def _empty(top: int) -> None:
             if not stat.S_ISDIR(os.lstat(name, dir_fd=top).st_mode):
                 os.unlink(name, dir_fd=top)
                 continue
-            os.chmod(name, 0o700, dir_fd=top)  # a guest's native code may have locked it
+            os.chmod(name, 0o700, dir_fd=top)  # a guest's native code may have removed the owner's rights
             folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=top)
             try:
                 for inner in os.listdir(folder):
@@ -213,20 +214,20 @@ def _empty(top: int) -> None:
 
 
 class ResultsFolder(NamedTuple):
-    """The folder for the guest's results. `path` has no symlink in it."""
+    """The folder for the guest's results. `path` contains no symlink."""
 
     path: str
     made: bool
 
-    def forget(self) -> None:
-        """Removes the folder if it was made for a run that did not begin."""
+    def discard(self) -> None:
+        """Removes the folder if `results_folder` made it and it is empty."""
         if self.made:
             with contextlib.suppress(OSError):
                 os.rmdir(self.path)
 
 
 def results_folder(path: str) -> ResultsFolder:
-    """The folder `path`, made or found empty. Raises UsageError, StoreFailed."""
+    """The folder `path`, created, or existing and empty. Raises UsageError, StoreFailed."""
     made = False
     try:
         os.mkdir(path)

@@ -1,5 +1,5 @@
-"""What each process of the runner does with itself: signals, the death of its parent, open descriptors and
-resource limits."""
+"""Functions that a process of the runner calls for itself: signals, the death of its parent, open descriptors
+and resource limits."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(BaseException):
-    """An ending signal came while no guest ran. BaseException, as KeyboardInterrupt is: only main
+    """A signal of ENDING came while no guest ran. It is a BaseException, as KeyboardInterrupt is: only main
     functions (`cli`, `forkserver`) catch it."""
 
     def __init__(self, number: int) -> None:
@@ -25,7 +25,7 @@ class Interrupted(BaseException):
 
 
 def raise_on_signals() -> None:
-    """From now on, an ending signal raises Interrupted in the main thread, unless it is ignored (nohup)."""
+    """From now on, a signal of ENDING raises Interrupted in the main thread, unless it is ignored (nohup)."""
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
         raise Interrupted(number)
@@ -34,28 +34,29 @@ def raise_on_signals() -> None:
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-    """Sets the handler of the ending signals, but for one that is ignored (nohup)."""
+    """Sets the handler of the signals of ENDING, except those that are ignored (nohup)."""
     for each in ENDING:
         if signal.getsignal(each) != signal.SIG_IGN:
             signal.signal(each, handler)
 
 
 def ignore_signals() -> None:
-    """From now on, no ending signal ends this forked process: its owner ends it, or its own work does."""
+    """From now on, no signal of ENDING ends this forked process. It ends when its work is done, or its owner
+    kills it."""
     signal.set_wakeup_fd(-1)
     handle_signals(signal.SIG_IGN)
 
 
 def die_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent, the process `parent`, ends; exits if it has ended
-    already."""
+    """Asks the kernel to kill this process when its parent, the process `parent`, ends. Exits if that has
+    ended already."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)
 
 
 def fork(work: Callable[[], object], dies_with_us: bool = True) -> int:
-    """Starts a process that runs `work` and ends: with 0, with 1 if it raises. Gives its number."""
+    """Starts a process that runs `work` and exits with 0, or with 1 if `work` raises. Returns its number."""
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -70,8 +71,8 @@ def fork(work: Callable[[], object], dies_with_us: bool = True) -> int:
 
 
 def exit_by_signal(number: int) -> NoReturn:
-    """Ends this process by the signal that it was sent, as shells and scripts expect; with 128 + its number
-    if the signal is blocked."""
+    """Ends this process by the signal `number`, as shells and scripts expect. Exits with 128 + `number` if
+    the signal is blocked."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     sys.exit(128 + number)
@@ -86,13 +87,13 @@ def close_all_but(*kept: int | None) -> None:
             try:
                 os.close(each)
             except OSError:
-                pass  # the listing's own
+                pass  # the descriptor of the listing itself
 
 
 def detach(*kept: int) -> None:
-    """Closes all descriptors but `kept`; the standard streams become /dev/null. A copy of a pipe's reading
-    end would keep the guest's writes from failing, and a copy of the control socket would keep the mount
-    alive."""
+    """Closes all descriptors but `kept`; the standard streams become /dev/null. With a copy of a pipe's
+    reading end in this process, the guest's writes would not fail when the reader has gone. With a copy of
+    the control socket, the mount would not end."""
     null = os.open(os.devnull, os.O_RDWR)
     for own in (0, 1, 2):
         os.dup2(null, own)
@@ -103,16 +104,16 @@ def detach(*kept: int) -> None:
 
 
 def limit(what: int, wanted: int) -> None:
-    """Lowers a resource limit of this process to `wanted`, for good; one that is lower stays. RLIMIT_DATA
-    counts what the process may write to in memory, whatever it is mapped from; RLIMIT_FSIZE bounds files in
-    memory (memfd_create(2)) too."""
+    """Lowers a resource limit of this process to `wanted` for good. A lower limit stays. RLIMIT_DATA counts
+    all private memory that the process may write to. RLIMIT_FSIZE also bounds files in memory
+    (memfd_create(2))."""
     _soft, hard = resource.getrlimit(what)
     value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(what, (value, value))
 
 
 def deepen_stack(size: int) -> None:
-    """The main thread of the next program gets a stack of at least `size` bytes, if the system allows it."""
+    """Gives the main thread of the next program a stack of at least `size` bytes, if the system allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     if soft != resource.RLIM_INFINITY and soft < size:
         wanted = size if hard == resource.RLIM_INFINITY else min(size, hard)

@@ -1,4 +1,4 @@
-"""What a run read, by path: from the blocks that it read."""
+"""Finds the paths that a run read, from the blocks that it read."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,19 +13,19 @@ from ipfsfuse_run.errors import ReceiptRefused
 
 
 class Row(NamedTuple):
-    """One thing of which at least its first block was read."""
+    """A file, symlink or directory of which at least the first block was read."""
 
     path: str
     type: str
     size: int
-    """Bytes of a file's content; of a symlink's target; 0 for a directory."""
+    """Bytes of a file's content or of a symlink's target; 0 for a directory."""
     read: int
     """Bytes of a file's content in the blocks that were read."""
     cid: str
 
 
 def links(cid: Cid, block: bytes) -> Iterable[Cid]:
-    """What a verified block links to; nothing for one that is not a dag-pb node."""
+    """The links of a verified block; none if it is not a dag-pb node."""
     if cids.codec(cid) != cids.DAG_PB:
         return ()
     try:
@@ -35,7 +35,8 @@ def links(cid: Cid, block: bytes) -> Iterable[Cid]:
 
 
 class Roots:
-    """The roots among blocks, which are added in the order of first use: no earlier block links to them."""
+    """Finds the roots among blocks that are added in the order of first use: no earlier block links to
+    them."""
 
     def __init__(self) -> None:
         self.found: list[Cid] = []
@@ -50,9 +51,9 @@ class Roots:
 def entries(
     node: Directory | Shard, opened: Callable[[Cid], Node], wanted: Callable[[Cid], bool] = lambda _cid: True
 ) -> Iterator[tuple[Cid, bytes]]:
-    """The names of a folder with what they link to. Of a sharded folder, `opened` gives the shards below that
-    are `wanted`, and what is given stands where its name belongs: so no node of it can stand there twice.
-    Raises Malformed."""
+    """The entries of a folder: CID and name. For a sharded folder, `opened` returns its shards; only those
+    that are `wanted` are opened. Raises Malformed, also if a name is not in the shard that its hash gives, or
+    if a shard occurs twice."""
     yield from _entries(node, hamt.TOP, set(), opened, wanted)
 
 
@@ -79,21 +80,21 @@ def _entries(
 
 
 class _Node(NamedTuple):
-    """What is shown of one node, wherever it stands."""
+    """The columns of a row that depend on the node and not on its path."""
 
     type: str
     size: int
     read: int
     entries: Sequence[tuple[Cid, bytes]]
-    """A directory's children of which something was read."""
+    """The children of a directory of which something was read."""
 
 
 class Walk:
-    """Every path to what was read. A few blocks can make up a tree of any number of paths, so each block is
-    looked at once, and the paths are bounded by the number of blocks."""
+    """Walks every path to what was read. A few blocks can form a tree with any number of paths. So each block
+    is parsed once, and the number of paths is bounded by the number of blocks."""
 
     def __init__(self, node: Callable[[Cid], Node], roots: Sequence[Cid], read: Sequence[Cid]) -> None:
-        """`node` gives each of the nodes `read`; `roots` are those that the paths begin with."""
+        """`node` returns the node of each CID in `read`. Paths begin with `roots`."""
         self._opened = node
         self._roots = roots
         self._read = {cids.multihash(each) for each in read}
@@ -102,7 +103,7 @@ class Walk:
         self._rows_left = 10_000 + 4 * len(read)
         self._text_left = 16 << 20
         self.left_out = False
-        """Whether there are more paths than `rows` gave."""
+        """Whether there are more paths than `rows` yielded."""
 
     def rows(self) -> Iterator[Row]:
         """Raises ReceiptRefused."""
@@ -114,7 +115,7 @@ class Walk:
             ) from exc
 
     def _rows(self) -> Iterator[Row]:
-        # a tree may be far deeper than Python's calls
+        # no recursion: a tree may be far deeper than Python's call stack
         stack = [(each, f"/ipfs/{cids.text(each)}") for each in reversed(self._roots)]
         while stack:
             cid, path = stack.pop()

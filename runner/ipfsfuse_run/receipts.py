@@ -1,8 +1,9 @@
-"""The receipt of a run (what went in, what was read, what came out) as values and as JSON.
+"""The receipt of a run (its input, the blocks that it read, its output) as values and as JSON.
 
 A receipt is one JSON object; docs/RUNNING.md names its fields. Format 2 is written; format 1 is still read. A
-receipt may come from anyone, so the decoder is strict: each field has its type and its bounds, no key appears
-twice, numbers are finite, and limits pass the same check as the command line's. A newer format is refused.
+receipt may come from anyone, so the decoder is strict: each field has a type and bounds, no key appears
+twice, numbers are finite, and limits pass the same check as those of the command line. A newer format is
+refused.
 """
 
 import datetime
@@ -25,15 +26,15 @@ FORMAT = 2
 _KIND = "ipfsfuse-run receipt"
 RECEIPT, GUEST, STDIN, STDOUT, STDERR = "receipt.json", "guest.wasm", "stdin", "stdout", "stderr"
 OUT, DIRS, IPFS, SIGNATURE = "out", "dir", "ipfs", "signature.json"
-"""What is in the root of the CAR file (`record`)."""
+"""Names in the root of the CAR file (`record`)."""
 
 _HEXADECIMAL = re.compile("[0-9a-f]*")
 
 MAX_BYTES = 64 << 20
-"""Of the largest receipt: it names a million blocks."""
+"""Bytes of the largest receipt, which is enough for a million blocks."""
 MAX_ARGUMENTS = 2 << 20
-"""Bytes of all arguments and variables, each with ARGUMENT_BYTES more: what Linux passes to a program
-(execve(2))."""
+"""Bytes of all arguments and variables, each with ARGUMENT_BYTES more: the most that Linux passes to a
+program (execve(2))."""
 ARGUMENT_BYTES = 9
 """A pointer and a zero byte."""
 MAX_TEXT = 64 << 10
@@ -41,20 +42,20 @@ MAX_DIRS = 1000
 _MAX_CID = 400
 _MAX_SECONDS = 1e9
 _MAX_ITEMS = MAX_ARGUMENTS + 500_000
-"""Commas and brackets that a receipt may hold whatever its length; beside that, one for each CID. `[],` takes
+"""Commas and brackets that any receipt may hold, besides one for each _CID_BYTES of its length. `[],` takes
 3 bytes in JSON and 64 in memory."""
 _CID_BYTES = 40
 
 NOT_RECORDED = frozenset({"compile_timeout", "compile_memory", "max_stdin"})
-"""Limits that the guest can't notice."""
+"""Limits that a guest can't notice."""
 
 ALWAYS_DIFFERS = ("device numbers", "the attributes of /")
 BY_CHANCE = ("clocks", "random numbers", "NaN bits")
 
 
 class Variable(NamedTuple):
-    """A variable of the guest's. `sha256` is of the salt, the name, `=` and the value; format 1 has none.
-    `value` is None where it is not recorded."""
+    """A variable of the guest's. `sha256` is the hash of the salt, the name, `=` and the value; format 1 has
+    none. `value` is None if it is not recorded."""
 
     name: str
     sha256: str
@@ -62,19 +63,19 @@ class Variable(NamedTuple):
 
 
 def variable_hash(salt: str, name: str, value: str) -> str:
-    """`salt` is hexadecimal: it keeps two receipts from showing that a value is the same in both."""
+    """`salt` is hexadecimal. Because of it, two receipts don't show that a value is the same in both."""
     return hashlib.sha256(bytes.fromhex(salt) + f"{name}={value}".encode()).hexdigest()
 
 
 class GivenDir(NamedTuple):
-    """A folder that the guest had by --dir; its CID where it is part of the record."""
+    """A folder of --dir; `cid` is None if the folder is not part of the record."""
 
     guest: str
     cid: Cid | None
 
 
 class Digest(NamedTuple):
-    """Of what passed through a stream."""
+    """Hash and size of what passed through a stream."""
 
     sha256: str
     size: int
@@ -86,7 +87,7 @@ class Digest(NamedTuple):
 class Receipt(NamedTuple):
     guest: Cid
     name: str
-    """As GUEST was given; what is no UTF-8 in it is U+FFFD here."""
+    """GUEST as it was given, with U+FFFD for bytes that are not UTF-8."""
     argv: Sequence[str]
     env: Sequence[Variable]
     cwd: str | None
@@ -97,9 +98,9 @@ class Receipt(NamedTuple):
     read: Sequence[Cid]
     """Every block of /ipfs that the guest's reads needed, in the order of first use."""
     missing: Sequence[Cid]
-    """Blocks that were asked for and that no source gave: the guest saw an error."""
+    """Blocks that the guest's reads needed and no source gave: the guest saw an error."""
     ahead: Sequence[Cid]
-    """What read-ahead fetched and the guest never asked for."""
+    """Blocks that read-ahead fetched and the guest's reads did not need."""
     stdin: Digest
     stdout: Digest
     stderr: Digest
@@ -108,7 +109,7 @@ class Receipt(NamedTuple):
     started: str
     """UTC, ISO 8601."""
     seconds: float
-    # what format 1 does not have
+    # not in format 1
     format: int = 1
     salt: str = ""
     root: str | None = None
@@ -117,11 +118,11 @@ class Receipt(NamedTuple):
     paths: Sequence[Row] = ()
     """What was read, by path."""
     contents: Mapping[str, Cid] = MappingProxyType({})
-    """The files STDIN, STDOUT and STDERR."""
+    """The CIDs of the files STDIN, STDOUT and STDERR."""
     out: Cid | None = None
     """The folder of results; None if there was none."""
     limit: str | None = None
-    """What ended the run, where the runner ended it: a field of Limits, or `tmp`."""
+    """The limit for which the runner ended the run: a field of Limits, or `tmp`."""
 
     @property
     def differs(self) -> tuple[str, ...]:
@@ -181,7 +182,7 @@ def encode(receipt: Receipt) -> bytes:
 
 
 def decode(data: bytes) -> Receipt:
-    """Raises ReceiptRefused for what is not a receipt, cut short, of a newer format, or out of bounds."""
+    """Raises ReceiptRefused if the data is not a receipt, cut short, of a newer format, or out of bounds."""
     if (
         len(data) > MAX_BYTES
         or sum(map(data.count, (b",", b"[", b"{"))) > _MAX_ITEMS + len(data) // _CID_BYTES
@@ -210,7 +211,7 @@ def decode(data: bytes) -> Receipt:
 
 
 class _BadField(Exception):
-    """A field that is missing, or not what it must be; names it."""
+    """A field is missing or wrong; the message names it."""
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -230,7 +231,7 @@ _COMMON = frozenset(
 )
 _ENDS = frozenset({"stdout", "stderr", "exit_code", "trapped"})
 _FIELDS = {1: _COMMON | _ENDS, 2: _COMMON | {"root", "tmp", "engine", "paths", "results"}}
-"""What a receipt of each format has, and nothing else."""
+"""The fields of a receipt, by format. A receipt has all of them and no others."""
 
 
 def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
@@ -302,7 +303,7 @@ def _receipt(fields: Mapping[str, Any], number: int) -> Receipt:
 
 
 def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
-    """The salt, and the variables; format 1 has pairs of names and values."""
+    """The salt and the variables. Format 1 has no salt, and pairs of name and value."""
     if number == 1:
         pairs = [_texts(each, "env") for each in _list(given, "env")]
         if any(len(pair) != 2 or not pair[0] or "=" in pair[0] for pair in pairs):
@@ -338,7 +339,7 @@ def _row(given: object) -> Row:
 
 
 def arguments_size(argv: Sequence[str], env: Sequence[tuple[str, str]]) -> int:
-    """What MAX_ARGUMENTS bounds."""
+    """The size that MAX_ARGUMENTS bounds."""
     texts = [*argv, *(f"{name}={value}" for name, value in env)]
     return sum(len(each.encode()) + ARGUMENT_BYTES for each in texts)
 
@@ -360,7 +361,7 @@ def _texts(given: object, name: str) -> list[str]:
 
 
 def _text(given: object, name: str, most: int = MAX_TEXT) -> str:
-    """A text that a guest can be given. JSON may name half of a surrogate pair, which no text has."""
+    """A text that can be passed to a guest. JSON may contain half of a surrogate pair, which has no UTF-8."""
     if not isinstance(given, str) or len(given) > most or "\0" in given:
         raise _BadField(name)
     try:

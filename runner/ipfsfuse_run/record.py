@@ -1,11 +1,12 @@
-"""CAR files of the runner. That of a recorded run is written, read again, and held against the receipt in it.
-That of a folder of the host holds what a guest left in its /out, or was given by --dir.
+"""The CAR file of a recorded run: writes it, reads it, and compares it with the receipt in it. Also CAR files
+of a folder of the host: results in /out, or a folder of --dir.
 
 The root of a record is a UnixFS directory, so that `ipfsfuse mount --from run.car` shows the run:
-receipt.json, guest.wasm, stdin, stdout, stderr, out, dir/N for each folder that was given, signature.json,
-and ipfs/CID for each root that was used. Below the root every block is there, so that a node can pin it. Of
-what was read only a part is there, so ipfs/CID is a symlink to it in the mount. (Format 1 links it.) A CAR is
-written whole or not at all, and every block is checked against its CID when it is read.
+receipt.json, guest.wasm, stdin, stdout, stderr, out, dir/N for each folder of --dir, signature.json, and
+ipfs/CID for each root that was used. The record has every block that its root links to, directly or not, so
+that a node can pin it. It has only some blocks of what the run read, so ipfs/CID is not linked: it is a
+symlink to that CID in the mount. (Format 1 links it.) A CAR is written completely or not at all. Every block
+is checked against its CID when it is read.
 """
 
 import contextlib
@@ -35,29 +36,29 @@ if TYPE_CHECKING:
 _PROFILE = builder.UNIXFS_V1_2025
 MAX_BLOCK = 2 << 20
 MAX_UNSIZED = 64 << 20
-"""Bytes of a file whose size says 0, as those in /proc: what it gives may have no end."""
+"""The most bytes that are read from a file whose size is 0, as in /proc: such a file may have no end."""
 _MAX_HEADER = 64 << 10
 _LEAF_BYTES = 64 << 10
 _MAX_PATH = 4096
 _SPARE_NODES = 64
-"""`RecordWriter` makes leaves of 1 MiB. A file that has more nodes and leaves than one for each _LEAF_BYTES
-and _SPARE_NODES more was made to take long, and is refused."""
+"""A file may have one node or leaf for each _LEAF_BYTES, and _SPARE_NODES more. `RecordWriter` makes leaves
+of 1 MiB, so a file with more of them was made to take long and is refused."""
 
 
 # -- writing -----------------------------------------------------------------------------------------------
 
 _NO_ROOT = Cid(b"\x01\x70\x12\x20" + bytes(32))
-"""It is as long as every root that is written here, and keeps the place for one in the header."""
+"""Reserves the space for the root in the header: it is as long as every root that is written here."""
 
 
 class Readable(Protocol):
-    """What a file's content is read from."""
+    """A file, or an object that reads like one."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 class RecordWriter:
-    """Writes a CAR of the runner: each block once. `add_*` give what a folder can link."""
+    """Writes a CAR file, each block once. `add_*` return what a folder can link."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out = out
@@ -98,8 +99,8 @@ class RecordWriter:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well: only its owner can read it, for a
-    record holds what was in variables, in arguments and on standard input. Raises StoreFailed."""
+    """A file that replaces `path` when the `with` block succeeds. Only its owner can read it, because a
+    record contains variables, arguments and standard input. Raises StoreFailed."""
     part = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.part")
     try:
         file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -113,7 +114,7 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 
 class Tree(NamedTuple):
-    """A folder in a CAR file. `files` are the paths in it and their SHA-256."""
+    """A folder in a CAR file. `files` are the paths of its files, with their SHA-256."""
 
     built: Built
     files: Sequence[tuple[str, str]]
@@ -129,12 +130,13 @@ class _Level(NamedTuple):
 
 
 def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
-    """Puts a folder of the host into a CAR file: results of at most `bound` bytes, with the CID that
-    `ipfsfuse add --hidden` gives them; or, if `bound` is None, a folder that was given, with modes and times.
+    """Adds a folder of the host to a CAR file. With `bound`, the folder holds results of at most `bound`
+    bytes, and gets the CID that `ipfsfuse add --hidden` gives it. Without, it is a folder of --dir, and modes
+    and times are stored.
 
-    What a guest left may be anything: no symlink is followed, no device or pipe opened, and each name counts
-    NAME_BYTES. Another guest may have the same folder and put symlinks into it meanwhile: what lies elsewhere
-    is refused. Raises StoreFailed."""
+    A guest may leave anything: no symlink is followed, no device or pipe is opened, and each name counts
+    NAME_BYTES. Another guest may use the same folder and put symlinks into it meanwhile: files outside the
+    folder are refused. Raises StoreFailed."""
     taken = 0
     files: list[tuple[str, str]] = []
     top = os.path.realpath(folder)
@@ -143,7 +145,7 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
     def attributes(found: os.stat_result) -> Stored:
         return builder.NOTHING if bound is not None else Stored(found.st_mode & 0o7777, found.st_mtime_ns)
 
-    def take(size: int) -> None:
+    def count(size: int) -> None:
         nonlocal taken
         taken += size
         if bound is not None and taken > bound:
@@ -166,7 +168,7 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
             with _place(path) as (fd, opened):
                 found = os.fstat(fd)
                 stored = attributes(found)
-                take(NAME_BYTES + (found.st_size if stat.S_ISREG(found.st_mode) else 0))
+                count(NAME_BYTES + (found.st_size if stat.S_ISREG(found.st_mode) else 0))
                 if bound is not None:
                     inside.encode()
                 if stat.S_ISDIR(found.st_mode):
@@ -178,7 +180,7 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
                         hashed = _Hashed(file, found.st_size or MAX_UNSIZED + 1)
                         level.children.append((name, writer.add_file(hashed, stored)))
                     if not found.st_size:
-                        take(hashed.size)
+                        count(hashed.size)
                         if hashed.size > MAX_UNSIZED:
                             raise StoreFailed(
                                 f"{path!r} says that it is empty, and gives more than {MAX_UNSIZED} bytes: "
@@ -195,8 +197,8 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
 
 @contextlib.contextmanager
 def _place(path: str) -> Iterator[tuple[int, str]]:
-    """What lies at `path` itself, with no symlink on the way: a descriptor that only names it, and a path by
-    which it can be opened. Raises OSError, StoreFailed."""
+    """The file at `path`, if no part of `path` is a symlink: a descriptor (O_PATH), and a path by which it
+    can be opened. Raises OSError, StoreFailed."""
     fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         opened = f"/proc/self/fd/{fd}"
@@ -212,16 +214,16 @@ def _names(folder: str) -> list[str]:
 
 
 class _Hashed:
-    """A file that is hashed as it is read, and of which no more than `most` bytes are."""
+    """Hashes a file while it is read. Reads no more than `most` bytes."""
 
     def __init__(self, file: BinaryIO, most: int) -> None:
         self._file, self._most, self.sha256 = file, most, hashlib.sha256()
         self.size = 0
-        """Bytes that were read."""
+        """Bytes read so far."""
 
     def read(self, size: int) -> bytes:
         data: bytes | None = self._file.read(min(size, self._most - self.size))
-        if data is None:  # it is opened so that it does not wait, as /proc/kmsg would
+        if data is None:  # files such as /proc/kmsg have no data now, and the file was opened without waiting
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         self.size += len(data)
         self.sha256.update(data)
@@ -239,7 +241,7 @@ def tree_cid(folder: str, bound: int) -> Cid:
 
 @contextlib.contextmanager
 def car_opened(path: Path) -> Iterator["Record"]:
-    """The CAR file of a record. What its receipt says is not looked at. Raises ReceiptRefused."""
+    """The CAR file of a record. Its receipt is not checked. Raises ReceiptRefused."""
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open_to_read(path))
@@ -259,11 +261,11 @@ class Place(NamedTuple):
 
 
 class Record:
-    """A CAR that was read once from end to end: every block in it is what its CID says. Keeps places, not
-    blocks, and looks again whenever it gives one: the file may have been changed since."""
+    """A CAR file. It is read once completely, and every block is verified. Keeps the places of blocks, not
+    the blocks, and verifies a block again each time it returns it, because the file may have changed."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
-        """Raises OSError, and what the decoders of CAR files and CIDs raise."""
+        """Raises OSError, and the exceptions of the decoders of CAR files and CIDs."""
         self.path = path
         self._file = file
         self.size = os.fstat(file.fileno()).st_size
@@ -300,7 +302,7 @@ class Record:
         return cids.inline(cid) is not None or cids.multihash(cid) in self._places
 
     def block(self, cid: Cid) -> bytes:
-        """Raises ReceiptRefused where it is not there, or not there any more."""
+        """Raises ReceiptRefused if the block is not there or has changed."""
         inline = cids.inline(cid)
         if inline is not None:
             return inline
@@ -320,7 +322,7 @@ class Record:
             raise ReceiptRefused(f"{self.path}: {exc}") from exc
 
     def find(self, *names: str) -> Cid | None:
-        """The CID at a path below the root; None where there is none."""
+        """The CID at a path below the root; None if there is none."""
         cid = self._root
         for name in names:
             node = self.node(cid)
@@ -338,8 +340,8 @@ class Record:
         return node
 
     def content(self, cid: Cid, most: int) -> Iterator[bytes]:
-        """The bytes of the file `cid`, by leaf. Raises ReceiptRefused, for a file of more than `most` bytes
-        too: its size is what its blocks say, and a few of them can say anything."""
+        """The content of the file `cid`, leaf by leaf. Raises ReceiptRefused, also for a file of more than
+        `most` bytes: a few blocks can claim any size."""
         file, offset = self.file(cid), 0
         if file.size > most:
             raise ReceiptRefused(f"{self.path}: a file in it has {file.size} bytes: {most} are the most")
@@ -359,8 +361,8 @@ class Record:
                 raise ReceiptRefused(f"{self.path}: {exc}") from exc
 
     def _leaves(self, file: File, offset: int, most: int) -> tuple[list[Leaf], int]:
-        """The next leaves from `offset` on, and how many nodes were opened for them: little more than
-        `most`."""
+        """The next leaves from `offset` on, and how many nodes were opened for them. Stops after `most`
+        nodes: a few more may be opened."""
         walk, opened = file_layout.leaves(file, offset, file.size - offset, sure=True), 0
         try:
             wanted = next(walk)
@@ -373,8 +375,8 @@ class Record:
         return [], opened
 
     def files(self, cid: Cid, most: int) -> Iterator[tuple[str, File | Symlink | None]]:
-        """What is below the folder `cid`, parents first, by path: None for a folder. The folder may come with
-        a hostile record: each name counts NAME_BYTES and each file its size, and more than `most` bytes are
+        """Paths and nodes below the folder `cid`, parents first; the node of a folder is None. The record may
+        be hostile: each name counts NAME_BYTES and each file its size, and more than `most` bytes are
         refused. Raises ReceiptRefused."""
         stack = [("", cid)]
         while stack:
@@ -401,7 +403,8 @@ class Record:
             yield path, node
 
     def _children(self, node: Directory | Shard) -> Iterator[tuple[str, Cid]]:
-        """Of a sharded folder too. Raises ReceiptRefused for names that no folder can hold."""
+        """Names and CIDs of a plain or sharded folder. Raises ReceiptRefused for names that no folder of the
+        host can have."""
         seen: set[bytes] = set()
         try:
             for cid, name in read_paths.entries(node, self.node):
@@ -413,8 +416,8 @@ class Record:
             raise ReceiptRefused(f"{self.path}: {exc}") from exc
 
     def extract(self, cid: Cid, folder: str, most: int) -> None:
-        """Writes what is below the folder `cid` into the empty folder `folder`. Nothing is followed or
-        replaced. Raises ReceiptRefused, StoreFailed."""
+        """Writes the content of the folder `cid` into the empty folder `folder`. Follows no symlink and
+        replaces no file. Raises ReceiptRefused, StoreFailed."""
         try:
             for path, node in self.files(cid, most):
                 at = os.path.join(folder, path)
@@ -432,7 +435,7 @@ class Record:
             raise StoreFailed(f"{exc.filename or folder!s:.300} can't be written: {exc.strerror}") from exc
 
     def receipt(self, cid: Cid) -> bytes:
-        """The bytes of a receipt: never more than the CAR file has. Raises ReceiptRefused."""
+        """The bytes of a receipt. Raises ReceiptRefused, also if they are more than the CAR file has."""
         return b"".join(self.content(cid, min(receipts.MAX_BYTES, self.size)))
 
 
@@ -440,7 +443,7 @@ class Record:
 
 
 def receipt_alone(path: Path) -> Receipt | None:
-    """The receipt in a .json; None where `path` is something else, be it a CAR. Raises ReceiptRefused."""
+    """The receipt in a .json file; None if `path` is something else, such as a CAR. Raises ReceiptRefused."""
     try:
         with open_to_read(path) as file:
             data = file.read(1)
@@ -455,14 +458,13 @@ def receipt_alone(path: Path) -> Receipt | None:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[Record, Receipt]]:
-    """A record that is whole: every block that its receipt names is there and right, and so is the guest.
-
-    The content of its streams is not looked at (`check_content`). Raises ReceiptRefused."""
+    """Opens a record, and checks that it has the guest and every block that its receipt names. Does not check
+    the content of its streams (`check_content` does). Raises ReceiptRefused."""
     with car_opened(path) as record:
-        place = record.find(receipts.RECEIPT)
-        if place is None:
+        cid = record.find(receipts.RECEIPT)
+        if cid is None:
             raise ReceiptRefused(f"{path} holds no {receipts.RECEIPT}: it is not a record of a run")
-        receipt = receipts.decode(record.receipt(place))
+        receipt = receipts.decode(record.receipt(cid))
         _check_parts(record, receipt)
         yield record, receipt
 
@@ -480,11 +482,11 @@ def _check_parts(record: Record, receipt: Receipt) -> None:
             raise ReceiptRefused(
                 f"{record.path} is cut short: it lacks the block {cids.text(cid)} that the run read"
             )
-    place = record.find(receipts.DIRS)
-    node = None if place is None else record.node(place)
-    held = {link.name: link.cid for link in node.links} if isinstance(node, Directory) else {}
+    folder = record.find(receipts.DIRS)
+    node = None if folder is None else record.node(folder)
+    recorded = {link.name: link.cid for link in node.links} if isinstance(node, Directory) else {}
     for number, each in enumerate(receipt.dirs):
-        if held.get(b"%d" % number) != each.cid:
+        if recorded.get(b"%d" % number) != each.cid:
             raise ReceiptRefused(
                 f"{record.path}: its folder {each.guest} is not the one that its receipt names"
             )
@@ -496,12 +498,12 @@ def check_content(
     """Writes one of the recorded streams (STDIN, STDOUT, STDERR) to `out`. Raises ReceiptRefused unless it is
     the one that the receipt names.
 
-    `most` bytes are looked at, by default as many as the CAR file can hold and 64 MiB more."""
+    A stream of more than `most` bytes is refused; the default is the size of the CAR file and 64 MiB more."""
     recorded: Digest = getattr(receipt, name)
     found, size = hashlib.sha256(), 0
-    place = record.find(name)
-    if place is not None and record.file(place).size == recorded.size:
-        for data in record.content(place, record.size + (64 << 20) if most is None else most):
+    cid = record.find(name)
+    if cid is not None and record.file(cid).size == recorded.size:
+        for data in record.content(cid, record.size + (64 << 20) if most is None else most):
             found.update(data)
             size += len(data)
             if out is not None:
@@ -518,14 +520,14 @@ _STREAMS = {
 
 
 def check_signature(record: Record, receipt: Receipt, key: "Ed25519PublicKey", most: int) -> None:
-    """Raises ReceiptRefused unless `key` signed the receipt and the results, of `most` bytes."""
+    """Raises ReceiptRefused unless `key` signed the receipt and the results, which may have `most` bytes."""
     from ipfsfuse_run import signatures
 
-    place, receipt_node = record.find(receipts.SIGNATURE), record.find(receipts.RECEIPT)
-    assert receipt_node is not None
-    if place is None:
+    signature_cid, receipt_cid = record.find(receipts.SIGNATURE), record.find(receipts.RECEIPT)
+    assert receipt_cid is not None
+    if signature_cid is None:
         raise ReceiptRefused(f"{record.path} has no signature: {signatures.fingerprint(key)} did not sign it")
-    envelope = b"".join(record.content(place, min(signatures.MAX_BYTES, record.size)))
+    envelope = b"".join(record.content(signature_cid, min(signatures.MAX_BYTES, record.size)))
 
     def files() -> list[tuple[str, str]]:
         if receipt.out is None:
@@ -537,7 +539,7 @@ def check_signature(record: Record, receipt: Receipt, key: "Ed25519PublicKey", m
         ]
 
     try:
-        signatures.check(envelope, key, receipt, record.receipt(receipt_node), files)
+        signatures.check(envelope, key, receipt, record.receipt(receipt_cid), files)
     except ReceiptRefused as exc:
         raise ReceiptRefused(f"{record.path}: {exc}") from exc
 

@@ -1,7 +1,7 @@
-"""`--record`: one run in a mount of its own, and its receipt, as JSON or as a CAR with all that was read.
-`--replay`: such a run again, offline, from its CAR alone, and whether it gives the same.
+"""`--record`: executes a run in a mount of its own, and writes its receipt, as JSON or as a CAR file with all
+that was read. `--replay`: repeats such a run offline from its CAR file, and compares the results.
 
-What a run needs on the way lies in files without a name: a runner that is killed leaves nothing.
+Temporary files have no names, so a killed runner leaves nothing.
 """
 
 import base64
@@ -71,15 +71,15 @@ class _Run(NamedTuple):
 
 
 def mounted(options: Options, used: BinaryIO) -> AbstractContextManager[Mount]:
-    """A mount of the run's own, whose daemon writes into the file `used` which blocks are asked for. The
-    daemon opens the file through this process, which outlives it."""
+    """A mount of the run's own. Its daemon logs the blocks that are asked for in the file `used`. It opens
+    that file by the path of this process's descriptor. This process outlives the daemon."""
     option = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
     return mounts.mounted(options._replace(mount_options=(*options.mount_options, option)))
 
 
 def record(options: Options) -> CompletedRun:
-    """Runs the guest and writes its receipt; one that could not be started, or was interrupted, leaves
-    none. Raises NotKept if the guest ran and the receipt could not be written."""
+    """Runs the guest and writes its receipt. Writes none if the guest could not be started or was
+    interrupted. Raises NotKept if the guest ran but the receipt could not be written."""
     target = _target(options)
     key = None
     if options.sign is not None:
@@ -87,7 +87,7 @@ def record(options: Options) -> CompletedRun:
 
         key = signatures.private_key(options.sign)
     with contextlib.ExitStack() as stack:
-        # beside the receipt: what is kept of the output may be more than TMPDIR holds
+        # in the receipt's folder: the guest's output may not fit into TMPDIR
         files = RunFiles(
             *(stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in RunFiles._fields)
         )
@@ -137,8 +137,8 @@ def _target(options: Options) -> Path:
 
 
 def _spool_stdin(spool: BinaryIO, bound: int | None) -> None:
-    """Reads all of standard input, but not a terminal's, into the file `spool`. Raises GuestRefused for more
-    than `bound` bytes."""
+    """Copies standard input, unless it is a terminal, to the file `spool`. Raises GuestRefused for more than
+    `bound` bytes."""
     if not os.isatty(0):
         while data := os.read(0, 1 << 20):
             spool.write(data)
@@ -149,7 +149,7 @@ def _spool_stdin(spool: BinaryIO, bound: int | None) -> None:
 
 
 def digest_of(file: BinaryIO) -> Digest:
-    """Of the whole file, which is left at its start."""
+    """The digest of the whole file. Leaves the file at its start."""
     file.seek(0)
     found = hashlib.sha256()
     while data := file.read(1 << 20):
@@ -169,7 +169,7 @@ def _write(
 ) -> CompletedRun:
     """Writes the receipt."""
     options, box = plan.options, plan.box
-    if options.guest == "-":  # standard input was the guest: none was left for it
+    if options.guest == "-":  # standard input was the guest, which then had none
         files.stdin.truncate(0)
     with written(target) as file, open(os.devnull, "wb") as nowhere:
         is_car = target.suffix == ".car"
@@ -253,7 +253,7 @@ def _write(
 
 
 def this_machine() -> dict[str, str]:
-    """What may make a run differ elsewhere."""
+    """Versions that may make a run differ on another machine."""
     return {
         "ipfsfuse": ipfsfuse.__version__,
         "wasmtime": importlib.metadata.version("wasmtime"),
@@ -272,7 +272,7 @@ def _encoded(receipt: Receipt) -> bytes:
 
 
 def logged_blocks(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
-    """What a daemon wrote down: (read, only fetched ahead), each in the order of first use."""
+    """The blocks in a daemon's log: (read, only fetched ahead), each in the order of first use."""
     record.seek(0)
     found: dict[str, list[Cid]] = {"read": [], "ahead": []}
     for line in record:
@@ -283,8 +283,8 @@ def logged_blocks(record: BinaryIO) -> tuple[list[Cid], list[Cid]]:
 
 
 class _Blocks:
-    """The blocks that were asked for, which are put into the CAR: those that were read, and those that no
-    source had."""
+    """Puts the blocks that the run asked for into the CAR. Sorts them into blocks that were read and blocks
+    that no source had."""
 
     def __init__(self, writer: RecordWriter, asked: Sequence[Cid], control: Connection) -> None:
         self.read: list[Cid] = []
@@ -302,9 +302,7 @@ class _Blocks:
                 continue
             self.read.append(cid)
             self.roots.add(cid, block)
-            with contextlib.suppress(
-                Malformed, Unsupported
-            ):  # the guest saw an error: no path leads through it
+            with contextlib.suppress(Malformed, Unsupported):  # the guest saw an error: no path leads on
                 self._nodes[cid] = parse(cid, block)
 
     def _node(self, cid: Cid) -> Node:
@@ -317,7 +315,7 @@ class _Blocks:
             raise Malformed(f"{cids.brief(cid)} is not a node of a file or folder") from exc
 
     def rows(self) -> list[Row]:
-        """By path; none where no path is known."""
+        """What was read, by path; empty if the blocks form no valid tree."""
         try:
             return list(read_paths.Walk(self._node, self.roots.found, self.read).rows())
         except ReceiptRefused:
@@ -325,7 +323,7 @@ class _Blocks:
 
 
 def _ask(control: Connection, cid: Cid) -> bytes:
-    """One block from the mount's daemon, which need not be trusted with it. Raises DaemonFailed."""
+    """One block from the mount's daemon, verified here. Raises DaemonFailed."""
     try:
         block = base64.b64decode(control.ask("block", cid=cids.text(cid))["data"], validate=True)
         cids.verify(cid, block)
@@ -340,7 +338,7 @@ def _ask(control: Connection, cid: Cid) -> bytes:
 
 
 class Verdict(NamedTuple):
-    """One thing that came out, then and now."""
+    """One result, as recorded and as repeated."""
 
     what: str
     recorded: object
@@ -359,16 +357,16 @@ REPLAY_LIMITS = Limits(
     max_out=1 << 30,
     max_stdin=64 << 20,
 )
-"""What a replay may use at most without a `-W`. A recording may come from anyone: what it says never loosens
-these."""
+"""The limits of a replay without -W. A recording may come from anyone, so its own limits can only be
+stricter."""
 
 _DATA_SPARE = 512 << 20
-"""Bytes that a replay's process may use beside the guest's memory."""
+"""Bytes that a replay's process may use besides the guest's memory."""
 
 
 def limits_for(path: Path, receipt: Receipt, given: Limits) -> Limits:
-    """Those of `given`, then the recorded ones, then REPLAY_LIMITS. Raises ReceiptRefused, naming the -W to
-    give, where the recording needs more than that."""
+    """The limits of `given`, by default the recorded ones, by default REPLAY_LIMITS. Raises ReceiptRefused if
+    the recording needs more; the message names the -W to give."""
     shown = {
         "timeout": receipt.seconds,
         "max_stdout": max(
@@ -376,7 +374,7 @@ def limits_for(path: Path, receipt: Receipt, given: Limits) -> Limits:
         ),
         "max_stdin": receipt.stdin.size,
     }
-    chosen = given.over(receipt.limits)
+    chosen = given.with_defaults(receipt.limits)
     for name, most in REPLAY_LIMITS._asdict().items():
         if most is None:
             continue
@@ -399,10 +397,11 @@ def limits_for(path: Path, receipt: Receipt, given: Limits) -> Limits:
 
 
 def replay(options: Options) -> int:
-    """Says what is the same and what is not; 0 if all is, else 3. A signal's number below 0 if one ended it.
+    """Repeats a recorded run and prints which results are the same. Returns 0 if all are, else DIFFERENT; the
+    negated number of a signal if one ended it.
 
-    Raises ReceiptRefused where the run could not be repeated. The limits of `options` go before those of the
-    receipt."""
+    The limits of `options` take precedence over those of the receipt. Raises ReceiptRefused if the run could
+    not be repeated."""
     assert options.replay is not None
     path, given = Path(options.replay), options.limits
     if receipt_alone(path) is not None:
@@ -421,7 +420,7 @@ def replay(options: Options) -> int:
             if key is not None:
                 check_signature(car, receipt, key, chosen.out_bytes)
             for name in receipt.contents or [receipts.STDIN]:
-                # a smaller limit is the guest's: what was recorded before is only hashed
+                # a smaller max-stdout is for the guest that runs now: the recorded streams are only hashed
                 bound = (
                     chosen.max_stdin
                     if name == receipts.STDIN
@@ -450,7 +449,7 @@ def replay(options: Options) -> int:
             return -outcome.signal
         if outcome.refused is not None:
             raise ReceiptRefused(f"the recorded run can't be repeated here: {outcome.refused}")
-        known = given.over(receipt.limits)._asdict()
+        known = given.with_defaults(receipt.limits)._asdict()
         ours = {
             limits.option(name): limits.value_text(name, most)
             for name, most in chosen._asdict().items()
@@ -471,7 +470,8 @@ def replay(options: Options) -> int:
 
 
 def _say_verdicts(receipt: Receipt, verdicts: Sequence[Verdict], ours: Mapping[str, str], show: bool) -> int:
-    """With `show`, standard output is the guest's, and the verdict goes to standard error."""
+    """Prints the verdicts and returns the exit code. With `show`, they go to standard error, because standard
+    output is the guest's."""
     to = sys.stderr if show else sys.stdout
     now = this_machine()
     for name, then in receipt.versions.items():
@@ -494,7 +494,7 @@ def _say_verdicts(receipt: Receipt, verdicts: Sequence[Verdict], ours: Mapping[s
 
 
 DIFFERENT = 3
-"""The exit code of a replay that ran and gave something else."""
+"""The exit code of a replay with different results."""
 
 
 class _Repeated(NamedTuple):
@@ -505,7 +505,7 @@ class _Repeated(NamedTuple):
     read: Sequence[Cid]
 
     def verdicts(self, receipt: Receipt, of_dirs: frozenset[bytes]) -> list[Verdict]:
-        """`of_dirs`: the blocks of the folders that were given, which lie in the mount of a replay alone."""
+        """`of_dirs`: the blocks of the folders of --dir. Only a replay reads them from the mount."""
         found = [
             Verdict("stdout", receipt.stdout, self.stdout),
             Verdict("stderr", receipt.stderr, self.stderr),
@@ -542,8 +542,8 @@ def _blocks_text(blocks: set[bytes]) -> str:
 
 
 def repeated_options(path: Path, receipt: Receipt, options: Options, chosen: Limits) -> Options:
-    """The options of the recorded run. Raises ReceiptRefused, UsageError where it needs what was not
-    given."""
+    """The options that repeat the recorded run. Raises ReceiptRefused, UsageError if it needs an option that
+    was not given."""
     tmp = receipt.tmp if options.tmp is None else options.tmp
     if tmp > max(sandbox.TMP_BYTES, options.tmp or 0):
         raise ReceiptRefused(
@@ -569,8 +569,8 @@ def repeated_options(path: Path, receipt: Receipt, options: Options, chosen: Lim
 def _environment(
     path: Path, receipt: Receipt, given: Sequence[tuple[str, str]]
 ) -> tuple[tuple[str, str], ...]:
-    """The recorded variables, and the given ones that were not recorded. Raises ReceiptRefused for a value
-    that is missing or another one."""
+    """The variables with their recorded values, or the given ones if the values were not recorded. Raises
+    ReceiptRefused if a value is missing or different."""
     values = dict(given)
     for name in values.keys() - {each.name for each in receipt.env}:
         raise ReceiptRefused(f"{path}: the recorded run had no variable {name}")
@@ -588,7 +588,7 @@ def _environment(
 
 
 def _blocks_below(car: Record, receipt: Receipt) -> frozenset[bytes]:
-    """The blocks of the folders that were given."""
+    """The blocks of the folders of --dir."""
     found: set[bytes] = set()
     stack = [each.cid for each in receipt.dirs if each.cid is not None]
     while stack:
@@ -620,7 +620,7 @@ def _repeat(
             guest_sha256=digest_of(files.guest).sha256,
         )
         outcome = supervisor.run(plan, files=files, show=False)
-    if outcome.trap is not None and receipt.format == 1:  # which counts it as standard error
+    if outcome.trap is not None and receipt.format == 1:  # format 1 counts the trap as standard error
         files.stderr.seek(0, os.SEEK_END)
         files.stderr.write(trap_text(plan.name, outcome.trap).encode())
     cid = None
@@ -641,7 +641,7 @@ def _end(code: int, trapped: bool, limit: str | None) -> str:
 
 
 def _dirs(receipt: Receipt, mountpoint: str) -> tuple[Dir, ...]:
-    """The folders that were recorded, by their CIDs in the mount."""
+    """The recorded folders, by their CIDs in the mount."""
     found = []
     for each in receipt.dirs:
         if each.cid is None:

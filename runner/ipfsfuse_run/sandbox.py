@@ -1,9 +1,9 @@
-"""What a guest can reach: `/`, `/ipfs`, `/tmp`, `/out` if results are wanted, and the folders given with
---dir. It gets no socket and none of the host's variables.
+"""The folders that a guest can reach: `/`, `/ipfs`, `/tmp`, `/out` if results are wanted, and those of --dir.
+It gets no socket and none of the host's variables.
 
-`/` is the directory given with --root, else a read-only folder that holds the other names, for programs that
-walk from the root. That one lies in the runner's cache folder, named after what it holds, so nothing is left
-to remove after a kill.
+`/` is the directory of --root. Without --root it is a read-only folder that holds the other names, for
+programs that walk from the root. This folder lies in the runner's cache folder and is named after its
+content, so it is used again and a killed run leaves nothing to remove.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ from ipfsfuse_run.options import Dir, Options
 IPFS, IPNS, TMP, OUT = "/ipfs", "/ipns", "/tmp", "/out"
 
 TMP_BYTES = 256 << 20
-"""What /tmp may hold by default."""
+"""The default size of /tmp."""
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 class Preopen(NamedTuple):
-    """A folder of the host at a name of the guest's."""
+    """A folder of the host, and its name for the guest."""
 
     host: str
     guest: str
@@ -35,18 +35,18 @@ class Preopen(NamedTuple):
     mount_id: int | None = None
     """The kernel's number of the mount that `host` must be in; None for any folder."""
     rest: str = ""
-    """The path below `host` of the folder that is meant. No symlink may lead out of `host`."""
+    """The path from `host` to the folder that is given. No symlink may lead out of `host`."""
 
 
 class Sandbox(NamedTuple):
-    """All that a guest is given. `argv` starts with its own name."""
+    """Everything that a guest is given. `argv` starts with its own name."""
 
     argv: Sequence[str]
     env: Sequence[tuple[str, str]]
     preopens: Sequence[Preopen]
     cwd: str | None
     tmp: int = 0
-    """Bytes that the guest's own `/tmp` may hold; 0 for none. It is not among `preopens`."""
+    """Bytes that the guest's own `/tmp` may hold; 0 for no `/tmp`. It is not among `preopens`."""
 
     @property
     def variables(self) -> dict[str, str]:
@@ -57,9 +57,8 @@ class Sandbox(NamedTuple):
 def build(
     options: Options, mountpoint: str, mount_id: int | None = None, names: Mapping[str, str] = NO_NAMES
 ) -> Sandbox:
-    """`names`: what each IPNS name stands for, a path below the mountpoint. Raises UsageError,
-    StoreFailed."""
-    # with --invoke, these are the function's
+    """`names` maps each IPNS name to a path below the mountpoint. Raises UsageError, StoreFailed."""
+    # with --invoke, args are the function's arguments
     argv = (options.argv0 or posixpath.basename(options.guest), *options.args)
     guests = [options.cwd or "", *(each.guest for each in options.dirs)]
     for text in (*argv, *guests, *names, *(part for variable in options.env for part in variable)):
@@ -88,8 +87,8 @@ def _check_text(text: str) -> None:
 def _preopens(
     mountpoint: str, options: Options, mount_id: int | None, names: Mapping[str, str], has_tmp: bool
 ) -> list[Preopen]:
-    """`/`, `/ipfs`, what is below `/ipns`, `/out`, and the folders of --dir, in this order. Nothing is
-    opened. Raises UsageError for a name that the guest can't have."""
+    """`/`, `/ipfs`, the names in `/ipns`, `/out`, and the folders of --dir, in this order. Opens nothing.
+    Raises UsageError for a name that the guest can't have."""
     found = [Preopen(mountpoint, IPFS, writable=False, mount_id=mount_id)]
     for name, path in names.items():
         host = os.path.join(mountpoint, path)
@@ -135,7 +134,7 @@ def _root(names: Sequence[str]) -> str:
     for each in inside:
         places.private_folder("roots", digest, *filter(None, each.split("/")))
     for folder, _names, _files in os.walk(root):
-        os.chmod(folder, 0o500)  # the wasmtime command gives every folder to write to
+        os.chmod(folder, 0o500)  # the wasmtime command makes every folder writable for the guest
     return root
 
 
@@ -143,8 +142,7 @@ _LOOK = os.O_PATH | os.O_CLOEXEC
 
 
 class OpenFolder(NamedTuple):
-    """A folder that was opened for the guest. `path` names this very folder, whatever becomes of the name by
-    which it was opened."""
+    """A folder that was opened for the guest. `path` names this folder even if it is renamed or replaced."""
 
     name: str
     """For messages."""
@@ -152,7 +150,7 @@ class OpenFolder(NamedTuple):
     guest: str
     writable: bool
     in_mount: bool = False
-    """Whether it is the top of a mount of ours, which refuses writes itself."""
+    """Whether it is in a mount of ours, which refuses writes itself."""
 
     @property
     def path(self) -> str:
@@ -161,9 +159,9 @@ class OpenFolder(NamedTuple):
 
 @contextlib.contextmanager
 def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
-    """The preopens, and `.` for the working directory: WASI has none, and its C library resolves relative
-    names by that preopen. Only the guest's process opens them: they may be in the mount. Raises
-    GuestRefused."""
+    """Opens the preopens, and the working directory as the preopen `.`: WASI has no working directory, and
+    its C library resolves relative names by that preopen. Call it only in the guest's process, because the
+    folders may be in the mount. Raises GuestRefused."""
     with contextlib.ExitStack() as stack:
         found: list[OpenFolder] = []
 
@@ -183,8 +181,8 @@ def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
 
 
 def _check_mount(file: int, mount_id: int | None, path: str) -> None:
-    """Raises GuestRefused unless the open `file` is in the mount of that number. Asks the kernel alone, not
-    the mount's daemon."""
+    """Raises GuestRefused unless the open `file` is in the mount `mount_id`. Asks only the kernel, not the
+    mount's daemon."""
     if mount_id is None:
         return
     with open(f"/proc/self/fdinfo/{file}", encoding="ascii") as lines:
@@ -194,7 +192,7 @@ def _check_mount(file: int, mount_id: int | None, path: str) -> None:
 
 
 def _working_folder(cwd: str, given: Sequence[Preopen]) -> tuple[Preopen, str]:
-    """`cwd` as a folder that was given, and a name below it. Raises GuestRefused."""
+    """The preopen that contains `cwd`, and the path from there. Raises GuestRefused."""
     wanted = posixpath.normpath(cwd)
     base = max(
         (each for each in given if _below(wanted, each.guest)), key=lambda each: len(each.guest), default=None
@@ -212,10 +210,10 @@ def _below(path: str, folder: str) -> bool:
 def open_beneath(
     base: str, rest: str, name: str, flags: int = 0, mount_id: int | None = None
 ) -> Iterator[int]:
-    """A descriptor (O_PATH) of what `rest` leads to below `base`. Raises GuestRefused if a symlink leads out
-    of `base`.
+    """A descriptor (O_PATH) of the path `rest` below `base`. Raises GuestRefused if a symlink leads out of
+    `base`.
 
-    The check comes after the opening: whoever may write below `base` could change it after an earlier
+    The check comes after opening: anyone who may write below `base` could change the path after an earlier
     check."""
     with contextlib.ExitStack() as stack:
         opened = []

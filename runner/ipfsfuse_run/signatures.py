@@ -1,7 +1,7 @@
 """The signature of a receipt: a DSSE envelope over an in-toto statement, signed with an Ed25519 key.
 
-The statement's subjects are the standard output, standard error and each file of the results, by SHA-256, and
-the folder of results by its CID; its predicate is the receipt. Sources: DSSE protocol 1.0
+The statement's subjects are standard output, standard error and each file of the results, by SHA-256, and the
+folder of results, by its CID. Its predicate is the receipt. Sources: DSSE protocol 1.0
 (https://github.com/secure-systems-lab/dsse), in-toto attestation statement v1.
 """
 
@@ -31,13 +31,13 @@ PREDICATE = "urn:ipfsfuse:receipt:v2"
 CID_DIGEST = "ipfsCid"
 """Our own name for a digest that is a CID."""
 MAX_BYTES = 192 << 20
-"""Of an envelope: its payload holds a receipt in base64."""
+"""Bytes of an envelope, which holds a receipt in base64."""
 _MAX_KEY = 64 << 10
 _MAX_SIGNATURES = 16
 
 
 def private_key(path: str) -> Ed25519PrivateKey:
-    """An Ed25519 key, a PEM of OpenSSL's or OpenSSH's without a passphrase. Raises UsageError."""
+    """Reads an Ed25519 key: a PEM of OpenSSL's or OpenSSH's without a passphrase. Raises UsageError."""
     data = _read(path, "--sign")
     load = (
         serialization.load_ssh_private_key
@@ -56,7 +56,7 @@ def private_key(path: str) -> Ed25519PrivateKey:
 
 
 def public_key(path: str) -> Ed25519PublicKey:
-    """An Ed25519 key, a PEM of OpenSSL's or a line of OpenSSH's. Raises UsageError."""
+    """Reads an Ed25519 key: a PEM of OpenSSL's or a line of OpenSSH's. Raises UsageError."""
     data = _read(path, "--key")
     try:
         key = (
@@ -84,7 +84,7 @@ def _read(path: str, option: str) -> bytes:
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
-    """As `ssh-keygen -l` shows it."""
+    """The fingerprint, as `ssh-keygen -l` shows it."""
     line = key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
@@ -93,7 +93,7 @@ def fingerprint(key: Ed25519PublicKey) -> str:
 def signed(
     key: Ed25519PrivateKey, receipt: Receipt, encoded: bytes, files: Sequence[tuple[str, str]]
 ) -> bytes:
-    """The envelope, as JSON. `encoded` are the bytes of the receipt, `files` the results' paths with their
+    """The envelope, as JSON. `encoded` is the receipt's bytes; `files` are the results' paths with their
     SHA-256."""
     payload = json.dumps(statement(receipt, encoded, files), ensure_ascii=False).encode()
     signature = {
@@ -136,7 +136,7 @@ def check(
     encoded: bytes,
     files: Callable[[], Sequence[tuple[str, str]]],
 ) -> None:
-    """Raises ReceiptRefused unless `key` signed this very receipt and these results."""
+    """Raises ReceiptRefused unless `key` signed exactly this receipt and these results."""
     name = fingerprint(key)
     payload, signatures = _parsed(envelope)
     for _name, signature in signatures:

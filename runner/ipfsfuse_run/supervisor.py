@@ -1,8 +1,8 @@
-"""The runner's side of a run: starts the guest's process, keeps time, passes on signals and output.
+"""The runner's side of a run: starts the guest's process, enforces limits, handles signals and copies output.
 
-One thread and one selector: they wait for signals, the guest's process, its reports and its output. The
-supervisor never touches the mount and never waits for whoever reads the output. So it ends in time even if
-the guest's process hangs in a read that no signal interrupts, or if nobody reads what the guest wrote.
+One thread with one selector waits for signals, the guest's process, its reports and its output. The
+supervisor never touches the mount and never waits for the reader of the output. So it ends in time even if
+the guest's process hangs in a read that no signal interrupts, or if nothing reads the output.
 """
 
 import json
@@ -27,26 +27,26 @@ from ipfsfuse_run.sandbox import IPFS
 
 OUT_OF_TIME = 124
 GRACE = 0.4
-"""Seconds that a killed guest gets to end. One that hangs in the mount ends when the daemon answers."""
-LAST_LOOK = 10.0
+"""Seconds to wait for a killed guest. A guest that hangs in the mount ends when the daemon answers."""
+LAST_MEASUREMENT = 10.0
 """Seconds for the last measurement of the writable folders after the guest has ended."""
 
 PROGRESS = 1.0
-"""Seconds between two updates of what a terminal is shown while a guest has not begun."""
+"""Seconds between two updates of the progress line on a terminal, until the guest begins."""
 
 _CHUNK = select.PIPE_BUF
-"""Bytes that a pipe which polls as writable takes without waiting."""
+"""Bytes that can be written without waiting to a pipe that poll(2) calls writable."""
 _MAX_REPORT = 1 << 20
-"""Bytes of the longest report: a back-trace, escaped as JSON."""
+"""Bytes of the longest report, which contains a back-trace escaped as JSON."""
 _DAY = 86400.0
-"""The longest wait at once, in seconds: epoll takes at most 24 days."""
+"""Seconds of the longest single wait: epoll accepts at most 24 days."""
 
 
 class RunFiles(NamedTuple):
-    """What a recorded or replayed run is given and leaves: files without a name."""
+    """Files without names for the input and output of a recorded or replayed run."""
 
     block_log: BinaryIO
-    """The daemon's record: JSON lines."""
+    """The daemon's log of blocks: JSON lines."""
     guest: BinaryIO
     stdin: BinaryIO
     stdout: BinaryIO
@@ -58,32 +58,32 @@ class Outcome(NamedTuple):
 
     code: int
     signal: int | None = None
-    """One that the runner itself was sent."""
+    """The signal that ended the run, if the runner itself received one."""
     refused: str | None = None
     """Why the guest could not be run."""
     trapped: bool = False
     trap: str | None = None
     """wasmtime's message and back-trace, several lines."""
     limit: str | None = None
-    """The field of Limits that ended the run, or `tmp`, where the runner ended it for one."""
+    """The limit for which the runner ended the run: a field of Limits, or `tmp`."""
     killed: bool = False
-    """Whether a signal ended the guest's process, and not for a reason of the runner's."""
+    """Whether a signal ended the guest's process that the runner did not send."""
     why: str | None = None
-    """Why a guest that was started did not exit by itself: one sentence."""
+    """Why a started guest did not exit by itself: one sentence."""
 
 
 class CompletedRun(NamedTuple):
-    """A run that was made: how it ended, and what it left."""
+    """How a run ended, and its results."""
 
     outcome: Outcome
     out: str | None = None
-    """The CID of the results, where --add, --cid-file, --record or `return_cid` asked for it."""
+    """The CID of the results, if --add, --cid-file, --record or `return_cid` was given."""
     receipt: bytes | None = None
     """The receipt that --record wrote: JSON."""
 
 
 def over_quota(outcome: Outcome, given: limits.Limits) -> Outcome:
-    """A run that reached max-fetch while it ended for a reason of its own."""
+    """The outcome of a run that reached max-fetch, if it ended by itself before the runner could end it."""
     if outcome.limit is not None or outcome.signal is not None:
         return outcome
     if outcome.refused is not None:
@@ -98,7 +98,7 @@ def _quota_text(given: limits.Limits) -> str:
 
 
 class _Progress:
-    """Shows on a terminal what a guest that has not begun waits for: one line, from the first second on. It
+    """Shows on a terminal what a guest waits for before it begins: one line, after the first second. The line
     is erased when the guest begins."""
 
     def __init__(self, plan: Plan) -> None:
@@ -111,11 +111,11 @@ class _Progress:
         self._what, self._begun = what, time.monotonic()
 
     def wait(self) -> float | None:
-        """Seconds until the next update; None where there is none."""
+        """Seconds until the next update; None if there is none."""
         return None if self._next is None else max(0.0, self._next - time.monotonic())
 
     def update(self) -> None:
-        """If it is time for that."""
+        """Shows the line again if an update is due."""
         now = time.monotonic()
         if self._next is None or now < self._next or not _is_writable(2):
             return
@@ -136,8 +136,8 @@ class _Progress:
 
 def run(plan: Plan, quota: int | None = None, files: RunFiles | None = None, show: bool = True) -> Outcome:
     """Runs the guest in a process of its own. The daemon's answer in the socket `quota` ends the run. With
-    `files` the guest reads the standard input in them and writes to them, and to the runner's own streams if
-    `show`."""
+    `files`, the guest's standard input is read from them and its output is written to them; with `show`, the
+    output is also written to the runner's streams."""
     return _Supervisor(plan, quota, files, show).watch()
 
 
@@ -170,7 +170,7 @@ class _Supervisor:
         self._selector.register(wake, selectors.EVENT_READ, lambda: self._on_wakeup(wake))
 
     def _restore_signals(self) -> None:
-        """One that comes from now on ends what the runner still does, such as writing a record."""
+        """From now on, a signal ends the rest of the runner's work, such as writing a record."""
         signal.set_wakeup_fd(-1)
         for each, handler in self._handlers.items():
             signal.signal(each, handler)
@@ -203,7 +203,7 @@ class _Supervisor:
             if self._files is not None:
                 os.dup2(self._files.stdin.fileno(), 0)
             child.main(self._plan, parent, Reports(write_end))
-        # not before: the guest's process makes a user namespace, which asks for more
+        # after the fork: the guest's process could not create a user namespace otherwise
         confinement.hide_memory()
         os.close(write_end)
         self._selector.register(reports, selectors.EVENT_READ, lambda: self._on_report(reports))
@@ -214,12 +214,13 @@ class _Supervisor:
         self._selector.register(self._pidfd, selectors.EVENT_READ, self._on_exit)
 
     def _pump(self, end: int, target: int) -> Callable[[], None]:
-        """Carries what the guest writes from the pipe `end` to the descriptor `target` and to its file."""
+        """Returns a function that copies output from the pipe `end` to the descriptor `target` and to its
+        file."""
         kept = None if self._files is None else (self._files.stdout, self._files.stderr)[target - 1]
         bound = left = self._plan.options.limits.max_stdout
 
         def carry(data: bytes) -> bool:
-            """Whether more of it can be carried."""
+            """Returns whether the copying can go on."""
             nonlocal left
             passed = data[:left]
             try:
@@ -233,7 +234,7 @@ class _Supervisor:
             try:
                 while self._show and passed:
                     passed = passed[os.write(target, passed) :]
-            except OSError:  # whoever read our output is gone: the guest's next write tells it
+            except OSError:  # the reader of our output is gone: the guest's next write fails
                 return False
             if bound is None or left is None:
                 return True
@@ -282,7 +283,7 @@ class _Supervisor:
                 self._kill(Outcome(TRAPPED, trapped=True, why=why))
 
     def _on_message(self, message: Mapping[str, Any]) -> None:
-        """Once the guest has begun, only how it ended is heeded."""
+        """Handles a report. After the guest has begun, only the report of its end has an effect."""
         if "says" in message and not self._has_begun:
             self._progress.erase()
             say(message["says"])
@@ -295,7 +296,7 @@ class _Supervisor:
                 Watched(what, folders, Usage(*before), bound)
                 for what, folders, before, bound in message["growth"]
             ]
-            # until it has begun: code that a broken compiler made might never say so
+            # until the guest has begun: code that a broken compiler made might never report that
             self._deadline = time.monotonic() + self._plan.options.limits.compile_seconds
         elif "started" in message and not self._has_begun:
             self._has_begun = True
@@ -318,7 +319,7 @@ class _Supervisor:
         self._is_command = "command" in message
         timeout = self._plan.options.limits.timeout
         self._deadline = None if timeout is None else time.monotonic() + timeout
-        if self._quota is not None:  # before, the guest's process itself says what it can't fetch
+        if self._quota is not None:  # before this, the guest's process reports failed reads itself
             self._selector.register(self._quota, selectors.EVENT_READ, self._on_quota)
         if self._growth and not self._dead:
             self._watcher, watched = growth.watch(self._growth, self._pidfd)
@@ -365,7 +366,7 @@ class _Supervisor:
         _pid, status = os.waitpid(self._pid, 0)
         if self._final:
             return
-        self._deadline = None if self._watched is None else time.monotonic() + LAST_LOOK
+        self._deadline = None if self._watched is None else time.monotonic() + LAST_MEASUREMENT
         code = os.waitstatus_to_exitcode(status)
         self._outcome = self._outcome._replace(code=code if code >= 0 else 128 - code)
         if code < 0:
@@ -379,7 +380,7 @@ class _Supervisor:
             self._kill(Outcome(TRAPPED, limit=first.what, why=why))
 
     def _kill(self, outcome: Outcome) -> None:
-        """Kills the guest for a reason of the runner's, and prints it."""
+        """Kills the guest, and prints the runner's reason."""
         self._outcome, self._final = outcome, True
         self._deadline = time.monotonic() + GRACE
         self._progress.stop()
@@ -391,13 +392,13 @@ class _Supervisor:
             say(outcome.why)
 
     def _past_deadline(self) -> bool:
-        """Whether to leave now: at the deadline a running guest is killed, one that was killed is left
-        behind."""
+        """Whether to stop waiting. At the deadline a running guest is killed; a killed guest that has not
+        ended by the next deadline is left behind."""
         if self._deadline is None or time.monotonic() < self._deadline:
             return False
         if self._final:
             return True
-        if self._dead:  # the watching process hangs: in a file system that does not answer
+        if self._dead:  # the watching process hangs in a file system that does not answer
             self._deadline = None
             self._stop_watcher()
         elif not self._has_begun:
@@ -410,7 +411,7 @@ class _Supervisor:
         return False
 
     def watch(self) -> Outcome:
-        """Until the guest is gone and its output is carried."""
+        """Returns when the guest has ended and its output is copied."""
         with self._selector:
             while len(self._selector.get_map()) > 1 or not self._dead:  # the signals' pipe is always there
                 left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
@@ -429,7 +430,7 @@ class _Supervisor:
 
 
 def _is_yes(answer: bytes) -> bool:
-    """Whether a mount's daemon answered, and did not only end or refuse."""
+    """Whether the daemon's answer is `ok`. It is not if the daemon ended or refused."""
     try:
         return json.loads(answer).get("ok") is True
     except (ValueError, RecursionError, AttributeError):
@@ -437,16 +438,16 @@ def _is_yes(answer: bytes) -> bool:
 
 
 def _is_writable(file: int, seconds: float = 0) -> bool:
-    """Whether a write to the descriptor `file` would not wait, at the latest after `seconds`; one that fails
-    does not."""
+    """Whether a write to the descriptor `file` would not block. Waits up to `seconds` for that. A write that
+    fails does not block."""
     poll = select.poll()
     poll.register(file, select.POLLOUT)
     return bool(poll.poll(1000 * seconds))
 
 
 def _must_carry(plan: Plan, target: int) -> bool:
-    """Whether the guest can't have the runner's own stream: its output is counted, or its process has a limit
-    on the size of files and the stream is one."""
+    """Whether the guest's output must go through the supervisor: the output is counted, or the stream is a
+    file and the guest's process has a limit on the size of files."""
     if plan.options.limits.max_stdout is not None:
         return True
     try:
