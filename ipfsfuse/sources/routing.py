@@ -178,7 +178,7 @@ HEAD_START: Final = 1.0
 """Seconds that the known providers have to send a block before routers are asked for it."""
 TRY_SECONDS: Final = 10.0
 """How long they have after that: then the pool may ask other sources, and the routers are asked anew."""
-LIAR_SECONDS: Final = 3600.0
+DISTRUSTED_SECONDS: Final = 3600.0
 """A provider that sent wrong bytes is not taken again for so long."""
 IDLE_SECONDS: Final = 600.0
 """A provider that was not used for so long is let go."""
@@ -218,7 +218,7 @@ class Network(Source):
         self._allow_private = allow_private
         self._pool = SourcePool([], offline=True, share=MAX_PROVIDERS)  # what a provider lacks now, it lacks
         self._providers: dict[Origin, _Provider] = {}
-        self._liars: OrderedDict[Origin, float] = OrderedDict()
+        self._distrusted: OrderedDict[Origin, float] = OrderedDict()
         self._lookups: OrderedDict[bytes, _Lookup] = OrderedDict()
         self._looking = trio.CapacityLimiter(MAX_LOOKUPS)
         self._closing: list[Gateway] = []
@@ -270,7 +270,7 @@ class Network(Source):
             except (Unavailable, WrongBlock):
                 return None
             finally:
-                self._remove_liars()
+                self._remove_distrusted()
             self._note_used(fetched.source, 1)
             return fetched.block
         return None
@@ -284,7 +284,7 @@ class Network(Source):
                     self._note_used(source, len(blocks))
                     await send.send(Delivery(index, blocks, release))
         finally:
-            self._remove_liars()
+            self._remove_distrusted()
 
     async def send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
         if not self._providers:
@@ -296,7 +296,7 @@ class Network(Source):
                         self._note_used(fetched.source, 1)
                     await send.send([(cid, fetched.block) for cid, fetched in blocks.items()])
         finally:
-            self._remove_liars()
+            self._remove_distrusted()
 
     async def aclose(self) -> None:
         await self._pool.aclose()
@@ -323,7 +323,7 @@ class Network(Source):
         origin = next(filter(None, origins), None)
         if origin is None:
             return False
-        if origin in self._providers or self._liars.get(origin, 0.0) > trio.current_time():
+        if origin in self._providers or self._distrusted.get(origin, 0.0) > trio.current_time():
             return origin in self._providers
         of_router = [each for each, provider in self._providers.items() if provider.router is router]
         if len(of_router) >= max(1, MAX_PROVIDERS // len(self._routers)):
@@ -345,14 +345,14 @@ class Network(Source):
         self._pool.remove(source)
         self._closing.append(source)  # requests may still run: it is closed later, or with the mount
 
-    def _remove_liars(self) -> None:
+    def _remove_distrusted(self) -> None:
         """Lets go of providers that sent wrong bytes."""
-        liars = self._pool.liars()
-        for origin in [origin for origin, each in self._providers.items() if each.source in liars]:
+        distrusted = self._pool.sources_with_wrong_blocks()
+        for origin in [origin for origin, each in self._providers.items() if each.source in distrusted]:
             log.warning("the provider %s sent wrong bytes, and is not asked any more", origin.text)
-            self._liars[origin] = trio.current_time() + LIAR_SECONDS
-            if len(self._liars) > MAX_KEPT:
-                self._liars.popitem(last=False)
+            self._distrusted[origin] = trio.current_time() + DISTRUSTED_SECONDS
+            if len(self._distrusted) > MAX_KEPT:
+                self._distrusted.popitem(last=False)
             self._remove(origin)
             for lookup in self._lookups.values():  # they may have named nobody else
                 lookup.until = min(lookup.until, trio.current_time() + NONE_SECONDS)

@@ -25,6 +25,6 @@ def test_requests_in_flight_over_twenty_sources_stay_within_the_bound_in_all() -
                 most = max(most, sum(len(source.asked) - source.cancelled for source in sources))
             assert all(source.asked for source in sources), "each has its share"
             nursery.cancel_scope.cancel()
-        assert SOURCES <= most <= 9 * managed_source.IN_ALL
+        assert SOURCES <= most <= 9 * managed_source.RUNNING_TOTAL
 
     run(main)

@@ -1,5 +1,5 @@
-"""What our own rate limit holds back is not a source's silence: nothing is broken off, asked for twice or held
-against anybody."""
+"""What our own rate limit holds back is not a source's silence: nothing is broken off, asked for twice or
+held against anybody."""
 
 import itertools
 import random
@@ -192,7 +192,7 @@ def test_what_is_held_back_comes_when_it_is_let_go(seconds: int, failures: dict[
             await trio.sleep(3)
             asked = trio.current_time()
             await trio.sleep(10)
-        managed.overtaken(asked)
+        managed.note_overtaken(asked)
         assert managed.statistics().failures == failures
 
     run(main)

@@ -11,8 +11,8 @@ from ipfsfuse.sources.base import Fetched, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
-from ipfsfuse.sources.pool.managed_source import SLOW_FAR
-from ipfsfuse.sources.pool.pool import FIRST_BLOCK, STALL, SourcePool
+from ipfsfuse.sources.pool.managed_source import SLOW_REMOTE
+from ipfsfuse.sources.pool.pool import FIRST_BLOCK_FACTOR, STALL, SourcePool
 from tests.sources.content import SampleTree, encode_car, trees
 from tests.sources.servers import CAR, Ask, Server
 from tests.sources.streamed import give_each
@@ -130,10 +130,11 @@ def test_the_first_block_has_as_long_as_slow_answers_of_its_source_take() -> Non
         assert STALL <= trio.current_time() - start <= SLOWEST
         pool = pool_of(source)
         for _ in range(20):
-            pool.network()[0].health.record_success(SLOW_FAR, 1)
+            pool.network()[0].health.record_success(SLOW_REMOTE, 1)
         start = trio.current_time()
         assert await gathered(pool) == {}
-        assert FIRST_BLOCK * SLOW_FAR <= trio.current_time() - start <= FIRST_BLOCK * SLOW_FAR + STALL
+        first = FIRST_BLOCK_FACTOR * SLOW_REMOTE
+        assert first <= trio.current_time() - start <= first + STALL
 
     run(main)
 

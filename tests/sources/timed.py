@@ -101,7 +101,7 @@ def after(seconds: float) -> Answer:
 def pool_of(
     *sources: Timed, offline: bool = False, deadline: float = 30.0, asleep: Callable[[], float] = lambda: 0.0
 ) -> SourcePool:
-    return SourcePool(sources, offline=offline, deadline=deadline, chance=random.Random(1), asleep=asleep)
+    return SourcePool(sources, offline=offline, deadline=deadline, rng=random.Random(1), asleep=asleep)
 
 
 def run(main: Callable[[], Awaitable[None]]) -> None:

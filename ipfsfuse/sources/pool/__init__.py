@@ -1,1 +1,1 @@
-"""Several sources as one: order, health, hedging, bounds, and the check of every block."""
+"""Several sources as one: order, health, hedging, concurrency limits, and the verification of every block."""

@@ -1,7 +1,7 @@
-"""How one source has done lately, and what follows from it.
+"""The recent successes and failures of one source, and whether it may be asked now.
 
-Pure: from what happened and when, it makes decisions; the caller waits, asks and logs. Times are
-seconds of the caller's clock, and the chance for jitter is handed in. Not for several threads.
+Pure: it is told what happened and when, and makes decisions. The caller waits, asks and logs. Times are
+seconds of the caller's clock; the random numbers for jitter are passed in. Not thread-safe.
 """
 
 import math
@@ -12,70 +12,72 @@ from dataclasses import dataclass
 from ipfsfuse.structures import Histogram
 
 OPENS_AFTER = 3
-"""Failures in a row after which a source is not asked for a while. One in three at random does so once in
-27."""
+"""Failures in a row after which a source is not asked for a while. If one request in three fails at random,
+three in a row fail once in 27."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 LONGEST_RETRY_AFTER = 600.0
-"""Seconds: a server that asks for a longer pause is asked again after so many."""
+"""Seconds of the longest pause that a server can ask for."""
 FIRST_QUARANTINE, LONGEST_QUARANTINE = 600.0, 86_400.0
 LONGEST_PROBE = 1.0
-"""Seconds after which a request that should find out whether a source is back no longer keeps others from
-asking: it may have met a block that nobody has."""
+"""Seconds for which the request that probes a failed source keeps other requests from it. A longer wait would
+be wrong, because the probe may be for a block that nobody has."""
 SAMPLES = 256
 SORT_EVERY = 16
-"""Answers between two looks at the percentiles: sorting 256 takes 15 us, a tenth of a small block's whole
-cost."""
-ENOUGH = 20
-"""With fewer answers than that a percentile says little."""
+"""The percentiles are computed after so many answers: sorting 256 takes 15 us, a tenth of the whole cost of a
+small block."""
+MIN_SAMPLES = 20
+"""With fewer answers, a percentile says little."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """One source, for people and for JSON."""
+    """What `status` shows of one source."""
 
     name: str
     state: str
-    """untried (has not answered yet), good, open (failed: not asked for a while), half_open (one request
+    """untried (has not answered yet), good, open (failed, not asked for a while), half_open (one request
     finds out whether it is back), quarantined (sent wrong bytes)."""
     why: str
-    """The last failure's line while the state is not good."""
+    """The message of the last failure, while the state is not good."""
     requests: int
     blocks: int
     bytes: int
     absent: int
-    """Times that it did not have the block."""
+    """How often it did not have the block."""
     failures: dict[str, int]
     """By kind."""
     wrong: int
     hedges: int
-    """Times that it was asked because another was slow."""
+    """How often it was asked because another source was slow."""
     median: float | None
-    """Seconds to a block, of the last 256."""
+    """Seconds until a block came, over the last 256."""
     p95: float | None
     in_flight: int = 0
     """Requests that it is answering now."""
     waiting: int = 0
-    """Requests that wait for their turn at it."""
+    """Requests that wait in our queue for it."""
     most_in_flight: int = 0
-    """The most that it is sent at a time; lowered when it answers that it is busy. 0 where nothing bounds it
+    """The most requests at a time; lowered when the source answers that it is busy. 0 for no limit
     (files)."""
     most_per_caller: int = 0
-    """The most of them that may be one caller's (user id)."""
+    """The most requests at a time of one caller (user id)."""
     found: bool = False
-    """Whether a router named it, not the user."""
+    """Whether a router named the source, and not the user."""
     in_place: bool = False
-    """Whether its blocks are files on this machine: the library, and CAR files."""
+    """Whether it is files on this machine: the library, or a CAR file."""
 
 
 class Health:
-    """`may_quarantine` for a source that is quarantined for wrong bytes (a remote gateway); `slow` is what
-    its 95th percentile is taken for, in seconds, before there is one. `answered` for a source that was seen
-    to be well when it was opened."""
+    """The health of one source (a circuit breaker with quarantine).
+
+    `may_quarantine`: whether wrong bytes quarantine it (a remote gateway). `slow`: seconds that stand for the
+    95th percentile until there are enough answers. `answered`: whether opening the source has shown that it
+    works."""
 
     def __init__(
-        self, chance: random.Random, *, may_quarantine: bool, slow: float, answered: bool = False
+        self, rng: random.Random, *, may_quarantine: bool, slow: float, answered: bool = False
     ) -> None:
-        self._chance = chance
+        self._rng = rng
         self._may_quarantine = may_quarantine
         self._slow = slow
         self.latencies = Histogram()
@@ -99,7 +101,8 @@ class Health:
             self._probed_at = now
 
     def record_success(self, seconds: float, size: int) -> None:
-        """A verified block. `seconds` is the time it took, negative where it says nothing (one of a run)."""
+        """A verified block came. `seconds` is the time that it took; negative if that is unknown because many
+        blocks came in one answer."""
         self.blocks += 1
         self.bytes += size
         self._answered, self._failed_in_a_row, self._probed_at, self.why = True, 0, -math.inf, ""
@@ -107,41 +110,43 @@ class Health:
             self.latencies.add(seconds)
             self._times.append(seconds)
             self._unsorted += 1
-            if self._unsorted >= SORT_EVERY or len(self._times) <= ENOUGH:
+            if self._unsorted >= SORT_EVERY or len(self._times) <= MIN_SAMPLES:
                 self._sorted = sorted(self._times)
                 self._unsorted = 0
 
     def record_miss(self) -> None:
-        """An answer, even if not a block: the source is well."""
+        """The source answered that it does not have the block: it works."""
         self.absent += 1
         self._answered, self._failed_in_a_row, self._probed_at, self.why = True, 0, -math.inf, ""
 
     def record_failure(self, now: float, kind: str, why: str, retry_after: float | None = None) -> None:
-        """`retry_after` in seconds, as the source asked for it."""
+        """`retry_after`: seconds of the pause that the source asked for."""
         self.failures[kind] += 1
         self.why = why
         self._failed_in_a_row += 1
         self._failed_at = now
         self._probed_at = -math.inf
-        if retry_after is not None and retry_after >= 0:  # not so of NaN
+        if retry_after is not None and retry_after >= 0:  # false for NaN
             self._failed_in_a_row = max(self._failed_in_a_row, OPENS_AFTER)
             self._open_until = max(self._open_until, now + min(retry_after, LONGEST_RETRY_AFTER))
         elif self._failed_in_a_row >= OPENS_AFTER:
             pause = min(FIRST_PAUSE * 2 ** min(self._failed_in_a_row - OPENS_AFTER, 10), LONGEST_PAUSE)
-            self._open_until = now + pause * self._chance.uniform(0.5, 1.0)
+            self._open_until = now + pause * self._rng.uniform(0.5, 1.0)
 
     def record_too_many(self) -> None:
-        """It is busy with other requests of ours: it is sent fewer at a time, and is well otherwise."""
+        """The source is busy with other requests of ours. It works, and the limiter sends it fewer at a
+        time."""
         self._answered = True
         self.failures["busy"] += 1
 
     def record_cancelled(self) -> None:
-        """A request ended without a word about the source: it was not needed any more."""
+        """A request ended that says nothing about the source, because it was cancelled."""
         self._probed_at = -math.inf
 
     def record_wrong(self, now: float, *, others: bool) -> float | None:
-        """Bytes that do not match. Seconds for which the source is now quarantined, 0 if it was already (this
-        request had been on its way); None if it loses this block alone."""
+        """Wrong bytes came. Returns the seconds for which the source is now quarantined; 0 if it was already
+        quarantined (this request was made before); None if it is not quarantined. `others`: whether another
+        source can be asked instead."""
         self.wrong_blocks += 1
         self._answered = True
         self._probed_at = -math.inf
@@ -158,8 +163,7 @@ class Health:
         return seconds
 
     def slept(self, seconds: float) -> None:
-        """The machine was asleep for so long, while the clock stood still: for the source that time has
-        passed."""
+        """The machine slept for so long while the clock stood still. For the source that time has passed."""
         self._failed_at -= seconds
         self._open_until -= seconds
         self._quarantined_until -= seconds
@@ -171,9 +175,9 @@ class Health:
         return now < self._quarantined_until
 
     def wait(self, now: float, longest: float = math.inf) -> float:
-        """Seconds until it may be asked: 0 for now. After a pause one request at a time finds out.
+        """Seconds until the source may be asked; 0 means now. After a pause, one request at a time probes it.
 
-        `longest` bounds the pause after a failure, in seconds: where there is no other source to ask."""
+        `longest`: the most seconds to pause after a failure, for a source without alternatives."""
         if self._failed_in_a_row < OPENS_AFTER:
             return 0.0
         until = min(self._open_until, self._failed_at + longest)
@@ -187,8 +191,8 @@ class Health:
 
     def slow_after(self) -> float:
         """Seconds after which an answer is late: the 95th percentile, at least 10 ms. While there are few
-        answers, it is as long as the slowest of them took, if that is more than was expected."""
-        if len(self._times) < ENOUGH:
+        answers: the time of the slowest of them, at least `slow`."""
+        if len(self._times) < MIN_SAMPLES:
             return max(0.01, self._slow, *self._times)
         return max(0.01, self.percentile(0.95) or 0.0)
 
@@ -201,7 +205,8 @@ class Health:
 
 
 class HedgeBudget:
-    """At most one request in twenty more, saved up to a few for the moment when a source slows down."""
+    """Allows one hedged request for each twenty requests. Saves up to MOST of them for when a source slows
+    down."""
 
     SHARE, MOST = 0.05, 5.0
 

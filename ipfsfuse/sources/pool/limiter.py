@@ -1,23 +1,24 @@
-"""How many requests one source is sent at a time, and whose turn is next.
+"""Limits how many requests one source is sent at a time, and decides which request is next.
 
-A stalled request must not keep others from starting, and neither must one caller's requests keep another's:
+A stalled request must not keep others from starting, and one caller's requests must not block another
+caller's:
 
-- At most `running` requests run that are not late. One that has had no answer within what its source usually
-  takes is late and no longer counts; of late ones there are at most `late`. Where all places are taken, one
-  is displaced, to be asked again later.
-- A request that was never tried goes before those that were, and the newest of them goes first: a caller
-  that has waited long is likely to wait for what nobody has, and its deadline is near. A new one, of the
-  last `NEW` seconds, need not wait until others are late: only for those that began in the last `SETTLE`
-  seconds, so that a crowd does not begin at once. Where all places are taken, and by none that is late,
-  it takes one all the same, but only one in `SETTLE` seconds: else a crowd would leave nobody the time
-  for an answer. Who lost a place so counts as never tried.
-- Of several callers the one with the fewest requests in flight has its turn first. None holds more than three
-  quarters of the places, and where one is to be displaced, it is one of the caller's that has most.
-- A source that says that it is busy with what it was sent gets half as many from then on, and one more for
-  each round of answers (additive increase, multiplicative decrease, as in TCP: D. Chiu, R. Jain, 1989).
+- At most `running` requests run that are not late. A request is late if it has had no answer for as long as
+its source usually takes. Late requests don't count as running; there are at most `late` of them. If all
+places are taken, a late request is displaced: it is cancelled, and asked again later.
+- A request that was never tried goes before those that were. Among the untried, the newest goes first: a
+caller that has waited long is likely to wait for a block that nobody has, and its deadline is near.
+- A new request (of the last `NEW` seconds) need not wait until others are late. It starts unless `running`
+  requests began in the last `SETTLE` seconds, so that a crowd does not start at once. If all places are taken
+  and no request is late, it displaces one all the same, but only once in `SETTLE` seconds: otherwise a crowd
+  would leave no request the time to be answered. A request that was displaced so early counts as never tried.
+- Among several callers, the one with the fewest requests in flight is next. No caller holds more than three
+  quarters of the places. The request that is displaced belongs to the caller that has most.
+- If a source answers that it is busy, it gets half as many requests from then on, and one more for each round
+of answers (additive increase, multiplicative decrease, as in TCP: D. Chiu, R. Jain, 1989).
 
-Concurrency: one event loop, any number of tasks. Of those that wait one looks at the clock, the others cost
-nothing.
+Concurrency: one event loop, any number of tasks. One of the waiting tasks wakes up by the clock, the others
+sleep.
 """
 
 import math
@@ -33,17 +34,18 @@ import trio
 from ipfsfuse.sources.base import Caller, Request, SourceRequest, current_request, current_source_request
 
 SETTLE = 0.04
-"""Seconds: see above. A new request starts within so many, unless still newer ones come faster than `running`
-in it."""
+"""Seconds, see above. A new request starts within this time, unless more than `running` newer ones come in
+it."""
 NEW = 0.1
 """Seconds for which a request counts as new."""
 ROTATE_FRESH, ROTATE_RETRIED = 1.0, 5.0
-"""Seconds that a late request has before one that waits takes its place: a request that was never tried, one
-that was. Where the source's usual answers take longer, it is twice as long as they take, or four times."""
-LAST = 0.25
-"""Seconds. A request that begins now gives no answer sooner."""
+"""Seconds after which a waiting request may displace a late one: if the waiting request was never tried, and
+if it was. If the source's usual answers take longer, it is two or four times that long."""
+MIN_ANSWER = 0.25
+"""Seconds that an answer takes at least. A request that is wanted for less time is not started, unless it is
+new."""
 SHARE = 0.75
-"""Of all places, how many one caller may hold. What is left is at once there for the next caller."""
+"""The part of all places that one caller may hold. The rest is free for the next caller at once."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,36 +54,39 @@ class Place:
 
     request: Request
     caller: Caller
-    """On whose account it is."""
+    """The caller that the place is charged to."""
     retried: bool
-    """Whether it was tried before: fresh ones go first."""
+    """Whether the request was tried before. Requests that were not go first."""
     again: bool
-    """Whether it lost its place `early`: it goes with the fresh ones, and is not new."""
+    """Whether it lost a place before. It is not new then."""
     queued: float
+    """When it was queued."""
     alive: float = 0.0
+    """When something last came for it."""
     asked: SourceRequest = field(default_factory=SourceRequest)
-    """It is not late while our own limits hold it back, and then no sooner than one that starts."""
+    """How long our own limits hold the request back. After that it becomes late no sooner than a request that
+    starts then."""
     since: float = -math.inf
     """When it started."""
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     event: trio.Event = field(default_factory=trio.Event)
     displaced: bool = False
-    """Whether its place went to another."""
+    """Whether another request took its place."""
     early: bool = False
-    """Whether it was displaced while an answer could still have come."""
+    """Whether it was displaced before it was late."""
     answered: bool = False
-    """Whether the source has answered: who asks says so."""
+    """Whether the source has answered. The user of the place sets it."""
 
     def is_started(self) -> bool:
         return self.since > -math.inf
 
     def progress(self) -> None:
-        """Something came for it: it is not taken for stalled."""
+        """Notes that something came, so the request is not stalled."""
         self.alive = trio.current_time()
 
 
 class _Queue:
-    """What one caller has waiting."""
+    """The waiting requests of one caller."""
 
     __slots__ = ("fresh", "retried")
 
@@ -103,8 +108,8 @@ class _Queue:
 
 
 class ConcurrencyLimiter:
-    """At most `running` requests that are not late, and `late` that are. `late_after` gives the seconds that
-    make one late."""
+    """At most `running` requests that are not late, and `late` that are. `late_after` returns the seconds
+    after which a request is late."""
 
     def __init__(self, running: int, late: int, late_after: Callable[[], float]) -> None:
         self._running = running
@@ -113,13 +118,13 @@ class ConcurrencyLimiter:
         self._lowered_at = self._early_at = -math.inf
         self._late_after = late_after
         self._active: OrderedDict[Place, None] = OrderedDict()
-        """In flight and not late, the oldest first."""
+        """Requests in flight that are not late, the oldest first."""
         self._late: OrderedDict[Place, None] = OrderedDict()
         self._active_of: Counter[Caller] = Counter()
         self._all_of: Counter[Caller] = Counter()
         self._queues: dict[Caller, _Queue] = {}
         self._watcher: Place | None = None
-        """Which of those that wait looks at the clock."""
+        """The waiting request whose task wakes up by the clock."""
 
     @property
     def in_flight(self) -> int:
@@ -131,24 +136,24 @@ class ConcurrencyLimiter:
 
     @property
     def limit(self) -> int:
-        """The most requests in flight, as the source bears it."""
+        """The most requests in flight; lower after the source answered that it is busy."""
         return int(self._limit)
 
     @property
     def caller_limit(self) -> int:
-        """The most of them that may be one caller's."""
+        """The most requests in flight of one caller."""
         return _share(self.limit)
 
     @asynccontextmanager
     async def place(self, retried: bool = False, again: bool = False) -> AsyncIterator[Place]:
-        """A place, waited for and then held. Where it goes to another, the body is cancelled, nothing is
-        raised, and `Place.displaced` is True. `retried` and `again` as in `Place`."""
+        """Waits for a place and holds it. If another request takes the place, the body is cancelled, nothing
+        is raised, and `Place.displaced` is True. For `retried` and `again` see `Place`."""
         request = current_request.get()
         place = Place(request, request.caller, retried, again, queued=trio.current_time())
         try:
             if self._active or self._late or self._queues:
                 await self._wait(place)
-            else:  # as most often
+            else:  # the usual case
                 self._add(place)
             token = current_source_request.set(place.asked)
             try:
@@ -163,22 +168,22 @@ class ConcurrencyLimiter:
             if self._queues:
                 self._dispatch()
 
-    def note_busy(self, asked: float, besides: int = 0) -> bool:
-        """A request that began at `asked` was refused, as too many run there. True if that may be for ours,
-        those in flight and so many `besides`; then fewer are sent from now on."""
-        together = self.in_flight + besides
+    def note_busy(self, asked: float, more: int = 0) -> bool:
+        """A request that began at `asked` was refused because too many run at the source. Returns True if our
+        own requests, those in flight and `more`, may be the reason. Then fewer are sent from now on."""
+        together = self.in_flight + more
         if together < 2:
             return False
-        if asked > self._lowered_at:  # else it began before the last time, and tells the same again
+        if asked > self._lowered_at:  # a request that began before the limit was lowered says nothing new
             self._limit = max(1.0, min(self._limit, together) / 2)
             self._lowered_at = trio.current_time()
         return True
 
-    # -- whose turn it is ------------------------------------------------------------------------------------
+    # -- which request is next -------------------------------------------------------------------------------
 
     async def _wait(self, place: Place) -> None:
-        """Until there is room for `place`, which is then in flight."""
-        if not self._queues:  # half of the work
+        """Waits until `place` is in flight."""
+        if not self._queues:  # a short cut, which saves half of the work
             self._age(place.queued)
             if self._has_room(place, place.queued):
                 self._add(place)
@@ -194,15 +199,14 @@ class ConcurrencyLimiter:
                 if self._watcher is None:
                     self._watcher = place
                 if self._watcher is place:
-                    with trio.move_on_after(
-                        min(SETTLE, self._late_after()) + 0.0001
-                    ):  # floats: not just before
+                    # 0.1 ms more, so that rounding does not wake it just before the time
+                    with trio.move_on_after(min(SETTLE, self._late_after()) + 0.0001):
                         await place.event.wait()
                     self._dispatch()
                 else:
                     await place.event.wait()
                     if not place.is_started():
-                        place.event = trio.Event()  # it was called to watch
+                        place.event = trio.Event()  # it was woken to become the watcher
         finally:
             place.request.on_join.discard(joined)
             if not place.is_started():
@@ -213,7 +217,8 @@ class ConcurrencyLimiter:
                     next(iter(self._queues.values())).head().event.set()
 
     def _join(self, place: Place) -> None:
-        """Another call waits for the same as `place`, which is as fresh as that call."""
+        """Another call waits for the same block. `place` is queued anew, as if that call had just queued
+        it."""
         if not place.is_started():
             self._withdraw(place)
             place.queued = trio.current_time()
@@ -221,7 +226,7 @@ class ConcurrencyLimiter:
             self._dispatch()
 
     def _put(self, place: Place) -> None:
-        """Queues `place` on the account of that one of its callers that has least in flight."""
+        """Queues `place`. Charges it to the one of its callers that has least in flight."""
         request = place.request
         if request.others:
             place.caller = min((request.caller, *request.others), key=lambda caller: self._all_of[caller])
@@ -238,20 +243,21 @@ class ConcurrencyLimiter:
                 del self._queues[place.caller]
 
     def _dispatch(self) -> None:
-        """Starts all whose turn it is."""
+        """Starts every request that may start now."""
         while self._queues:
             now = trio.current_time()
             self._age(now)
             heads = [queue.head() for queue in self._queues.values()]
-            # Those whose callers will have gone before an answer can come leave the queue: when a crowd's
-            # deadline comes, each that leaves would begin another's last request.
-            late = [
+            # Requests whose callers leave before an answer can come are removed from the queue. Otherwise,
+            # when a crowd reaches its deadline, each that leaves would start another one's last, useless
+            # request.
+            useless = [
                 head
                 for head in heads
-                if head.request.wanted_until - now < LAST and not self._is_new(head, now)
+                if head.request.wanted_until - now < MIN_ANSWER and not self._is_new(head, now)
             ]
-            if late:
-                for head in late:
+            if useless:
+                for head in useless:
                     self._withdraw(head)
                 continue
             if len(heads) > 1:
@@ -284,11 +290,11 @@ class ConcurrencyLimiter:
             self._late[place] = None
 
     def _has_room(self, place: Place, now: float) -> bool:
-        """Whether `place` may start now; makes room for it where there is none."""
+        """Whether `place` may start now. Displaces requests to make room for it."""
         new = self._is_new(place, now)
         running = min(self._running, self.limit)
         if place.retried:
-            running = max(1, running // 2)  # the other half is there at once for what was never tried
+            running = max(1, running // 2)  # the other half stays free for requests that were never tried
         full = len(self._active) >= running or self._active_of[place.caller] >= _share(running)
         if full and not (new and self._is_settled(place.caller, running, now)):
             return False
@@ -300,7 +306,7 @@ class ConcurrencyLimiter:
         while (own := self._all_of[place.caller] >= self.caller_limit) or self.in_flight >= self.limit:
             if self._displace(place.caller, own, now - least):
                 continue
-            # a source that takes few requests is given time to answer
+            # not if the source accepts few requests: it needs its time to answer
             early = new and self._limit >= self._most > self._running and now - self._early_at >= SETTLE
             if not early or not self._displace(place.caller, own, now - SETTLE, early=True):
                 return False
@@ -308,19 +314,19 @@ class ConcurrencyLimiter:
         return True
 
     def _is_settled(self, caller: Caller, running: int, now: float) -> bool:
-        """Whether so few began a moment ago that one more may."""
-        its = 0
-        for began, place in enumerate(reversed(self._active)):
+        """Whether so few requests began in the last SETTLE seconds that one more of `caller` may begin."""
+        of_caller = 0
+        for began, place in enumerate(reversed(self._active), 1):
             if now - place.since >= SETTLE:
                 break
-            its += place.caller == caller
-            if began + 1 >= running or its >= _share(running):
+            of_caller += place.caller == caller
+            if began >= running or of_caller >= _share(running):
                 return False
         return True
 
     def _displace(self, caller: Caller, own: bool, before: float, *, early: bool = False) -> bool:
-        """Ends the oldest request that began at `before` or earlier: of the caller who has most, or
-        `caller`'s own. `early` where it has not had its time."""
+        """Cancels the oldest request without progress since `before`: one of the caller that has most, or of
+        `caller` with `own`. `early`: it may not be late yet."""
         heaviest = caller if own else max(self._all_of, key=lambda each: self._all_of[each], default=caller)
         if self._all_of[heaviest] <= self._all_of[caller]:
             heaviest = caller
@@ -346,12 +352,12 @@ class ConcurrencyLimiter:
         elif place in self._late:
             del self._late[place]
         else:
-            return  # it was displaced
+            return  # it was displaced before
         self._all_of[place.caller] -= 1
         if not self._all_of[place.caller]:
             del self._all_of[place.caller], self._active_of[place.caller]
 
 
 def _share(places: int) -> int:
-    """One caller's part of so many places."""
+    """How many of `places` one caller may hold."""
     return max(1, int(places * SHARE))

@@ -1,7 +1,7 @@
-"""One source in the pool: asked within its bounds, its answers verified, its health kept.
+"""One source in the pool: limits its requests, verifies its answers, and tracks its health.
 
-Whatever a source raises is that source's failure, and nobody else's. `check` and `check_each` are the one
-place where blocks from outside are hashed.
+Every exception that a source raises becomes a failure of that source. `check` and `check_each` are the only
+functions that hash blocks from outside.
 
 Concurrency: any number of tasks. Small blocks are hashed on the event loop, larger ones in a worker thread.
 """
@@ -29,37 +29,38 @@ from ipfsfuse.structures import LogLimiter
 
 log = logging.getLogger(__name__)
 
-IN_ALL = 64
-"""Requests that are not late, over all network sources; shared out evenly, so that a stalled source keeps
-none from another."""
+RUNNING_TOTAL = 64
+"""Requests that are not late, over all network sources. Each source gets an equal part, so that a stalled
+source takes nothing from another."""
 RUNNING = 16
-"""Requests at one source that are not late. More made a node on this machine no faster."""
+"""Requests at one source that are not late. With more, a node on this machine was no faster."""
 LATE = 128
-"""Late requests at one source: a connection each."""
+"""Late requests at one source, each with a connection."""
 UNBOUNDED = 1 << 30
-"""Requests at a source in place, late or not."""
-SLOW_HERE, SLOW_FAR = 0.01, 0.5
-"""What a local node's and a remote gateway's slowest answers are taken for before we know."""
-SIDE_BY_SIDE = 4
+"""The limit for a source in place, which has none."""
+SLOW_LOCAL, SLOW_REMOTE = 0.01, 0.5
+"""Seconds that the slow answers of a local node and of a remote gateway are assumed to take, until they are
+measured."""
+PARALLEL_REQUESTS = 4
 """Requests that one call for many blocks may make at a time."""
 FAULT = "fault"
-"""The kind of a failure that is a bug: of ours, or of a library."""
+"""The kind of a failure that is a bug, ours or a library's."""
 BUSY = "busy"
-"""The kind of a failure by which a source says that it has too much to do."""
+"""The kind of a failure of a source that has too much to do."""
 LOG_EVERY = 60.0
-"""Seconds between two lines about one source's failures of one kind."""
+"""Seconds between two log lines about one source's failures of one kind."""
 
 Failure = NotHere | SourceFailed | WrongBlock | BlockTooLarge
-"""Why a source does not give a block."""
+"""Why a source did not give a block."""
 
 INLINE_BYTES = 64 * 1024
-"""A thread costs 115 us there and back, sha2-256 of 64 KiB 37 us; hashlib lets other threads run
-meanwhile."""
+"""Blocks of up to so many bytes are hashed on the event loop: passing work to a thread and back costs 115 us,
+and sha2-256 of 64 KiB 37 us. In a thread, hashlib lets other threads run."""
 
 
 async def check(cid: Cid, block: bytes | Hashed) -> bytes:
-    """The block. Raises WrongBlock unless it is what `cid` names, Unsupported for a hash that is not
-    allowed."""
+    """Verifies the block and returns it. Raises WrongBlock if it does not match `cid`, Unsupported for a hash
+    function that is not allowed."""
     if isinstance(block, Hashed):
         if multihashes.SHA2_256_PREFIX + block.digest != cids.multihash(cid):
             raise WrongBlock(f"{cids.text(cid)}: the block's bytes do not match its CID")
@@ -68,7 +69,7 @@ async def check(cid: Cid, block: bytes | Hashed) -> bytes:
     if len(block) <= INLINE_BYTES:
         right = multihashes.matches(wanted, (block,))
     else:
-        # Left to itself when cancelled: it ends within a millisecond, holds nothing, its answer is dropped.
+        # May be abandoned when cancelled: it ends within a millisecond and holds no resources.
         right = await threads.run_sync(multihashes.matches, wanted, (block,), abandon_on_cancel=True)
     if not right:
         raise WrongBlock(f"{cids.text(cid)}: the block's bytes do not match its CID")
@@ -76,7 +77,7 @@ async def check(cid: Cid, block: bytes | Hashed) -> bytes:
 
 
 async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence[bool]:
-    """Of each of `blocks` whether it is what `wanted` names. Raises Unsupported as `check`."""
+    """For each of `blocks`, whether it matches its CID in `wanted`. Raises Unsupported, as `check` does."""
 
     def run() -> Sequence[bool]:
         return [
@@ -90,14 +91,15 @@ async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence
 
 
 class ManagedSource:
-    def __init__(self, source: Source, chance: random.Random, shared_by: int = 1) -> None:
-        """One of `shared_by` sources that the bound over all is divided among."""
+    def __init__(self, source: Source, rng: random.Random, shared_by: int = 1) -> None:
+        """`shared_by`: the number of sources that share RUNNING_TOTAL."""
         self.source = source
         self._get: Callable[[Cid], Awaitable[bytes | Hashed]] = getattr(source, "get_hashed", source.get)
         self.remote = not getattr(source, "local", True)
-        slow = SLOW_FAR if self.remote else SLOW_HERE
-        self.health = Health(chance, may_quarantine=self.remote, slow=slow, answered=source.in_place)
-        running, late = max(1, min(RUNNING, IN_ALL // shared_by)), max(1, min(LATE, 8 * IN_ALL // shared_by))
+        slow = SLOW_REMOTE if self.remote else SLOW_LOCAL
+        self.health = Health(rng, may_quarantine=self.remote, slow=slow, answered=source.in_place)
+        running = max(1, min(RUNNING, RUNNING_TOTAL // shared_by))
+        late = max(1, min(LATE, 8 * RUNNING_TOTAL // shared_by))
         if source.in_place:
             running = late = UNBOUNDED
         self.limiter = ConcurrencyLimiter(running, late, self.health.slow_after)
@@ -107,10 +109,11 @@ class ManagedSource:
     # -- asking ------------------------------------------------------------------------------------------
 
     async def ask(self, cid: Cid, *, hedge: bool = False, retried: bool = False) -> bytes | Failure:
-        """The verified block, or why this source does not give it. Waits for its turn; a source in place
-        needs none.
+        """The verified block, or why this source did not give it. Waits for a place, unless the source is in
+        place.
 
-        `retried` where this source was asked before in the same fetch: others go first."""
+        `retried`: whether the same fetch asked this source before. Requests that were never tried go
+        first."""
         again = False
         while True:
             answer: bytes | Failure | None = None
@@ -121,13 +124,13 @@ class ManagedSource:
                 try:
                     answer = await check(cid, await self._get(cid))
                 except (Exception, BaseExceptionGroup) as exc:
-                    answer = self._failure(exc).with_traceback(None)  # it would hold this frame
+                    answer = self._failure(exc).with_traceback(None)  # it would keep this frame alive
                 finally:
                     seconds = trio.current_time() - began
                     if place is not None:
                         seconds = max(0.0, seconds - place.asked.held)
                     if answer is None or isinstance(answer, BlockTooLarge):
-                        # cancelled; or what says nothing about the source: it may be true or a lie
+                        # cancelled, or too large: that may be true or a lie, so it says nothing of the source
                         self.health.record_cancelled()
                     if log.isEnabledFor(logging.DEBUG):
                         name, number = self.source.name, current_request.get().number
@@ -146,17 +149,17 @@ class ManagedSource:
                     else:
                         self.health.record_miss()
             if place is None or not place.scope.cancelled_caught:
-                return answer  # what follows from a WrongBlock, the pool knows
-            again, retried = True, retried or not place.early  # its place went to another
+                return answer  # a WrongBlock has consequences that only the pool decides
+            again, retried = True, retried or not place.early  # another request took its place
 
     @contextmanager
-    def asked_for_many(self) -> Iterator[None]:
-        """Around one answer that may hold many blocks: notes what it says about the source. What the source
-        lacks and how it fails ends here: blocks that did not come are asked for elsewhere."""
+    def noting_many(self) -> Iterator[None]:
+        """Wraps a request for many blocks, and notes in the health how it ended. Does not raise if the source
+        fails or lacks blocks: blocks that did not come are asked for elsewhere."""
         start = trio.current_time()
         self.health.asked(start)
         try:
-            with self.as_its_failure():
+            with self.translated_errors():
                 yield
         except NotHere:
             self.health.record_miss()
@@ -164,37 +167,38 @@ class ManagedSource:
             log.debug("%s", exc)
             if not isinstance(exc, SourceFailed):
                 exc = SourceFailed(f"{self.source.name}: {exc}", FAULT)
-            self.note(exc, start, SIDE_BY_SIDE)
+            self.note(exc, start, PARALLEL_REQUESTS)
         finally:
             self.health.record_cancelled()
 
     @property
-    def takes_many(self) -> bool:
-        """Whether it may be sent as many requests at a time as a call for many blocks makes."""
-        return self.source.in_place or self.limiter.limit >= SIDE_BY_SIDE
+    def allows_many(self) -> bool:
+        """Whether a call for many blocks may be made, which makes PARALLEL_REQUESTS at a time."""
+        return self.source.in_place or self.limiter.limit >= PARALLEL_REQUESTS
 
     def roots(self) -> Sequence[Cid]:
-        """Those of the source; none where it can't tell. In a worker thread, or on the loop."""
+        """The roots of the source; none if it fails. May be called in a worker thread or on the event
+        loop."""
         try:
-            with self.as_its_failure():
+            with self.translated_errors():
                 return self.source.roots()
         except SourceFailed as exc:
             threads.on_loop(self.note, exc)
             return ()
 
     async def aclose(self) -> None:
-        """Never fails: the other sources are to be closed too."""
+        """Never raises an error, so that the other sources are closed too."""
         try:
-            with self.as_its_failure():
+            with self.translated_errors():
                 await self.source.aclose()
         except SourceFailed as exc:
             log.debug("%s", exc)
 
-    # -- what it said ----------------------------------------------------------------------------------------
+    # -- failures --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def as_its_failure(self) -> Iterator[None]:
-        """Whatever the source raises leaves as a `Failure`. A cancellation passes."""
+    def translated_errors(self) -> Iterator[None]:
+        """Turns every exception of the source into a `Failure`. A cancellation passes unchanged."""
         try:
             yield
         except (NotHere, SourceFailed, WrongBlock, BlockTooLarge):
@@ -203,8 +207,8 @@ class ManagedSource:
             raise self._failure(exc) from exc
 
     def _failure(self, exc: Exception | BaseExceptionGroup) -> Failure:
-        """What the source raised, as its failure. A group in which there is a cancellation, or the end of the
-        program, is raised without the rest."""
+        """The source's exception as a `Failure`. If a group contains a cancellation or another BaseException,
+        that is raised and the rest is dropped."""
         cause: BaseException = exc
         if isinstance(cause, BaseExceptionGroup):
             failed, others = cause.split(Exception)
@@ -227,24 +231,24 @@ class ManagedSource:
         failure.__cause__ = exc
         return failure
 
-    def note(self, failure: SourceFailed, asked: float = math.inf, besides: int = 0) -> None:
-        """A call that began at `asked` ended by `failure`. It made as many requests at a time as are in
-        flight at the limiter for it, and so many `besides`."""
-        more = self._log_limiter.admit((failure.kind, type(failure.__cause__).__name__))
-        if more is not None and failure.kind == FAULT:
-            log.error("%s; it counts as a failure of that source%s", failure, more)
-        elif more is not None:
-            log.info("%s (%s)%s", failure, failure.kind, more)
-        if failure.kind == BUSY and self.limiter.note_busy(asked, besides):
+    def note(self, failure: SourceFailed, asked: float = math.inf, more: int = 0) -> None:
+        """Logs and records a failure of a call that began at `asked`. `more`: requests that the call may have
+        made besides those in flight at the limiter."""
+        suppressed = self._log_limiter.admit((failure.kind, type(failure.__cause__).__name__))
+        if suppressed is not None and failure.kind == FAULT:
+            log.error("%s; it counts as a failure of that source%s", failure, suppressed)
+        elif suppressed is not None:
+            log.info("%s (%s)%s", failure, failure.kind, suppressed)
+        if failure.kind == BUSY and self.limiter.note_busy(asked, more):
             self.health.record_too_many()
         else:
             now = trio.current_time()
             self.health.record_failure(now, failure.kind, str(failure), failure.retry_after)
 
-    def overtaken(self, asked: float) -> None:
-        """Another source gave the block long after this one was `asked`. If nothing came from it meanwhile,
-        that is a failure: else a source that takes requests and never answers would cost every read a wait,
-        and look well."""
+    def note_overtaken(self, asked: float) -> None:
+        """Another source gave the block long after this one was `asked`. That is a failure if this source
+        answered nothing meanwhile. Otherwise a source that accepts requests and never answers would seem
+        healthy and delay every read."""
         if self._answered < asked:
             seconds = trio.current_time() - asked
             why = f"{self.source.name} has not answered for {seconds:.1f} s, and another source did"
@@ -252,7 +256,7 @@ class ManagedSource:
 
     @property
     def repair(self) -> str:
-        """What a user does about a wrong block in it."""
+        """What a user can do about a wrong block in this source."""
         if isinstance(self.source, Kubo):
             return "`ipfs repo verify --heal` at the node finds and mends it"
         if self.source.in_place:

@@ -1,11 +1,12 @@
-"""Several sources as one, none of them trusted: order, health, failover, and the check of every block.
+"""Several sources as one, none of them trusted: order, failover, hedging, and the verification of every
+block.
 
-Concurrency: one event loop, any number of tasks. Cancelling a call cancels its requests. Sharing one fetch
-among several readers is the cache's work, above.
+Concurrency: one event loop, any number of tasks. Cancelling a call cancels its requests. The cache above
+shares one fetch among several readers.
 
-Deadlines and pauses are by trio's clock, CLOCK_MONOTONIC, which stands still while the machine sleeps: a call
-that waits then goes on waiting for as long as it still had. For a source that was set aside the time has
-passed, though: pauses are shortened by what CLOCK_BOOTTIME says that the machine slept.
+Deadlines and pauses use trio's clock, CLOCK_MONOTONIC, which stands still while the machine sleeps. A call
+that waits while the machine sleeps has the same time left afterwards. For a source that is not asked for a
+while, the time has passed: CLOCK_BOOTTIME says how long the machine slept, and pauses are shortened by that.
 """
 
 import logging
@@ -55,30 +56,29 @@ T = TypeVar("T")
 
 PATIENCE = 3.0
 """Seconds: see `SourcePool.patience`."""
-ALONE = 1 / 3
-"""Part of the deadline for which a source that failed is left alone where no other may be asked: so each call
-asks it."""
+ALONE_SHARE = 1 / 3
+"""The longest pause after a failure of the only source that may be asked, as a part of the deadline. So each
+call asks it."""
 MAX_REPORTED = 1000
-"""Blocks that are wrong, and blocks that are too large. Beyond so many the log says nothing more."""
-SINGLY = 4
-"""Blocks that a run left out are asked for so many at a time."""
-NAP = 1.0
-"""Seconds that the machine must have slept to be noticed."""
+"""Wrong blocks, and too large blocks, that are logged. Later ones are not."""
+PARALLEL_SINGLE = 4
+"""Requests at a time for the single blocks that a range left out."""
+MIN_SLEEP = 1.0
+"""Seconds. A shorter sleep of the machine is ignored."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
 """Seconds between two requests for one block at one source. The longest is at most a quarter of the
 deadline."""
 PATIENCE_ALONE = 15.0
-"""Seconds without a block after which a run is broken off where no other source could give it sooner; at most
-half of the deadline."""
+"""Seconds without a block after which a range is broken off if there is no other source; at most half of the
+deadline."""
 STALL = 0.25
-"""Seconds without a block after which the answer is given up: one block that the source lacks must not delay
-the others. A gateway far away gets as long as its slow answers take, if that is more, but no longer than the
-pool's patience."""
-FIRST_BLOCK = 4
-"""For its first block, a source gets so many times as long as its slow answers take, if that is more."""
-FIRST_PART = 1 / 3
-"""Part of the deadline that the first block may take at most: it can still be had elsewhere then."""
+"""Seconds without a block after which a subtree is broken off: one block that the source lacks must not delay
+the others. A remote gateway gets the time of its slow answers, if that is more, up to the pool's patience."""
+FIRST_BLOCK_FACTOR = 4
+"""For its first block, a source gets so many times the time of its slow answers, if that is more."""
+FIRST_BLOCK_SHARE = 1 / 3
+"""The part of the deadline that the first block may take. After that there is time to get it elsewhere."""
 
 
 def seconds_asleep() -> float:
@@ -87,7 +87,7 @@ def seconds_asleep() -> float:
 
 
 class Inline(Source):
-    """The source of blocks that are written in their own CIDs. Never asked: the pool answers for it."""
+    """The source that is named for inline blocks. It is never asked, because the pool decodes them itself."""
 
     name = "inline"
     in_place = True
@@ -106,12 +106,12 @@ INLINE = Inline()
 
 
 class SourcePool:
-    """Implements `base.Blocks`. Sources in place are asked first, the others in the order given.
+    """Implements `base.Blocks`. Sources in place are asked first, then the others in the order given.
 
-    `offline`: what a network source does not have now (it looks no further) it will not have
-    later. `deadline`: seconds in which callers want an answer; how long one source may keep others from being
-    asked follows. `share`: how many sources share the requests that may run at a time; as many as there are,
-    where none will be added."""
+    `offline`: network sources don't look for blocks elsewhere, so a block that they lack is not asked for
+    again. `deadline`: the seconds in which callers want an answer; it determines when the next source is
+    asked. `share`: how many sources share the requests that may run at a time; 0 for as many as there are
+    now."""
 
     def __init__(
         self,
@@ -120,21 +120,21 @@ class SourcePool:
         offline: bool = False,
         deadline: float = 30.0,
         share: int = 0,
-        chance: random.Random | None = None,
+        rng: random.Random | None = None,
         asleep: Callable[[], float] = seconds_asleep,
     ) -> None:
         self.offline = offline
         self.deadline = deadline
-        self.chance = chance or random.Random()
+        self.rng = rng or random.Random()
         self.hedges = HedgeBudget()
         self._share = share or max(1, sum(not source.in_place for source in sources))
-        self._managed = [ManagedSource(source, self.chance, self._share) for source in sources]
+        self._managed = [ManagedSource(source, self.rng, self._share) for source in sources]
         self.in_place = [managed for managed in self._managed if managed.source.in_place]
         self._network = [managed for managed in self._managed if not managed.source.in_place]
         self._reported_wrong: set[tuple[str, Cid]] = set()
         self._reported_large: set[Cid] = set()
         self.no_source_to_ask = ""
-        """Why no source could be asked for a block that was not here; "" if that never happened."""
+        """Why a block that is not in place could not be asked for; "" if that never happened."""
         self._under_way: dict[bytes, HedgedFetch] = {}
         """Fetches by multihash."""
         self._asleep = asleep
@@ -144,11 +144,12 @@ class SourcePool:
         return [root for managed in self._managed for root in managed.roots()]
 
     def latencies(self) -> Mapping[str, Histogram]:
-        """Of verified blocks, by the names of their sources."""
+        """Latencies of verified blocks, by source name."""
         return {managed.source.name: managed.health.latencies for managed in self._managed}
 
     def statistics(self) -> Sequence[Statistics]:
-        """One for each source, in the order given, each followed by the providers that it found."""
+        """The statistics of each source, in the order given; `network` is followed by the providers that it
+        found."""
         found = list[Statistics]()
         for managed in self._managed:
             found.append(managed.statistics())
@@ -157,17 +158,17 @@ class SourcePool:
         return found
 
     def add(self, source: Source) -> None:
-        """A network source that was found later, asked after the others."""
-        managed = ManagedSource(source, self.chance, self._share)
-        # new lists: a fetch may be going through the old ones
+        """Adds a network source, to be asked after the others."""
+        managed = ManagedSource(source, self.rng, self._share)
+        # new lists, because a fetch may be iterating over the old ones
         self._managed, self._network = [*self._managed, managed], [*self._network, managed]
 
-    def liars(self) -> Sequence[Source]:
-        """Network sources that ever sent wrong bytes."""
+    def sources_with_wrong_blocks(self) -> Sequence[Source]:
+        """Network sources that have sent wrong bytes."""
         return [each.source for each in self._network if each.health.wrong_blocks]
 
     def remove(self, source: Source) -> None:
-        """No fetch that begins from now on asks it."""
+        """Removes a network source. Fetches that have begun may still ask it."""
         self._managed = [each for each in self._managed if each.source is not source]
         self._network = [each for each in self._network if each.source is not source]
 
@@ -178,9 +179,9 @@ class SourcePool:
     async def get(self, cid: Cid) -> Fetched:
         key = cids.multihash(cid)
         multihashes.check_allowed(key)
-        known = cids.implied_block(cid)
-        if known is not None:
-            return Fetched(known, INLINE)
+        implied = cids.implied_block(cid)
+        if implied is not None:
+            return Fetched(implied, INLINE)
         fetch = self._under_way[key] = HedgedFetch(self, cid)
         try:
             for managed in self.in_place:
@@ -214,7 +215,7 @@ class SourcePool:
         return None
 
     def _why_not(self, cid: Cid, said: Mapping[str, str]) -> str:
-        """The line for a block that no source gave; `said` is what each of them said last."""
+        """The message for a block that no source gave. `said`: the last answer of each."""
         if not self._network and not self.offline:
             here = ", ".join(each.source.name for each in self.in_place) or "nothing"
             self.no_source_to_ask = (
@@ -230,22 +231,23 @@ class SourcePool:
         return "" if fetch is None else "; ".join(fetch.said.values())
 
     def stream(self, wanted: LeafRange, *, singly: bool = True) -> Stream[Verified]:
-        """See `Blocks.stream`. Without `singly`, leaves that no source sends together are left out."""
+        """See `Blocks.stream`. Without `singly`, leaves that no source sends in a range are left out."""
         return streaming(RangeFetch(self, wanted, singly).run)
 
     def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
         return streaming(SubtreeFetch(self, subtree, wanted).run, turns=True)
 
-    # -- for those who ask on its behalf ---------------------------------------------------------------------
+    # -- for the fetches below -------------------------------------------------------------------------------
 
     @property
     def patience(self) -> float:
-        """Seconds without an answer after which the next source is asked, so that each has its turn in the
-        deadline, and the last one time to answer."""
+        """Seconds without an answer after which the next source is asked. So each source is asked within the
+        deadline, and the last one has time to answer."""
         return min(PATIENCE, self.deadline / (len(self._network) + 1))
 
     def network(self) -> Sequence[ManagedSource]:
-        """Those to ask, in order: the ready ones first, none that is quarantined while another is left."""
+        """The network sources to ask, in order: those without a pause first. Quarantined sources are left out
+        unless all are quarantined."""
         self._note_sleep()
         now = trio.current_time()
         usable = [managed for managed in self._network if not managed.health.is_quarantined(now)]
@@ -262,14 +264,14 @@ class SourcePool:
                 if other is not managed and not other.health.is_quarantined(now)
             )
             alone = all(other.health.wait(now) > 0 for other in others)
-            wait = managed.health.wait(now, self.deadline * ALONE if alone else math.inf)
+            wait = managed.health.wait(now, self.deadline * ALONE_SHARE if alone else math.inf)
         return wait
 
     def _note_sleep(self) -> None:
         asleep = self._asleep()
-        if asleep - self._slept >= NAP:
+        if asleep - self._slept >= MIN_SLEEP:
             log.info(
-                "this machine slept for %.0f s: sources that were set aside before may be asked sooner",
+                "this machine slept for %.0f s: the pauses of sources that failed are shortened by that",
                 asleep - self._slept,
             )
             for managed in self._network:
@@ -277,7 +279,7 @@ class SourcePool:
             self._slept = asleep
 
     def wrong(self, managed: ManagedSource, cid: Cid) -> None:
-        """Says once that `managed` sent wrong bytes, and quarantines a remote gateway."""
+        """Records that `managed` sent wrong bytes, which quarantines a remote gateway. Logs it once."""
         now = trio.current_time()
         others = any(other is not managed and not other.health.is_quarantined(now) for other in self._network)
         seconds = managed.health.record_wrong(now, others=others or bool(self.in_place))
@@ -296,7 +298,7 @@ class SourcePool:
             log.warning("%s has wrong bytes for %s: %s", name, cids.text(cid), managed.repair)
 
     def too_large(self, cid: Cid, refusal: BlockTooLarge) -> None:
-        """A source has `cid` as a block that is too large. Says so once."""
+        """Logs once that a source offers a block for `cid` that is too large."""
         if cid not in self._reported_large and len(self._reported_large) < MAX_REPORTED:
             self._reported_large.add(cid)
             log.warning("%s", refusal)
@@ -307,26 +309,25 @@ class SourcePool:
 
 @dataclass(slots=True, eq=False)
 class HedgedFetch:
-    """One block, asked of the network sources, and what all sources said of it."""
+    """Fetches one block from the network sources, and keeps what all sources answered."""
 
     _pool: SourcePool
     _cid: Cid
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    """Around what is asked of the network."""
+    """Cancels all requests to network sources."""
     _asked: SourceRequest | None = None
-    """All that is asked of it, where more than one source is."""
+    """All requests to network sources together, if there are several sources."""
     found: Fetched | None = None
     said: dict[str, str] = field(default_factory=dict)
-    """What each source that was asked has said last, by its name."""
+    """The last answer of each source that was asked, by its name."""
     failure: QuotaReached | BlockTooLarge | WrongBlock | None = None
-    """What is raised if no source gives it: the most telling of what they said."""
+    """What is raised if no source gives the block: the most informative of the failures."""
     _no_more_tries: trio.Event = field(default_factory=trio.Event)
-    """Set once a source says that the block is too large. That may be a lie, so each other source is asked
+    """Set when a source says that the block is too large. That may be a lie, so each other source is asked
     once, and has `patience` seconds to answer."""
 
     async def race(self, network: Sequence[ManagedSource]) -> None:
-        """Each source from when the one before it has failed or is late; the first that gives the block ends
-        it."""
+        """Asks each source when the one before it has failed or is late. Ends with the first block."""
         self._pool.hedges.request()
         with self._all_asked().current():
             await self._race(network)
@@ -356,7 +357,8 @@ class HedgedFetch:
                     hedge = await self._wait_for(managed, asked, failed)
 
     async def _wait_for(self, managed: ManagedSource, asked: SourceRequest, failed: trio.Event) -> bool:
-        """Returns when the next source is to be asked; True if that is because this one is only slow."""
+        """Returns when the next source is to be asked. True if this one is slow and the next one is a
+        hedge."""
         patience = self._pool.patience
         slow = min(managed.health.slow_after(), patience)
         with asked.patience(slow):
@@ -369,8 +371,8 @@ class HedgedFetch:
         return True
 
     async def poll_source(self, managed: ManagedSource, failed: trio.Event, *, hedge: bool) -> None:
-        """Asks one source until it gives the block, or can't for good. Sets `failed` when others should be
-        asked."""
+        """Asks one source until it gives the block or asking again is useless. Sets `failed` when others
+        should be asked."""
         pause, longest = FIRST_PAUSE, min(LONGEST_PAUSE, self._pool.deadline / 4)
         retried = False
         while self.found is None:
@@ -378,7 +380,7 @@ class HedgedFetch:
             if wait == 0:
                 self.said.setdefault(managed.source.name, f"{managed.source.name} has not answered")
                 began, request = trio.current_time(), current_source_request.get()
-                held = request.held if request is not None else 0.0  # by our own limits, in seconds
+                held = request.held if request is not None else 0.0
                 try:
                     answer = await managed.ask(self._cid, hedge=hedge, retried=retried)
                 except trio.Cancelled:
@@ -393,24 +395,24 @@ class HedgedFetch:
                     self._pool.offline and isinstance(answer, NotHere)
                 ):
                     return
-                wait = min(pause, longest) * self._pool.chance.uniform(0.5, 1.0)
+                wait = min(pause, longest) * self._pool.rng.uniform(0.5, 1.0)
                 pause *= 2
                 hedge, retried = False, True
             if self._no_more_tries.is_set():
                 return
             failed.set()
-            with trio.move_on_after(min(wait, longest)):  # a pause may end sooner than it was said to
+            with trio.move_on_after(min(wait, longest)):  # look again: a pause may end sooner than expected
                 await self._no_more_tries.wait()
                 return
 
     def _note_cancelled(self, managed: ManagedSource, asked: float, held: float) -> None:
-        """`managed`, which was asked at the time `asked`, has not answered, nor sent what was `held` back for
-        so many seconds."""
+        """The request to `managed` that began at `asked` was cancelled before an answer. Our own limits held
+        it back for `held` seconds."""
         if self.found is not None and trio.current_time() - asked - held >= self._pool.patience:
-            managed.overtaken(asked)
+            managed.note_overtaken(asked)
 
     def note(self, managed: ManagedSource, failure: Failure) -> None:
-        """What `managed` said instead of giving the block, and what follows for the others."""
+        """Records why `managed` did not give the block, and decides what that means for the others."""
         name = managed.source.name
         if isinstance(failure, BlockTooLarge):
             self.failure = failure
@@ -433,7 +435,7 @@ class HedgedFetch:
 
 
 async def _next(stream: Receive[T], patience: float, place: Place) -> T | None:
-    """What `stream` sends next to the request at `place`; None at its end. Raises TooSlowError if nothing
+    """The next value of `stream` for the request at `place`; None at its end. Raises TooSlowError if nothing
     comes for `patience` seconds."""
     with place.asked.patience(patience) as scope:
         value = await anext(stream, None)
@@ -447,8 +449,8 @@ async def _next(stream: Receive[T], patience: float, place: Place) -> T | None:
 
 
 class RangeFetch:
-    """Sends the blocks of a range, verified: from one source after the other what each sends together, and at
-    last one by one what is still missing."""
+    """Sends the verified blocks of a range. Asks one source after the other for all that is missing together,
+    and then for each block that is still missing."""
 
     def __init__(self, pool: SourcePool, wanted: LeafRange, singly: bool) -> None:
         self._pool, self._wanted, self._singly = pool, wanted, singly
@@ -462,16 +464,16 @@ class RangeFetch:
                 self._left.discard(index)
                 await send.send(Verified(index, [block], INLINE, streams.nothing))
         for managed in [*self._pool.in_place, *self._pool.network()]:
-            if self._left and managed.takes_many and self._pool.wait(managed) == 0:
-                with managed.asked_for_many():
+            if self._left and managed.allows_many and self._pool.wait(managed) == 0:
+                with managed.noting_many():
                     await self._send_from(managed, send)
         if self._singly and self._left:
             left = iter(sorted(self._left))
-            await all_of([lambda: self._send_singly(left, send)] * min(SINGLY, len(self._left)))
+            await all_of([lambda: self._send_singly(left, send)] * min(PARALLEL_SINGLE, len(self._left)))
 
     async def _send_from(self, managed: ManagedSource, send: Send[Verified]) -> None:
-        """What one source sends of what is missing. It is broken off if no block comes for too long, and when
-        a remote source sends a wrong one. Raises NotHere, SourceFailed."""
+        """Sends the missing blocks that one source has. Breaks off if no block comes for too long, or if a
+        remote source sends a wrong one. Raises NotHere, SourceFailed."""
         patience = math.inf
         if not managed.source.in_place:
             alone = len(self._pool.network()) == 1
@@ -502,7 +504,7 @@ class RangeFetch:
         right: Sequence[bool],
         send: Send[Verified],
     ) -> None:
-        """Sends the right blocks of a delivery, those of consecutive leaves together."""
+        """Sends the correct blocks of a delivery; consecutive leaves are sent together."""
         good: list[tuple[int, Block]] = []
         for index, block, is_right in zip(indexes, delivery.blocks, right, strict=True):
             if not is_right:
@@ -534,24 +536,26 @@ class RangeFetch:
 
 
 class SubtreeFetch:
-    """Sends the blocks of a directory that are wanted, verified, from the first source that may have them."""
+    """Sends the verified blocks of a directory that are wanted, from the first network source that may be
+    asked."""
 
     def __init__(self, pool: SourcePool, subtree: Subtree, wanted: Wanted) -> None:
         self._pool, self._subtree, self._wanted = pool, subtree, wanted
 
     async def run(self, send: Send[Mapping[Cid, Fetched]]) -> None:
-        if not await self._is_at_hand():
+        if not await self._is_in_place():
             for managed in self._pool.network():
-                if managed.takes_many and self._pool.wait(managed) == 0:
-                    with managed.asked_for_many():
+                if managed.allows_many and self._pool.wait(managed) == 0:
+                    with managed.noting_many():
                         await self._send_from(managed, send)
                     return
 
-    async def _is_at_hand(self) -> bool:
-        """Whether a source in place has it: then each block is read where it lies."""
+    async def _is_in_place(self) -> bool:
+        """Whether a source in place has the directory. Its blocks are then read one by one when they are
+        used."""
         for managed in self._pool.in_place:
             try:
-                with managed.as_its_failure():
+                with managed.translated_errors():
                     await managed.source.get(self._subtree.root)
             except (NotHere, SourceFailed, WrongBlock):
                 continue
@@ -559,11 +563,11 @@ class SubtreeFetch:
         return False
 
     async def _send_from(self, managed: ManagedSource, send: Send[Mapping[Cid, Fetched]]) -> None:
-        """Gives up when nothing comes for too long, and after a wrong block. Raises NotHere,
-        SourceFailed."""
+        """Sends the wanted blocks of one source. Gives up if nothing comes for too long, and after a wrong
+        block. Raises NotHere, SourceFailed."""
         slow = managed.health.slow_after()
         stall = max(STALL, min(slow, self._pool.patience)) if managed.remote else STALL
-        patience = min(max(STALL, FIRST_BLOCK * slow), self._pool.deadline * FIRST_PART)
+        patience = min(max(STALL, FIRST_BLOCK_FACTOR * slow), self._pool.deadline * FIRST_BLOCK_SHARE)
         async with managed.limiter.place() as place, managed.source.subtree(self._subtree) as stream:
             while True:
                 try:
@@ -572,17 +576,17 @@ class SubtreeFetch:
                     return
                 if blocks is None:
                     return
-                right, lied = await self._verified(managed, blocks)
+                right, has_wrong = await self._verified(managed, blocks)
                 if right:
                     await send.send(right)
-                if lied:
+                if has_wrong:
                     return
                 patience = stall
 
     async def _verified(
         self, managed: ManagedSource, blocks: streams.Blocks
     ) -> tuple[Mapping[Cid, Fetched], bool]:
-        """What is wanted of `blocks`, up to the first that is wrong, and whether there is one."""
+        """The wanted ones of `blocks`, up to the first wrong one, and whether there is a wrong one."""
         right: dict[Cid, Fetched] = {}
         for cid, sent in blocks:
             if cid in right or not self._wanted.wants(cid):
@@ -592,7 +596,7 @@ class SubtreeFetch:
             except WrongBlock:
                 self._pool.wrong(managed, cid)
                 return right, True
-            except Unsupported:  # a read of it will raise
+            except Unsupported:  # a read of this block will raise it
                 continue
             managed.health.record_success(-1, len(block))
             right[cid] = Fetched(block, managed.source)
