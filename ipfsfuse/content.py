@@ -30,7 +30,7 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import Indexing, OpenSettings, with_headers
+from ipfsfuse.sources.spec import OpenSettings, SourceProgress, with_headers
 from ipfsfuse.sources.spec import opened as opened_sources
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Co
 
 @asynccontextmanager
 async def opened_pool(
-    config: ContentConfig, folder: CacheFolder, http: HttpSettings, indexing: Indexing | None = None
+    config: ContentConfig, folder: CacheFolder, http: HttpSettings, indexing: SourceProgress | None = None
 ) -> AsyncIterator[tuple[Sequence[Source], SourcePool]]:
     """The sources of `config` and the pool of them. Raises SourceFailed, UsageError."""
     settings = OpenSettings(

@@ -47,7 +47,7 @@ from ipfsfuse.sources.defaults import LIBRARY
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
 from ipfsfuse.sources.local import library
-from ipfsfuse.sources.spec import Indexing, source_files, source_sockets, with_headers
+from ipfsfuse.sources.spec import SourceProgress, source_files, source_sockets, with_headers
 from ipfsfuse.vfs.tree import Roots, Tree
 
 log = logging.getLogger("ipfsfuse.mount")
@@ -84,7 +84,7 @@ Hangup = Callable[[], int | None]
 def run(
     config: MountConfig,
     ready: Ready,
-    indexing: Indexing | None = None,
+    indexing: SourceProgress | None = None,
     hangup: Hangup | None = None,
     reads: Sequence[Path] = (),
     writes: Sequence[Path] = (),
@@ -303,7 +303,7 @@ async def _main(
     helpers: Sequence[sessions.MountHelper],
     confined_by: str,
     ready: Ready,
-    indexing: Indexing | None,
+    indexing: SourceProgress | None,
     hangup: Hangup | None,
 ) -> None:
     """All that answers the kernel's requests, from the sources up, until the mount is gone."""

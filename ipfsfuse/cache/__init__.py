@@ -1,2 +1,2 @@
-"""The pinset cache: what was read stays on disk under one budget. Only this package knows the cache
+"""The pinset cache: keeps what was read on disk, within one budget. Only this package knows the cache
 folder."""

@@ -1,22 +1,22 @@
-"""Which staged things leave first: the adaptive replacement cache, weighed in bytes. Pure: it decides, others
-remove.
+"""The adaptive replacement cache (ARC), weighted in bytes: decides which items are evicted. Pure: the caller
+removes them.
 
-N. Megiddo, D. S. Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003. T1 holds what was
-used once lately, T2 what was used again; B1 and B2 remember what left either, without its bytes. `target` is
-T1's share, which a use of something in B1 raises and one in B2 lowers. Where the paper counts pages we count
-bytes, in the adaptation too: a ghost moves the target by its size, times the ratio of the ghost lists where
-that favours it.
+N. Megiddo, D. S. Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache", FAST 2003. The list T1 has the
+items that were used once recently, T2 those that were used again. B1 and B2 remember the keys and sizes of
+items that were evicted from either (ghosts). `target` is the size of T1: a use of an item in B1 raises it, a
+use of an item in B2 lowers it. The paper counts pages; we count bytes, in the adaptation too. A ghost moves
+the target by its size, times the ratio of the sizes of the ghost lists if that is above 1.
 
-What the paper has no case for is a thing that grows while it is cached, as a file does leaf by leaf: growing
-is no new use, and a thing does not push itself out while anything else can go, until it takes half of the
+The paper does not consider an item that grows while it is cached, as a file does leaf by leaf. Growing is not
+a new use. A growing item does not evict itself while another item can be evicted, until it takes half of the
 capacity.
 
-Nor does the paper know of owners. Here each thing is on the account of who brought it in. While others have
-something here, who holds more than half of the capacity gives up things of its own, in ARC's order, whoever
-needs room: so a sweep through more than the cache can hold leaves others what they have. Until the capacity
-is used up nobody gives up anything, so one caller may fill all of it; and one alone has plain ARC. One bound
-is enough, because two can't both be over half. What another than its owner uses belongs to all from then on,
-and is on nobody's account.
+The paper does not consider owners either. Here each item is charged to the caller that brought it in. If
+several callers own items and one of them owns more than half of the capacity, its items are evicted first, in
+ARC's order, whoever needs the room. So a scan through more than the cache can hold does not evict other
+callers' items. Nothing is evicted before the capacity is used up, so one caller may fill all of it. A single
+caller gets plain ARC. One limit is enough, because two callers can't both own more than half. An item that
+another caller uses is shared from then on, and charged to none.
 
 Concurrency: none; one task at a time.
 """
@@ -29,38 +29,39 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 Owner = Hashable
-NOBODY: Owner = None
-"""The owner of what was there before anyone asked: of an earlier run, or read for no call."""
+NO_OWNER: Owner = None
+"""The owner of items of an earlier run, and of items that were read for no call."""
 ALL = "all"
-"""The owner of what several use."""
+"""The owner of items that several callers use."""
 SHARE = 2
-"""The part of the capacity, as a divisor, beyond which an owner gives up its own things first."""
+"""The part of the capacity, as a divisor. The items of an owner that has more are evicted first."""
 
 MAX_GHOSTS = 65_536
-"""Ghosts are bounded by bytes as the paper bounds them, and by this number, so that tiny things can't fill
-the memory."""
+"""The paper bounds ghosts by bytes. This bounds their number too, so that tiny items can't fill the
+memory."""
 
 
 class _Accounts(Generic[K]):
-    """Who owns what, and how many bytes each. What nobody owns is not listed: it is most of what is there
-    after a start."""
+    """The owner of each item, and the bytes of each owner. Items without an owner are not listed: after a
+    start they are most of the items."""
 
     def __init__(self) -> None:
         self.owners: dict[K, Owner] = {}
         self.bytes: Counter[Owner] = Counter()
         self._lead: dict[K, int] = {}
-        """Of things that several brought in, how many bytes more the owner brought than all others."""
+        """For items that several callers brought in: how many bytes more the owner brought than all
+        others."""
 
     def charge(self, key: K, size: int) -> None:
         owner = self.owners.get(key)
-        if owner is not NOBODY:
+        if owner is not NO_OWNER:
             self.bytes[owner] += size
             if not self.bytes[owner]:
                 del self.bytes[owner]
 
     def winner(self, key: K, before: int, size: int, owner: Owner) -> Owner:
-        """Whose `key`, of which `before` bytes are there, is when `owner` brings `size` more: of who brought
-        most of it (R. Boyer, J. Moore, "A Fast Majority Vote Algorithm", 1981)."""
+        """The owner of `key` after `owner` has added `size` bytes to its `before` bytes: the caller that
+        brought most of it (R. Boyer, J. Moore, "A Fast Majority Vote Algorithm", 1981)."""
         present = self.owners.get(key)
         if not before:
             return owner
@@ -76,10 +77,10 @@ class _Accounts(Generic[K]):
 
 
 class _Part(OrderedDict[K, int]):
-    """One of the four lists, least lately used first, with the sum of its sizes."""
+    """One of the four lists, least recently used first, and the sum of its sizes."""
 
     def __init__(self, accounts: _Accounts[K] | None = None) -> None:
-        """`accounts` of what is cached; ghosts have none."""
+        """`accounts`: None for a list of ghosts."""
         super().__init__()
         self.bytes = 0
         self._accounts = accounts or _Accounts()
@@ -87,13 +88,13 @@ class _Part(OrderedDict[K, int]):
         """The keys of each owner, in the same order."""
 
     def put(self, key: K, size: int) -> None:
-        """At the end most lately used."""
+        """Adds `key` as the most recently used."""
         if key in self:
             self.take(key)
         self.bytes += size
         self[key] = size
         owner = self._accounts.owners.get(key)
-        if owner is not NOBODY:
+        if owner is not NO_OWNER:
             self._accounts.bytes[owner] += size
             self._of.setdefault(owner, OrderedDict())[key] = None
 
@@ -110,22 +111,22 @@ class _Part(OrderedDict[K, int]):
         self[key] = size
 
     def renew(self, key: K) -> None:
-        """Most lately used."""
+        """Makes `key` the most recently used."""
         self.move_to_end(key)
         owner = self._accounts.owners.get(key)
-        if owner is not NOBODY:
+        if owner is not NO_OWNER:
             self._of[owner].move_to_end(key)
 
     def reown(self, key: K, owner: Owner) -> None:
         size = self[key]
         self._accounts.charge(key, -size)
         self._unlist(key)
-        if owner is NOBODY:
+        if owner is NO_OWNER:
             self._accounts.forget(key)
         else:
             self._accounts.owners[key] = owner
         self._accounts.charge(key, size)
-        if owner is not NOBODY:
+        if owner is not NO_OWNER:
             self._of.setdefault(owner, OrderedDict())[key] = None
 
     def oldest(self, but: K | None = None) -> K | None:
@@ -136,27 +137,26 @@ class _Part(OrderedDict[K, int]):
 
     def _unlist(self, key: K) -> None:
         owner = self._accounts.owners.get(key)
-        if owner is not NOBODY:
+        if owner is not NO_OWNER:
             del self._of[owner][key]
             if not self._of[owner]:
                 del self._of[owner]
 
 
 class Changes(Generic[K]):
-    """What differs from the order in which things were restored. Whoever wrote that order down needs to write
-    no more than this."""
+    """The differences from the order in which items were restored. An order on disk needs only these changes."""
 
     def __init__(self, count: int) -> None:
-        """`count`: things that were restored."""
+        """`count`: the number of restored items."""
         self.count = count
         self.moved: set[K] = set()
-        """What was used since, or came: in each list it is all that stands behind the first of them."""
+        """Keys that were used or added since. In each list they follow all others."""
         self.came: set[K] = set()
-        """What of it was not restored."""
+        """Those of `moved` that were not restored."""
         self.left: set[K] = set()
-        """What was restored and is not there any more."""
+        """Restored keys that are no longer cached."""
         self.too_many = False
-        """True once half as much has changed as was restored: from then on nothing is noted."""
+        """Set when more than half as many keys have changed as were restored. From then on nothing is recorded."""
 
     def note_moved(self, key: K, was_there: bool = True) -> None:
         if self.too_many:
@@ -185,7 +185,7 @@ class Changes(Generic[K]):
 
 
 class Arc(Generic[K]):
-    """Sizes and capacity in bytes."""
+    """The policy. Sizes and capacity are in bytes."""
 
     def __init__(self, capacity: int, max_ghosts: int = MAX_GHOSTS) -> None:
         self.capacity = capacity
@@ -199,7 +199,7 @@ class Arc(Generic[K]):
 
     @property
     def bytes(self) -> int:
-        """The sum of the sizes of all that is cached."""
+        """The sum of the sizes of all cached items."""
         return self._once.bytes + self._again.bytes
 
     def __contains__(self, key: object) -> bool:
@@ -209,67 +209,67 @@ class Arc(Generic[K]):
         return len(self._once) + len(self._again)
 
     def size(self, key: K) -> int:
-        """Bytes of `key`, 0 for what is not cached."""
+        """Bytes of `key`; 0 if it is not cached."""
         return self._once.get(key) or self._again.get(key, 0)
 
     def frequent(self, key: K) -> bool:
         return key in self._again
 
     def __iter__(self) -> Iterator[K]:
-        """All that is cached: used once, then used again, least lately used first in each."""
+        """All cached keys: those used once, then those used again, least recently used first in each."""
         yield from self._once
         yield from self._again
 
     def used_once(self) -> Iterable[K]:
-        """Of what is cached, what was used once: least lately used first."""
+        """The cached keys that were used once, least recently used first."""
         return self._once
 
     def used_again(self) -> Iterable[K]:
-        """The same of what was used again."""
+        """The cached keys that were used again, least recently used first."""
         return self._again
 
     def bytes_by_owner(self) -> Mapping[Owner, int]:
-        """Bytes by owner, without what is nobody's."""
+        """Bytes by owner, without items that have none."""
         return self._accounts.bytes
 
     def owner(self, key: K) -> Owner:
         return self._accounts.owners.get(key)
 
     def follow(self) -> None:
-        """All is restored: from now on `changes` says what has changed."""
+        """Call it when all items are restored: from now on `changes` records what changes."""
         self.changes = Changes(len(self))
 
     def moved(self) -> tuple[list[K], list[K]]:
-        """What moved, as `changes` says, of what was used once and of what was used again: least lately used
-        first."""
+        """The keys that moved since `follow` (`changes`): those that were used once, and those that were used again,
+        least recently used first in each."""
         moved = self.changes.moved
         once = list(takewhile(moved.__contains__, reversed(self._once)))
         again = list(takewhile(moved.__contains__, reversed(self._again)))
         return once[::-1], again[::-1]
 
-    def use(self, key: K, owner: Owner = NOBODY) -> None:
-        """A new use of something cached, by `owner`."""
+    def use(self, key: K, owner: Owner = NO_OWNER) -> None:
+        """A new use of a cached item, by `owner`."""
         part = self._part(key)
         if part is not None:
             self.changes.note_moved(key)
             before = self.owner(key)
-            if owner is not NOBODY and before not in (owner, ALL):
-                part.reown(key, owner if before is NOBODY else ALL)
+            if owner is not NO_OWNER and before not in (owner, ALL):
+                part.reown(key, owner if before is NO_OWNER else ALL)
             self._again.put(key, part.take(key))
 
     def refresh(self, key: K) -> None:
-        """More of the same use: most lately used in its list."""
+        """The same use goes on: makes `key` the most recently used of its list."""
         part = self._part(key)
         if part is not None:
             self.changes.note_moved(key)
             part.renew(key)
 
-    def admit(self, key: K, size: int, owner: Owner = NOBODY) -> list[K]:
-        """Takes in `size` bytes of `key` (`size` more where it is cached already) on the account of `owner`.
-        Returns what must leave, in order.
+    def admit(self, key: K, size: int, owner: Owner = NO_OWNER) -> list[K]:
+        """Adds `size` bytes to `key`, which may be cached already, and charges them to `owner`. Returns the
+        keys to evict, in order.
 
-        What is returned is cached no more. `key` itself may be there: the bytes that it had must leave, the
-        new ones stay. `size` must fit the capacity."""
+        The returned keys are no longer cached. `key` itself may be among them: then its old bytes must be
+        evicted, and the new ones stay. `size` must fit into the capacity."""
         if size > self.capacity:
             raise ValueError(f"{size} bytes can't fit {self.capacity}")
         again_ghost = key in self._again_ghosts
@@ -290,7 +290,7 @@ class Arc(Generic[K]):
             if winner != self.owner(key):
                 part.reown(key, winner)
         else:
-            if owner is not NOBODY:
+            if owner is not NO_OWNER:
                 self._accounts.owners[key] = owner
             part.put(key, size)
         if self._once_ghosts or self._again_ghosts:
@@ -298,18 +298,18 @@ class Arc(Generic[K]):
         return leave
 
     def restore(self, key: K, size: int, frequent: bool) -> None:
-        """Takes in, most lately used, what an earlier run left: that is no change. What is too much leaves by
-        `set_capacity`."""
+        """Adds an item of an earlier run as the most recently used. It is no change (`changes`). Call
+        `set_capacity` afterwards, which evicts what is too much."""
         (self._again if frequent else self._once).put(key, size)
 
     def set_size(self, key: K, size: int) -> None:
-        """Corrects the size of something cached."""
+        """Corrects the size of a cached item."""
         part = self._part(key)
         if part is not None:
             part.resize(key, size)
 
     def remove(self, key: K) -> None:
-        """Something left for other reasons: no ghost."""
+        """Removes an item that is gone for another reason than eviction. It becomes no ghost."""
         part = self._part(key)
         if part is not None:
             part.take(key)
@@ -317,7 +317,7 @@ class Arc(Generic[K]):
             self.changes.note_left(key)
 
     def set_capacity(self, capacity: int) -> list[K]:
-        """Returns what must leave, in order."""
+        """Returns the keys to evict, in order."""
         self.capacity = max(0, capacity)
         self.target = min(self.target, self.capacity)
         leave = self._make_room(0, None, False)
@@ -341,7 +341,7 @@ class Arc(Generic[K]):
             )
             again.take(key)
 
-    def _make_room(self, size: int, key: K | None, again_ghost: bool, owner: Owner = NOBODY) -> list[K]:
+    def _make_room(self, size: int, key: K | None, again_ghost: bool, owner: Owner = NO_OWNER) -> list[K]:
         leave: list[K] = []
         while self.bytes + size > self.capacity:
             victim = self._victim(key, again_ghost, size, owner)
@@ -356,14 +356,14 @@ class Arc(Generic[K]):
         return leave
 
     def _victim(self, key: K | None, again_ghost: bool, size: int, owner: Owner) -> K:
-        """The paper's REPLACE, for a thing that may be cached already; among the things of one owner where
-        that has too much."""
+        """The paper's REPLACE, for an item that may be cached already. If an owner has too much, chooses
+        among its items."""
         over = self._once.bytes > self.target or (again_ghost and self._once.bytes >= self.target)
-        greedy = self._greedy(size, owner)
-        if greedy is not NOBODY:
-            once, again = self._once.oldest_of(greedy, key), self._again.oldest_of(greedy, key)
+        owner_over = self._over_share(size, owner)
+        if owner_over is not NO_OWNER:
+            once, again = self._once.oldest_of(owner_over, key), self._again.oldest_of(owner_over, key)
             found = once if once is not None and (over or again is None) else again
-            if found is None and key is not None and self.owner(key) == greedy:
+            if found is None and key is not None and self.owner(key) == owner_over:
                 found = key
             if found is not None:
                 return found
@@ -376,19 +376,19 @@ class Arc(Generic[K]):
             return key
         return again
 
-    def _greedy(self, size: int, owner: Owner) -> Owner:
-        """Who has too much once `owner` has `size` bytes more, while others have something; NOBODY where no
-        one does."""
+    def _over_share(self, size: int, owner: Owner) -> Owner:
+        """The owner that has more than its share after `owner` gets `size` bytes more, if others own items;
+        NO_OWNER if there is none."""
         sizes = self._accounts.bytes
-        if len(sizes) < 2 and not (sizes and owner not in sizes and owner is not NOBODY):
-            return NOBODY
+        if len(sizes) < 2 and not (sizes and owner not in sizes and owner is not NO_OWNER):
+            return NO_OWNER
         for one in (owner, *sizes):
             if (
-                one not in (NOBODY, ALL)
+                one not in (NO_OWNER, ALL)
                 and sizes[one] + (size if one == owner else 0) > self.capacity // SHARE
             ):
                 return one
-        return NOBODY
+        return NO_OWNER
 
     def _forget(self) -> None:
         once, again = self._once_ghosts, self._again_ghosts

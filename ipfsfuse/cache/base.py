@@ -1,7 +1,7 @@
-"""What the layers above ask of a cache.
+"""The interfaces of the cache, for the layers above it.
 
-Concurrency: every method may be called by many tasks at once. A fetch belongs to no caller: a cancelled
-caller leaves, the fetch goes on while anyone waits.
+Concurrency: every method may be called by many tasks at once. A fetch belongs to no caller: if a caller is
+cancelled, the fetch goes on while others wait for it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,32 +16,32 @@ from ipfsfuse.sources.base import Subtree
 
 
 class FileRef(NamedTuple):
-    """A file as the cache knows it."""
+    """A file."""
 
     cid: Cid
-    """The root's canonical CID (version 1): one staging file for all spellings."""
+    """The root's canonical CID (version 1), so that all spellings have one staging file."""
     size: int
-    """Content bytes."""
+    """Bytes of its content."""
 
 
 Content = bytes | memoryview
 Seen = Callable[[Cid, bytes], Iterable[Cid]]
-"""Called on the event loop with each verified block as it comes. Returns which other blocks are wanted
-because of it."""
+"""Called on the event loop with each verified block that arrives. Returns the blocks that are wanted because
+of it."""
 Arrived = Callable[[Leaf, Content], None]
-"""Called on the event loop with the verified content of each leaf as it comes."""
+"""Called on the event loop with the verified content of each leaf that arrives."""
 
 
 class Pieces(NamedTuple):
-    """How a verified leaf is read again from its staging file, where it lies at its place in the whole
-    file."""
+    """What the C thread needs to read a verified leaf from its staging file. The leaf lies there at its
+    offset in the file."""
 
     folder: int
     """The descriptor of the folder of staging files."""
     name: bytes
-    """The file's name in it now. Another read by Python tells of the next one."""
+    """The staging file's name now. It may change; the next read by Python returns the new one."""
     tags: bytes
-    """Those of the leaf's pieces (`fileio.tags`), by which each is recognized."""
+    """The tags of the leaf's pieces (`fileio.tags`), by which each is verified."""
 
 
 class LeafPart(NamedTuple):
@@ -49,29 +49,29 @@ class LeafPart(NamedTuple):
 
     content: Content
     pieces: Pieces | None
-    """How the leaf may be read without the cache from now on; None where it is not staged, or was not
-    verified lately."""
+    """How the leaf may be read without the cache from now on. None if it is not staged, or was not verified
+    recently."""
 
 
 class CacheItem(NamedTuple):
-    """What is staged of one CID, for `ipfsfuse ls` and the xattrs."""
+    """The staged part of one CID, for `ipfsfuse ls` and the xattrs."""
 
     cid: Cid
     staged: int
     """Bytes on disk, in file-system blocks."""
     size: int
-    """Content bytes of the whole."""
+    """Bytes of the whole content."""
     complete: bool
     last_used: float
     """Seconds since 1970."""
     pinned: str
-    """"" for nothing, "cache" for held at the node while staged, "user" for pinned."""
+    """"cache" if it is held at the node while it is staged, "user" if it is pinned, else ""."""
     source: str
-    """The name of the source it came from, "" where that is not known any more."""
+    """The name of the source that it came from; "" if that is no longer known."""
 
 
 class SmallBlocks(NamedTuple):
-    """What lies in packs: small files, directories, links, interior nodes."""
+    """The content of packs: small files, directories, symlinks, interior nodes."""
 
     blocks: int
     """Their number about a second ago."""
@@ -81,89 +81,90 @@ class SmallBlocks(NamedTuple):
 
 class Cache(Protocol):
     def when_blocks_leave(self, call: Callable[[], None]) -> None:
-        """From now on `call` is called whenever blocks leave the cache. What was made of them must then be
-        forgotten, so that they are asked for again: the source may have lost them too."""
+        """Registers `call`, which is called whenever blocks are evicted. The caller must then forget what it
+        made of them, so that they are asked for again: the source may have lost them too."""
         ...
 
     async def block(self, cid: Cid, *, early: bool = False) -> bytes:
         """A whole verified block: of a directory, a file's root or interior node, a symlink, a small raw
         file.
 
-        `early`: what is fetched may be given as soon as it is verified, and staged behind that.
+        `early`: a fetched block may be returned as soon as it is verified, and staged after that.
 
-        Raises what the sources raise, and Unavailable after the deadline; a failure is remembered for 5 s."""
+        Raises what the sources raise, and Unavailable after the deadline. A failure is remembered for 5 s."""
         ...
 
     async def settle(self) -> None:
-        """Returns when all that readers were given so far is staged, or was found not to be."""
+        """Returns when all blocks that readers got so far are staged, or could not be staged."""
         ...
 
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
-        """The verified content of one whole leaf, `leaf.size` bytes: staged, in flight, or fetched and staged
-        now.
+        """The verified content of one whole leaf, `leaf.size` bytes. It is read from its staging file,
+        awaited if it is in flight, or fetched and staged.
 
-        `early`: what is fetched may be given as soon as it is verified, and staged behind that."""
+        `early`: as in `block`."""
         ...
 
     async def part(
         self, file: FileRef, leaf: Leaf, start: int, stop: int, *, early: bool = False
     ) -> LeafPart:
-        """The bytes [start, stop) of the leaf. What was verified before in this run of the daemon and is
-        staged costs their part of the leaf, anything else the whole leaf. `early` as in `leaf`."""
+        """The bytes [start, stop) of the leaf. If the leaf is staged and was verified before in this run of
+        the daemon, only these bytes are read and verified, otherwise the whole leaf. `early`: as in
+        `block`."""
         ...
 
     async def ahead(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None = None) -> None:
-        """Brings consecutive leaves in, in one run where that is faster; skips what is staged or under way,
-        unless `arrived` is given: then each leaf's content is handed to it once, wherever it came from. Never
-        raises for a block that can't be had: a read of it will raise."""
+        """Fetches and stages consecutive leaves, by one request if that is faster. Skips leaves that are
+        staged or under way. With `arrived`, calls it once with each leaf's content, also with that of staged
+        leaves. Never raises for a block that can't be had: a read of it will."""
         ...
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
-        """Begins to bring in `wanted`, blocks of `subtree`, by one answer where a source can, and what `seen`
-        wants besides.
+        """Starts to fetch `wanted`, blocks of `subtree`, and those that `seen` returns, by one answer of a
+        source if possible.
 
-        From now on a caller that asks for one of them waits for that answer. The event is set when it has
-        ended. A block that did not come is fetched when it is used."""
+        A caller that asks for one of them meanwhile waits for that answer. The returned event is set when the
+        answer has ended. Blocks that did not come are fetched when they are used."""
         ...
 
     def opened(self, file: FileRef) -> None:
-        """Notes a use: takes the staging file, queues the pin. Does no I/O on the caller's time."""
+        """Notes a use of a file: ARC counts it, and the pin at the node is queued. Does no I/O."""
         ...
 
     def item_of(self, cid: Cid) -> CacheItem | None:
-        """What is staged of one CID, in any spelling; None where nothing is."""
+        """The staged part of one CID, in any spelling; None if there is none."""
         ...
 
     def used(self) -> int:
-        """Bytes on disk now, in file-system blocks, as counted against the budget."""
+        """Bytes on disk now, in file-system blocks, as they count in the budget."""
         ...
 
 
 class Pins(Protocol):
-    """Pins content at the node it came from while it is staged here. Every method returns at once and does no
-    I/O."""
+    """Pins content at the Kubo node that it came from, while it is staged here. Every method returns at once
+    and does no I/O."""
 
     @property
     def anywhere(self) -> bool:
-        """Whether there is a node to pin anything at: if not, `add` changes nothing."""
+        """Whether there is a node to pin at. If not, `add` does nothing."""
         ...
 
     def add(self, cid: Cid) -> None:
-        """`cid` is in use: pin it and what is below it. Doing so again is free."""
+        """Pins `cid`, which is in use, and everything below it. Calling it again costs nothing."""
         ...
 
     def remove(self, cid: Cid) -> None:
-        """`cid` was evicted: release our pin, and nobody else's. Unknown CIDs are no error."""
+        """Releases our pin of `cid`, which was evicted. Unknown CIDs are no error."""
         ...
 
     def state(self, cid: Cid) -> str:
-        """One of "" (not pinned), "queued" (soon, or not known yet), "cache" (while it is staged), "user"
-        (until unpinned)."""
+        """One of "" (not pinned), "queued" (to be pinned, or not known yet), "cache" (pinned while it is
+        staged), "user" (pinned until it is unpinned)."""
         ...
 
 
 class NoPins:
-    """For nodes that are not ours and for sources that collect no garbage."""
+    """Pins nothing: for a cache that has no Kubo node to pin at."""
 
     anywhere = False
 
@@ -178,22 +179,22 @@ class NoPins:
 
 
 class Copy(NamedTuple):
-    """Our copy of a block, and those that it links of which we have copies too."""
+    """Our copy of a block, and its links to blocks of which we have copies too."""
 
     block: bytes
     children: Sequence[Cid]
 
 
 class Copies(Protocol):
-    """What we have of what a node may have lost."""
+    """Our copies of blocks that a node may have lost."""
 
-    def joins(self, cid: Cid) -> bool:
-        """Whether `cid` holds together other blocks that are staged: the root of a large file."""
+    def is_file_root(self, cid: Cid) -> bool:
+        """Whether `cid` is the root of a large file that is staged."""
         ...
 
     async def copy(self, cid: Cid, node: str) -> Copy | None:
-        """A verified block that packs hold, or (of a large file's root) that is to be had; None for any
-        other, and for what came from elsewhere than `node`. Raises what reading meets."""
+        """A verified block from a pack, or the root block of a large staged file. None for other blocks, and
+        for files from another source than `node`. Raises what a read raises."""
         ...
 
 
@@ -204,11 +205,11 @@ class PinStatus:
     held: int
     """CIDs that the node holds for this mount."""
     queued: int
-    """CIDs that it will be asked to pin, or has not been asked about yet."""
+    """CIDs that the node will be asked to pin, or has not been asked about yet."""
     batches: int
     requests: int
-    """To the node, since the start."""
+    """Requests to the node since the start."""
     folder: str
     """The folder in the node's MFS that lists what is pinned."""
     failing: str
-    """Why the node can't be reached just now, "" where it can."""
+    """Why the node can't be reached now; "" if it can."""

@@ -1,17 +1,16 @@
-"""The budget: no byte is written before there is room for it.
+"""The budget: nothing is written before room is reserved for it.
 
-`used` counts, in file-system blocks, what staging files and packs take and may still take by writes under
-way, what is pinned, and everything else in the cache folder with what that may grow. ARC says what
-must leave. That has left the disk before the reservation returns, and no other reservation returns in
-between. So the sum on disk never exceeds `limit`.
+`used` is a number of bytes, in file-system blocks. It counts staging files and packs, what writes under way
+may add to them, what is pinned, and everything else in the cache folder with what that may grow by. ARC
+decides what is evicted. A reservation returns after the eviction is done on disk, and no other reservation
+returns in between. So the sum on disk never exceeds `limit`.
 
-Until what an earlier run left has been `counted`, nothing is reserved and nothing leaves.
+Until the content of an earlier run has been `counted`, nothing is reserved and nothing is evicted.
 
-`limit` is the configured budget, or less where the file system is too full for it: a reserve stays free for
-others. It follows the free space, which is asked for again after each `LOOK_BYTES` reserved and whenever
-`refit` is called.
+`limit` is the configured budget, or less if the file system is too full for it: a reserve stays free for
+others. It is computed again after each `LOOK_BYTES` reserved, and when `refit` is called.
 
-Concurrency: the event loop's; one reservation that must evict, or one removal, at a time.
+Concurrency: on the event loop; one reservation that evicts, or one removal, at a time.
 """
 
 import contextlib
@@ -33,16 +32,16 @@ Key = Cid | int
 """A staging file by its CID, a pack by its number."""
 
 LOOK_BYTES = 4 << 20
-"""Bytes reserved between two looks at the free space. One look takes some microseconds."""
+"""Bytes reserved between two looks at the free space. A look takes some microseconds."""
 RESERVE_PART, MAX_RESERVE = 20, 2 << 30
-"""By default a twentieth of the file system stays free, at most 2 GiB."""
+"""The default reserve: a twentieth of the file system, at most 2 GiB."""
 RETRY = 5.0
-"""Seconds after a failed write in which nothing is written."""
+"""Seconds after a failed write during which nothing is written."""
 
 
 @asynccontextmanager
 async def holding(lock: trio.Lock) -> AsyncIterator[None]:
-    """While it has `lock`. Where that is free, no other task gets a turn first, which costs 20 us."""
+    """`async with lock` without its checkpoint if the lock is free: a checkpoint costs 20 us."""
     try:
         lock.acquire_nowait()
     except trio.WouldBlock:
@@ -60,20 +59,20 @@ class Budget:
         evict: Callable[[Key], Awaitable[None]],
         spare: Callable[[], int | None],
     ) -> None:
-        """`evict` removes one thing from the disk, and reports its own failure. `spare` says how many more
-        bytes the file system can take before the reserve is touched: negative where others have taken from
-        the reserve, None where that can't be known. `restore` is called with what an earlier run left, and
-        then `counted` is set."""
+        """`evict` removes one staging file or pack from the disk, and reports its own failure. `spare`
+        returns how many more bytes the file system can take before the reserve is used: negative if the
+        reserve is already used in part, None if it is unknown. The caller calls `restore` with each item of
+        an earlier run, and then sets `counted`."""
         self.configured = configured
         self.limit = configured
         self.unit = 4096
         """Bytes of a file-system block."""
         self.counted = trio.Event()
-        """Set when `used` has all that an earlier run left."""
+        """Set when `used` includes everything of an earlier run."""
         self.arc: Arc[Key] = Arc(configured)
         self.evictions = 0
         self.refused: set[Key] = set()
-        """What should be pinned, but did not fit."""
+        """Items that should be pinned but did not fit."""
         self._evict = evict
         self._spare = spare
         self._lock = trio.Lock()
@@ -81,11 +80,11 @@ class Budget:
         self._margin = 0
         self._stuck = 0
         self._exempt: dict[Key, int] = {}
-        """Bytes of what may not be evicted: what is pinned or protected."""
+        """Bytes of each item that may not be evicted because it is pinned or protected."""
         self._exempt_bytes = 0
         self._pinned: set[Key] = set()
         self._protected: dict[Key, bool] = {}
-        """Whether ARC had it among what was used again."""
+        """For each protected item, whether it was used more than once (ARC's second list)."""
         self._pending = 0
         self._unlooked = 0
 
@@ -95,13 +94,13 @@ class Budget:
 
     @property
     def pinned_bytes(self) -> int:
-        """Bytes of what is pinned."""
+        """Bytes of all pinned items."""
         protected = sum(self._exempt[key] for key in self._protected if key not in self._pinned)
         return self._exempt_bytes - protected
 
     @property
     def protected_bytes(self) -> int:
-        """Bytes of what is protected."""
+        """Bytes of all protected items."""
         return sum(self._exempt[key] for key in self._protected)
 
     def is_pinned(self, key: Key) -> bool:
@@ -111,9 +110,9 @@ class Budget:
         return self._exempt.get(key) or self.arc.size(key)
 
     async def reserve(self, key: Key, start: int, end: int) -> int:
-        """Counts for `key` the bytes on disk that writing [start, end) can take at most, what the file system
-        needs to find it included. What must leave for them has left before. Returns them, or 0 if they can't
-        fit. The caller calls `settle` with them once the write has ended."""
+        """Reserves for `key` the most bytes on disk that writing [start, end) can take, with the file
+        system's own. Evicts what must make room for them before it returns. Returns the number of bytes, or 0
+        if they can't fit. The caller calls `settle` with it when the write has ended."""
         if not self.counted.is_set():
             return 0
         size = (-(-end // self.unit) - start // self.unit + 1) * self.unit
@@ -130,7 +129,7 @@ class Budget:
                 await self._leave(self._shrink())
             elif leave := self.arc.admit(key, size, current_request.get().caller):
                 await self._leave(leave)
-                if self.used > self.limit:  # someone still reads what had to leave: its space is not free yet
+                if self.used > self.limit:  # an evicted item is still read, so its space is not free yet
                     await self._leave(self._shrink())
                     if key not in self.arc:
                         return 0
@@ -138,15 +137,15 @@ class Budget:
             return size
 
     def restore(self, key: Key, size: int, frequent: bool) -> None:
-        """Counts `size` bytes that an earlier run left of `key`, which is the one used last so far."""
+        """Counts `size` bytes of `key` from an earlier run. Call it in the order of use."""
         if key in self._exempt:
             self._add_exempt(key, size)
         else:
             self.arc.restore(key, size, frequent)
 
     def settle(self, key: Key, by: int, reserved: int = 0) -> None:
-        """Corrects what is counted for `key` by so many bytes: what was reserved meanwhile stays counted.
-        `reserved` where a write has ended for which so many bytes were reserved."""
+        """Adds `by` bytes, which may be negative, to what is counted for `key`. Bytes that others reserved
+        meanwhile stay counted. `reserved`: the bytes that were reserved for a write that has ended."""
         self._pending -= reserved
         if not by:
             return
@@ -159,31 +158,31 @@ class Budget:
             self.arc.set_size(key, size)
 
     def remove(self, key: Key) -> None:
-        """`key` has left the disk for other reasons."""
+        """`key` was removed from the disk for another reason than eviction."""
         if key in self._exempt:
             self._add_exempt(key, -self._exempt[key])
         else:
             self.arc.remove(key)
 
     def pin(self, key: Key) -> None:
-        """Exempts `key` from eviction, whether or not it is there yet."""
+        """Exempts `key` from eviction. It need not exist yet."""
         self._pinned.add(key)
         self._exempt_from_arc(key)
 
     def unpin(self, key: Key) -> None:
-        """`key` may be evicted again."""
+        """Lets `key` be evicted again."""
         if key in self._pinned:
             self._pinned.remove(key)
             self._back_to_arc(key, True)
 
     def protect(self, key: Key) -> None:
-        """Exempts `key` from eviction for as long as it is read past the cache."""
+        """Exempts `key` from eviction while the kernel reads its staging file itself."""
         if key not in self._protected:
             self._protected[key] = self.arc.frequent(key)
             self._exempt_from_arc(key)
 
     def evictable(self) -> list[Key]:
-        """All that is not pinned: what is protected leaves too when a user asks for it."""
+        """All items that are not pinned. They include protected ones, which a user may evict."""
         return [*self.arc, *(key for key in self._protected if key not in self._pinned)]
 
     def unprotect(self, key: Key) -> None:
@@ -209,27 +208,27 @@ class Budget:
             self.arc.refresh(key)
 
     async def refit(self, overhead: int, margin: int) -> None:
-        """Takes in what else lies in the cache folder (`overhead` bytes, which may grow by `margin` before
-        this is called again) and how much room the file system has now. What is too much for either
-        leaves."""
+        """Counts everything else in the cache folder (`overhead` bytes, which may grow by `margin` before the
+        next call), and looks at the free space. Evicts what no longer fits."""
         async with self._lock:
             self._overhead, self._margin = overhead, margin
             self._look()
             await self._leave(self._shrink())
 
     async def resize(self, configured: int) -> None:
-        """Takes another budget. What is too much for it leaves before this returns."""
+        """Changes the budget. Evicts what no longer fits before it returns."""
         async with self._lock:
             self.configured = self.limit = configured
             self._look()
             await self._leave(self._shrink())
 
     def look_soon(self) -> None:
-        """The next reservation looks at the free space first: a write has just found the disk full."""
+        """Makes the next reservation look at the free space first, because a write has found the disk
+        full."""
         self._unlooked = LOOK_BYTES
 
     async def evict(self, key: Key) -> int:
-        """Removes one thing on demand; returns the bytes freed."""
+        """Evicts one item on demand. Returns the bytes freed."""
         async with self._lock:
             size = self.size(key)
             self.remove(key)
@@ -238,12 +237,12 @@ class Budget:
             return size
 
     def _look(self) -> None:
-        """Sets the limit to what the file system lets us have now. Under the lock: what is leaving is counted
-        nowhere."""
+        """Sets the limit to what the file system has room for now. Call it with the lock, because items that
+        are being evicted are not counted."""
         self._unlooked = 0
         spare = self._spare() if self.counted.is_set() else None
         if spare is not None:
-            # What is reserved and not written yet is still free there.
+            # bytes that are reserved and not written yet are still free on disk
             on_disk = self.used - self._pending - self._margin
             self.limit = max(0, min(self.configured, on_disk + spare))
             self._set_capacity()
@@ -255,11 +254,12 @@ class Budget:
 
     @property
     def _room(self) -> int:
-        """What is left of the limit for all that ARC may evict; negative where the rest alone is too much."""
+        """The part of the limit that is left for items that ARC may evict; negative if the others alone are
+        too much."""
         return self.limit - self._overhead - self._margin - self._stuck - self._exempt_bytes
 
     def _set_capacity(self) -> None:
-        """Without evicting: what is too much leaves with the next reservation, or by `refit`."""
+        """Sets ARC's capacity. Does not evict: the next reservation or `refit` does."""
         self.arc.capacity = max(0, self._room)
 
     def _shrink(self) -> list[Key]:
@@ -268,32 +268,30 @@ class Budget:
         return self.arc.set_capacity(self._room)
 
     def stuck(self, size: int) -> None:
-        """Something of `size` bytes could not be removed: it is counted until the next start, or until this
-        is called with a negative size."""
+        """Counts `size` bytes that could not be removed, until the next start or a call with a negative
+        size."""
         self._stuck += size
         self._set_capacity()
 
     async def _leave(self, keys: list[Key]) -> None:
-        with trio.CancelScope(
-            shield=True
-        ):  # what was decided is done: else it would be on disk and not counted
+        with trio.CancelScope(shield=True):  # ARC no longer counts them, so they must be removed
             for key in keys:
                 await self._evict(key)
                 self.evictions += 1
 
 
 class FreeSpace:
-    """How much more of its file system a cache folder may take, so that a reserve stays free for everybody
-    else."""
+    """How many more bytes of its file system a cache folder may take, so that a reserve stays free for
+    others."""
 
     def __init__(self, folder: Path, reserve: int | None) -> None:
         """`reserve` in bytes; None for the default."""
         self._folder = folder
         self._wanted = reserve
         self.total = self.free = self.reserve = 0
-        """Bytes, as of the last look. `free` is what an ordinary user may take. All are 0 where the file
-        system, as some on the network, does not tell its size."""
-        with contextlib.suppress(OSError):  # the folder can't be made yet: it is looked at again later
+        """Bytes at the last look. `free` is what an ordinary user may take. All are 0 if the file system does
+        not tell its size, as some network file systems do not."""
+        with contextlib.suppress(OSError):  # the folder does not exist yet: `spare` looks again
             self._look()
 
     def _look(self) -> None:
@@ -302,17 +300,17 @@ class FreeSpace:
         self.reserve = min(self.total // RESERVE_PART, MAX_RESERVE) if self._wanted is None else self._wanted
 
     def spare(self) -> int | None:
-        """Bytes that the file system lets us use beyond what we use; None if it can't be asked."""
+        """The bytes that we may use in addition; None if that is unknown."""
         try:
             self._look()
-        except OSError:  # the folder is gone, or its disk: writing says so
+        except OSError:  # the folder or its disk is gone: a write reports that
             return None
         return self.free - self.reserve if self.total else None
 
 
 def disk_usage(folder: Path, but_in: Collection[Path] = ()) -> int:
-    """Bytes on disk of `folder` and all below it, but for what lies in `but_in`. What vanishes meanwhile, or
-    can't be looked at, counts nothing. No symlink is followed."""
+    """Bytes on disk of `folder` and everything below it, without the content of the folders `but_in`. What
+    vanishes meanwhile or can't be read counts as nothing. Follows no symlink."""
     total = 0
     with contextlib.suppress(OSError):
         total += folder.lstat().st_blocks * 512
@@ -328,16 +326,17 @@ def disk_usage(folder: Path, but_in: Collection[Path] = ()) -> int:
 
 
 class WriteBackoff:
-    """What is wrong with the disk just now. Reads go on uncached; `status` says why, and the log once."""
+    """Remembers that a write failed, so that nothing is written for RETRY seconds. Reads go on without the
+    cache; `status` says why, and the log says it once."""
 
     def __init__(self) -> None:
         self.reason = ""
-        """What is wrong, "" where nothing is."""
+        """Why the last write failed; "" if it succeeded."""
         self._until = 0.0
 
     @property
     def waiting(self) -> bool:
-        """Whether it is too early to try again."""
+        """Whether it is too early to write again."""
         return bool(self.reason) and trio.current_time() < self._until
 
     def failed(self, what: str, error: Exception) -> None:

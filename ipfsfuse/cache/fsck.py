@@ -1,7 +1,6 @@
-"""fsck: everything that is staged is hashed again; what is wrong is set aside and, where the sources can,
-fetched again.
+"""fsck: hashes everything that is staged. Wrong blocks are set aside, and fetched again if a source has them.
 
-Concurrency: one task, beside all others: each leaf or block is checked as a read of it would.
+Concurrency: one task, while others use the cache. It checks each leaf or block by reading it.
 """
 
 import contextlib
@@ -26,35 +25,35 @@ from ipfsfuse.fileio import threads
 T = TypeVar("T")
 
 WINDOW = 64 << 20
-"""Bytes of a file whose leaves are listed at once."""
+"""Bytes of a file whose leaves are listed together."""
 
 MOST_LOST = 1000
 """Wrong blocks that a report names."""
 
 Progress = Callable[[int, int], Awaitable[None]]
-"""Awaited with (bytes checked, bytes in all)."""
+"""Called with (bytes checked, bytes in all)."""
 
 
 @dataclass(slots=True)
 class FsckReport:
     files: int = 0
-    """Staging files looked at."""
+    """Staging files that were checked."""
     blocks: int = 0
-    """Leaves and small blocks hashed."""
+    """Leaves and small blocks that were hashed."""
     bytes: int = 0
     wrong: int = 0
-    """Of them, those that were not what their CID says, and were set aside."""
+    """Those of `blocks` that did not match their CID, and were set aside."""
     mended: int = 0
-    """Of those, the ones that were fetched again."""
+    """Those of `wrong` that were fetched again."""
     lost: list[str] = field(default_factory=list)
-    """The others, at most `MOST_LOST` of them: each as a CID, of a leaf with its file."""
+    """The CIDs of the other wrong blocks, at most `MOST_LOST`; a leaf's CID comes with its file."""
     heads: int = 0
-    """Damaged marks between small blocks that were rewritten."""
+    """Damaged heads of small blocks in packs that were rewritten."""
     found: int = 0
-    """Right blocks that the index had lost."""
+    """Correct blocks that were missing in the index."""
     unproved: int = 0
-    """Files whose leaves could not be listed, because a block above them is neither staged nor to be had:
-    each of their leaves is proved whenever it is read."""
+    """Files whose leaves could not be listed, because a block above them is neither staged nor available.
+    Each of their leaves is verified when it is read."""
 
 
 async def fsck(store: Store, reader: Reader, report_progress: Progress | None = None) -> FsckReport:
@@ -81,13 +80,13 @@ async def _tell(report_progress: Progress | None, report: FsckReport, total: int
 
 
 async def _check_pack(store: Store, reader: Reader, pack: int, report: FsckReport) -> None:
-    """Blocks that can be found by the heads before them; then those that the index alone knows; then those
-    that it does not."""
+    """Checks the blocks that their heads lead to; then those that only the index knows; then looks for blocks
+    that the index does not know."""
     size, end, named, lost = store.blocks.packs.sizes.get(pack, 0), 0, set[Place](), False
     for cid, place in await threads.run_sync(list, store.blocks.packs.sections(pack)):
         end = place.at + place.size
         if store.blocks.place(cid) != place:
-            lost = True  # a damaged head, a block that was set aside, a copy, or a row that is gone
+            lost = True  # a damaged head, a block that was set aside, a copy, or a missing row of the index
             continue
         named.add(place)
         await _check_block(store, reader, cid, place, report)
@@ -97,12 +96,13 @@ async def _check_pack(store: Store, reader: Reader, pack: int, report: FsckRepor
 
 
 async def _check_block(store: Store, reader: Reader, cid: Cid, place: Place, report: FsckReport) -> bool:
-    """Whether the block that the index has at `place` is right, or is again."""
+    """Checks the block that the index has at `place`, and fetches it again if it is wrong. Returns whether it
+    was correct."""
     report.blocks += 1
     report.bytes += place.size
     if await store.blocks.get(cid) is not None:
         return True
-    if place.pack in store.blocks.packs.sizes:  # else it was evicted meanwhile
+    if place.pack in store.blocks.packs.sizes:  # otherwise it was evicted meanwhile
         report.wrong += 1
         await _mend(reader.block(cid), cids.text(cid), report)
     return False
@@ -111,13 +111,13 @@ async def _check_block(store: Store, reader: Reader, cid: Cid, place: Place, rep
 async def _check_by_index(
     store: Store, reader: Reader, pack: int, named: set[Place], report: FsckReport
 ) -> None:
-    """What no intact head leads to. `named` grows by it."""
+    """Checks blocks of the index that no intact head leads to, and adds them to `named`."""
     for key in dict.fromkeys([*await store.blocks.keys_in(pack), *store.blocks.packs.unindexed_in(pack)]):
         place = store.blocks.place(cids.make(cids.RAW, key))
         if place is None or place.pack != pack or place in named:
             continue
         named.add(place)
-        # evicted meanwhile; or the disk does not give it, and a read fetches it again
+        # OSError: evicted meanwhile, or the disk can't read it; a read fetches it again
         with contextlib.suppress(OSError):
             cid, intact = await threads.run_sync(head_before, store.blocks.packs, key, place)
             if (
@@ -130,7 +130,7 @@ async def _check_by_index(
 
 
 async def _find_unnamed(store: Store, pack: int, named: set[Place], report: FsckReport) -> None:
-    """Right blocks that the index does not have anywhere, in the gaps between those that it has here."""
+    """Finds correct blocks that the index does not have, in the gaps between the blocks `named`."""
 
     def unnamed() -> list[tuple[Cid, Place]]:
         starts = sorted({0, *(place.at + place.size for place in named)})
@@ -175,7 +175,7 @@ async def _mend(fetch: Awaitable[object], name: str, report: FsckReport) -> None
 
 
 async def leaves_of(reader: Reader, entry: Entry) -> AsyncIterator[Leaf]:
-    """The leaves of a staging file, by its root's word. Raises what its blocks meet."""
+    """The leaves of a staging file, as its root lists them. Raises what reading its blocks raises."""
     if cids.codec(entry.cid) == cids.RAW:
         yield Leaf(entry.cid, 0, entry.size)
         return

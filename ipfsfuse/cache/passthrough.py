@@ -1,15 +1,15 @@
-"""Which staging files the kernel may read itself (FUSE passthrough), and what that asks of the store.
+"""Decides which staging files the kernel may read itself (FUSE passthrough), and protects them meanwhile.
 
-A complete staging file is verified whole, once in the daemon's life, in the background. From then on the disk
-is trusted for it, as long as nobody has written to the file: its inode number, size and times are compared
-each time it is opened.
+A complete staging file is verified as a whole in the background, once in the daemon's life. From then on the
+disk is trusted for it, unless the file was written to: each time it is opened, its inode number, size and
+times are compared.
 
-While the kernel reads it, a file is protected: it counts in the budget, ARC does not choose it, and nothing
-of it is punched out. A user who evicts it takes its name; its space counts until the last reader has gone. A
-mapping (mmap(2)) of the backing file lives longer than the last release of the FUSE file, and nobody tells of
-its end. So a file is protected until the kernel grants a lease on it.
+While the kernel reads a file, it is protected: it counts in the budget, ARC does not evict it, and no holes
+are punched in it. If a user evicts it, its name is removed, and its space counts until the last reader has
+gone. A mapping (mmap(2)) of the staging file can outlive the last release of the FUSE file, and the kernel
+does not tell when it ends. So a file stays protected until the kernel grants a lease on it.
 
-Concurrency: the event loop's. Files are verified one after another, by a thread at a time.
+Concurrency: on the event loop. Files are verified one after the other, in one thread at a time.
 """
 
 import logging
@@ -33,15 +33,15 @@ from ipfsfuse.fileio import threads
 log = logging.getLogger(__name__)
 
 MAX_OPEN = 1000
-"""Files that are open at once, the mapped ones included. Any more are read through the daemon."""
+"""Files that are open or mapped at a time. Further files are read through the daemon."""
 OPEN_PART = 2
-"""The part of the budget, as a divisor, that may be open at once: the rest is left to what is read next."""
+"""The part of the budget, as a divisor, that these files may take. The rest is for what is read next."""
 HASHED_TOGETHER = 4 << 20
-"""Bytes that are read and hashed by one thread hop while a file is verified."""
+"""Bytes that one call in a thread reads and hashes while a file is verified."""
 TRIES = 2
-"""How often a file is read whole in a row that was changed meanwhile, or had a leaf that was wrong."""
+"""How often a file is verified in a row if it changes meanwhile or has a wrong leaf."""
 LOOK_SECONDS = 1.0
-"""Between two looks whether closed files are still mapped."""
+"""Seconds between two checks whether closed files are still mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +49,17 @@ class PassthroughStatus:
     """For `status`."""
 
     trust: str
-    """What is trusted, in words."""
+    """A sentence that says what is trusted."""
     verified: int
-    """Staging files that were verified whole since the mount began, and are there."""
+    """Staging files that were verified as a whole since the mount began, and still exist."""
     waiting: int
-    """Files that are still to be verified, the one that is being verified included."""
+    """Files that are waiting to be verified or are being verified."""
     open: int
     """Files that the kernel reads itself now."""
     mapped: int
     """Files that were closed and are still mapped."""
     lingering: int
-    """Bytes on disk of what was evicted while the kernel still reads it."""
+    """Bytes on disk of evicted files that the kernel still reads."""
 
 
 class PassthroughFiles:
@@ -69,9 +69,9 @@ class PassthroughFiles:
         self._verifying = False
         self._wake = trio.Event()
         self._open: dict[Entry, int] = {}
-        """Their descriptors."""
+        """The descriptors of files that the kernel reads itself."""
         self._mapped: dict[Entry, int] = {}
-        """The same, of files that have no reader that we know of."""
+        """The descriptors of files that were closed, and may be mapped."""
         store.completed = self.verify_later
 
     def status(self) -> PassthroughStatus:
@@ -85,8 +85,8 @@ class PassthroughFiles:
         )
 
     def check_place(self) -> int:
-        """A file in the folder of staging files that has no name, open for reading, on which the kernel
-        grants leases. Raises OSError."""
+        """Opens a file without a name in the folder of staging files, and checks that the kernel grants
+        leases on it. Raises OSError."""
         file = os.open(self._store.staging.path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             is_free(file)
@@ -98,7 +98,8 @@ class PassthroughFiles:
     # -- verifying -------------------------------------------------------------------------------------------
 
     def consider(self, cid: Cid) -> None:
-        """`cid` was opened, and the kernel could not read it: if it is complete, it may the next time."""
+        """Called when `cid` was opened and the kernel could not read it itself. If it is complete, it is
+        verified, so that the kernel can next time."""
         entry = self._store.staging.find(cids.canonical(cid))
         if entry is not None and entry.complete and not entry.verified:
             self.verify_later(entry)
@@ -108,7 +109,7 @@ class PassthroughFiles:
         self._wake.set()
 
     async def run(self) -> None:
-        """For as long as the mount serves."""
+        """Verifies files, until it is cancelled."""
         while True:
             with trio.move_on_after(LOOK_SECONDS if self._mapped else float("inf")):
                 await self._wake.wait()
@@ -127,7 +128,8 @@ class PassthroughFiles:
                 self._look_at_mapped()
 
     async def _verify(self, entry: Entry) -> None:
-        """A leaf that is wrong or was set aside is fetched again. Then all of the file is read once more."""
+        """Verifies a file. A wrong or missing leaf is fetched again, and then the file is verified once
+        more."""
         staging, file = self._store.staging, FileRef(entry.cid, entry.size)
         for _ in range(TRIES):
             if entry.dead or not entry.complete or entry.verified:
@@ -145,8 +147,8 @@ class PassthroughFiles:
     # -- read by the kernel ----------------------------------------------------------------------------------
 
     def open(self, cid: Cid) -> tuple[Entry, int] | None:
-        """The staging file of `cid`, and a descriptor of it, if all of it was verified and there is room to
-        protect it. The caller closes it."""
+        """The staging file of `cid`, and a descriptor of it, if it was verified as a whole and there is room
+        to protect it. The caller calls `close` at the end."""
         entry = self._store.staging.find(cids.canonical(cid))
         if entry is None or not entry.verified or entry in self._open:
             return None
@@ -171,14 +173,14 @@ class PassthroughFiles:
         return entry, file
 
     def close(self, entry: Entry) -> None:
-        """The kernel has released it for the last time."""
+        """The kernel has released the file for the last time."""
         self._mapped[entry] = self._open.pop(entry)
         self._look_at_mapped()
         self._wake.set()
 
     def _look_at_mapped(self) -> None:
         for entry, file in list(self._mapped.items()):
-            if entry.dead or is_free(file):  # one that has left is looked at by the store
+            if entry.dead or is_free(file):  # the store itself watches evicted ones
                 os.close(file)
                 del self._mapped[entry]
                 entry.read_by_kernel = False
@@ -186,7 +188,7 @@ class PassthroughFiles:
                     self._store.budget.unprotect(entry.cid)
 
     def close_all(self) -> None:
-        """When the mount is gone."""
+        """Called when the mount is gone."""
         for entry, file in [*self._open.items(), *self._mapped.items()]:
             os.close(file)
             if not entry.dead:

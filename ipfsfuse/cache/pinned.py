@@ -1,9 +1,9 @@
-"""What the user pinned: a DAG's files, and packs of its own for its blocks, exempt from eviction until it is
+"""The DAGs that the user pinned. Their staging files and packs are exempt from eviction until they are
 unpinned.
 
-Each pin has packs of its own, so that one pin can be removed without harm to the others.
+Each pin has packs of its own, so that one pin can be removed without touching the others.
 
-Concurrency: the event loop's. Pins and unpins of one CID exclude each other.
+Concurrency: on the event loop. Pins and unpins of one CID exclude each other.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 
 class Pinning:
-    """One DAG on its way to be pinned. `file` is awaited for each of its files before their leaves are
-    read."""
+    """A DAG that is being pinned. The caller calls `file` with each of its files before it reads the file's
+    leaves."""
 
     def __init__(self, store: Store, root: Cid) -> None:
         self._store = store
@@ -39,15 +39,15 @@ class Pinning:
         self._pack_set = PackSet()
         self._files: dict[Cid, int] = {}
         self._own_files: set[Cid] = set()
-        """Those that no other pin had before."""
+        """The files that no other pin had before."""
 
     @property
     def keys(self) -> list[Key]:
-        """The staging files and packs that it pins."""
+        """The staging files and packs of this pin."""
         return [*self._files, *self._pack_set.packs]
 
     async def file(self, file: FileRef) -> None:
-        """Raises StoreFailed where what was pinned so far did not find room."""
+        """Pins a file. Raises StoreFailed if what was pinned so far did not fit."""
         if file.size > MAX_PACKED:
             self._files[file.cid] = file.size
             if not self._store.budget.is_pinned(file.cid):
@@ -70,24 +70,25 @@ class Pinning:
             raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.backoff.reason}")
 
     async def pin_structure(self, reader: Reader) -> None:
-        """Pins every block of the DAG that lies in packs: directories, links, interior nodes, small
+        """Pins every block of the DAG that is in packs: directories, symlinks, interior nodes, small
         files."""
         walk = BlockWalk([self._root], False)
         for cid, in_file in walk:
-            await trio.lowlevel.checkpoint()  # reading a small block is none
+            await trio.lowlevel.checkpoint()  # reading a small block has no checkpoint
             block = await reader.block(cid)
-            if self._store.blocks.place(cid) is not None:  # else it is staged as a file, or read in place
+            if self._store.blocks.place(cid) is not None:  # otherwise it is a staging file, or read in place
                 await self._store.blocks.put(cid, block, self._pack_set)
             walk.add(*_below(self._store, await parsed_node(cid, block, MAX_PACKED), in_file))
             self.check()
 
 
 def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
-    """What is linked by a node and may lie in packs, and whether it belongs to a file of over 64 KiB."""
+    """The links of a node to blocks that may be in packs, and whether these blocks belong to a file of over
+    64 KiB."""
 
     def is_structure(child: Cid) -> bool:
-        """Whether a part of a large file is a block in a pack: an interior node, or a leaf that content can't
-        prove."""
+        """Whether a part of a large file is a block in a pack: an interior node, or a leaf that can't be
+        verified by its content alone."""
         return cids.codec(child) != cids.RAW and store.blocks.place(child) is not None
 
     large = (
@@ -97,7 +98,7 @@ def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
 
 
 class PinnedDags:
-    """All that is pinned."""
+    """All pins."""
 
     def __init__(self, store: Store, reader: Reader) -> None:
         self._store = store
@@ -117,7 +118,7 @@ class PinnedDags:
 
     @property
     def lost(self) -> int:
-        """How many staging files and packs of pinned DAGs are not there any more, as far as that is known."""
+        """How many staging files and packs of pins no longer exist, as far as that is known."""
         return sum(self._lost.values())
 
     def _note_lost(self) -> None:
@@ -133,10 +134,11 @@ class PinnedDags:
         )
 
     async def recover(self) -> None:
-        """Finds what belongs to each pin of which that is not known, by walking its DAG through what is here.
+        """Finds the staging files and packs of each pin for which they are not known, by walking the staged
+        part of its DAG.
 
-        Until then everything that was found at the start is pinned (`recovery.Inventory`). What is not here
-        is not fetched: that is done when it is used."""
+        Until then everything that was found at the start is pinned (`recovery.Inventory`). Missing blocks are
+        not fetched here, but when they are used."""
         if not self._store.budget.counted.is_set():
             await self._store.budget.counted.wait()
             self._note_lost()
@@ -159,7 +161,7 @@ class PinnedDags:
         self._unpin([*self._store.blocks.packs.sizes, *self._store.staging.entries])
 
     def _unknown(self) -> list[Cid]:
-        """The pins of which it is not known what belongs to them."""
+        """The pins whose staging files and packs are not known."""
         return [pin for pin, record in self._pins.items() if record.keys is None]
 
     def _record(self, keys: Iterable[Key]) -> PinRecord:
@@ -167,12 +169,12 @@ class PinnedDags:
         return PinRecord(sum(map(self._store.budget.size, pinned)), pinned)
 
     async def _walk(self, root: Cid) -> tuple[set[Key], int]:
-        """(the staging files and packs that hold the DAG below `root`, how many of its blocks and files are
-        not here)."""
+        """(The staging files and packs of the DAG below `root`, how many of its blocks and files are
+        missing)."""
         store, found, missing = self._store, set[Key](), 0
         walk = BlockWalk([root], False)
         for cid, in_file in walk:
-            await trio.lowlevel.checkpoint()  # reading a small block is none
+            await trio.lowlevel.checkpoint()  # reading a small block has no checkpoint
             place, file = store.blocks.place(cid), cids.canonical(cid)
             if cids.codec(cid) == cids.RAW and file in store.staging.entries:
                 found.add(file)
@@ -201,10 +203,10 @@ class PinnedDags:
 
     @contextlib.asynccontextmanager
     async def pin(self, cid: Cid) -> AsyncIterator[Pinning]:
-        """Pins a DAG: the caller reads all of it within the block, and awaits `Pinning.file` for each file
-        first. After an error nothing stays pinned.
+        """Pins a DAG. Within the `async with` block the caller reads all of it, and calls `Pinning.file` for
+        each file first. After an error nothing stays pinned.
 
-        Raises StoreFailed, naming the sizes, where the budget has no room for it."""
+        Raises StoreFailed, which names the sizes, if the budget has no room for it."""
         root = cids.canonical(cid)
         await self._store.budget.counted.wait()
         with self._alone(root):
@@ -219,8 +221,8 @@ class PinnedDags:
             await self._complete(root, job)
 
     async def _complete(self, root: Cid, job: Pinning) -> None:
-        """The pin counts once it is written. A file that is read in place is not part of it: it has no
-        entry, which would be taken for a lost one later."""
+        """Writes the pin's record; from then on the pin counts. Files that are read in place are left out:
+        they have no staging file, and would seem to be lost later."""
         before, staged = self._pins.get(root), self._store.staging.entries
         self._pins[root] = self._record(key for key in job.keys if isinstance(key, int) or key in staged)
         try:
@@ -236,12 +238,12 @@ class PinnedDags:
         self._lost.pop(root, None)
 
     async def unpin(self, cid: Cid) -> None:
-        """What was pinned with `cid` may be evicted again. Raises UsageError for what is not pinned."""
+        """Lets the DAG `cid` be evicted again. Raises UsageError if it is not pinned."""
         root = cids.canonical(cid)
         await self._store.budget.counted.wait()
         if root not in self._pins:
             raise UsageError(f"{cids.text(cid)} is not pinned")
-        with self._alone(root), trio.CancelScope(shield=True):  # half an unpin could be asked for no more
+        with self._alone(root), trio.CancelScope(shield=True):  # an unpin that is half done can't be repeated
             async with self._writing:
                 await threads.run_sync(self._store.pin_records.remove, root)
                 keys = self._pins.pop(root).keys or frozenset()
@@ -263,7 +265,8 @@ class PinnedDags:
             self._busy.discard(root)
 
     async def _point_to(self, other: Collection[Key], leaving: Collection[Key]) -> None:
-        """What `other` holds too is found in its own packs from now on."""
+        """From now on, blocks that are in packs of `other` and of `leaving` are read from those of
+        `other`."""
         packs = self._store.blocks.packs
         for pack in [key for key in other if isinstance(key, int)]:
             for cid, place in await threads.run_sync(list, packs.sections(pack)):
@@ -272,8 +275,8 @@ class PinnedDags:
                     packs.pending[cids.multihash(cid)] = place
 
     def _unpin(self, keys: Iterable[Key]) -> None:
-        """Unpins what no other pin has, finished or under way. While it is not known what one of them
-        has, `recover` will do it."""
+        """Unpins those of `keys` that belong to no other pin, finished or under way. If the keys of a pin are
+        not known, does nothing: `recover` does it later."""
         unknown = self._unknown()
         pins, jobs = self._pins.values(), self._jobs.values()
         pinned = set[Key]().union(*(pin.keys or () for pin in pins), *(job.keys for job in jobs))
@@ -283,10 +286,10 @@ class PinnedDags:
                 self._store.budget.unpin(key)
 
     async def _write(self, root: Cid) -> None:
-        """The state of one pin, on the disk when this returns. Raises StoreFailed."""
+        """Writes the record of one pin to the disk. Raises StoreFailed."""
         with trio.CancelScope(shield=True):
             async with self._writing:
-                if root in self._pins:  # else it was unpinned meanwhile
+                if root in self._pins:  # otherwise it was unpinned meanwhile
                     await threads.run_sync(self._store.pin_records.write, root, self._pins[root])
 
 

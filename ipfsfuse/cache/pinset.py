@@ -1,4 +1,4 @@
-"""The pinset cache: its lifetime, and what commands ask of it. `reader` reads, `store` is the disk.
+"""The pinset cache: opens and closes it, and answers commands. `reader` reads, `store` is the disk.
 
 Concurrency: every method may be called by many tasks at once.
 """
@@ -27,52 +27,52 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Blocks
 
 MAX_NAMES = 10_000
-"""Names kept; beyond them, those that are staged no more are looked for."""
+"""Names that are kept. With more, those that are no longer staged are removed."""
 LOOK_AT = 4
-"""Names that are looked at when one more is noted: together with the noting it takes no longer for many than
-for few."""
+"""Names that are checked when one more is noted. So noting one takes the same time for many names as for
+few."""
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """For `status`. Sizes in bytes on disk, counts since the mount began."""
+    """For `status`. Sizes are in bytes on disk; counts are since the mount began."""
 
     budget: int
-    """What the user configured."""
+    """The configured budget."""
     effective_budget: int
-    """The budget, or less where the file system is too full for it."""
+    """The budget, or less if the file system is too full for it."""
     reserve: int
     """Bytes of the file system that stay free."""
     free: int
-    """Bytes that were free there at the last look."""
+    """Free bytes of the file system at the last look."""
     used: int
-    """Never more than the effective budget, but for a moment after others have filled the disk."""
+    """Never more than the effective budget, except for a moment after others have filled the disk."""
     pinned: int
-    """Part of `used` that is pinned."""
+    """The part of `used` that is pinned."""
     pinned_lost: int
-    """Staging files and packs of what is pinned that are not there any more: they are fetched when they are
-    used."""
+    """Staging files and packs of pins that no longer exist. Their blocks are fetched when they are used."""
     hits: int
     """Blocks and leaves read from the disk."""
     misses: int
     """Blocks and leaves asked of the sources."""
     evictions: int
     counted: bool
-    """Whether all that an earlier run left is counted in `used`. Until then nothing new is kept."""
+    """Whether everything of an earlier run is counted in `used`. Until then nothing new is staged."""
     trouble: str
-    """What is wrong with the disk just now, "" where nothing is."""
+    """Why the disk can't be written now; "" if it can."""
     per_caller_bytes: int
-    """What one caller (user id) keeps at most once the budget is used up, while others have something
+    """The most bytes that one caller (user id) keeps when the budget is used up and other callers have bytes
     here."""
     callers: dict[str, int]
-    """Bytes by who had them fetched since the mount began: user ids, and `all` for what several use."""
+    """Bytes by the caller for which they were fetched since the mount began: user ids, and `all` for what
+    several callers use."""
 
 
 class RootNames:
-    """What was opened by name in the mount's root, as first spelled.
+    """The names that were opened in the mount's root, as they were first spelled.
 
-    A name is listed while its own block or file is staged, or pinned. A program that goes below it
-    reads that block, so that block leaves after the blocks below it."""
+    A name is listed while its own block or file is staged or pinned. A program that goes below the name reads
+    that block, so the block is evicted after the blocks below it."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -84,7 +84,7 @@ class RootNames:
         except (StoreFailed, Damaged):
             self._names = {}
         self._round = deque(self._names)
-        """All of them, the one that is to be looked at next first."""
+        """All names, in the order in which they are checked next."""
 
     def note(self, cid: Cid, spelling: str) -> None:
         """`cid` was opened by this name in the mount's root."""
@@ -100,11 +100,11 @@ class RootNames:
         )
 
     def spelling(self, cid: Cid) -> str:
-        """The CID in the spelling by which it was opened first, else in the usual one."""
+        """The spelling by which the CID was first opened; the usual spelling if it was not."""
         return self._names.get(cids.canonical(cid)) or cids.text(cid)
 
     def staged(self) -> Iterator[tuple[Cid, str]]:
-        """(CID, as first spelled) of what was opened by name and is still staged itself."""
+        """(CID, spelling) of each name whose own block or file is still staged."""
         for cid, spelling in list(self._names.items()):
             if self._store.holds(cid):
                 yield cid, spelling
@@ -120,12 +120,12 @@ class RootNames:
 
 
 class PinsetCache:
-    """The shared cache of one folder. Made by `open`."""
+    """The cache in one cache folder. Made by `open`."""
 
     def __init__(self, store: Store, reader: Reader) -> None:
         self.store = store
         self.reader = reader
-        """What reads through the cache."""
+        """Reads through the cache."""
         self.names = RootNames(store)
         self.pinned = PinnedDags(store, reader)
 
@@ -141,16 +141,16 @@ class PinsetCache:
         pins: Pins | None = None,
         reserve: int | None = None,
     ) -> AsyncIterator["PinsetCache"]:
-        """The cache that lives in `folder`, which the caller holds (`folder.locked`). Raises StoreFailed.
+        """Opens the cache in `folder`, which the caller has locked (`folder.locked`). Raises StoreFailed.
 
-        `budget` in bytes; `deadline` in seconds: see `single_flight`. `reserve`: bytes of the file system
-        that stay free, None for a twentieth of it, at most 2 GiB."""
+        `budget` is in bytes, `deadline` in seconds (see `single_flight`). `reserve`: bytes of the file system
+        that stay free; None for a twentieth of it, at most 2 GiB."""
         failure: BaseException | None = None
         store: Store | None = None
         try:
             async with trio.open_nursery() as nursery:
                 try:
-                    async with _living(folder, budget, nursery, pins, reserve) as store:
+                    async with _open_store(folder, budget, nursery, pins, reserve) as store:
                         cache = cls(store, Reader(store, blocks, nursery, deadline))
                         nursery.start_soon(cache.pinned.recover)
                         try:
@@ -163,7 +163,7 @@ class PinsetCache:
                     failure = exc
                     raise
         except BaseExceptionGroup:
-            if failure is not None:  # of one task alone: not to be wrapped
+            if failure is not None:  # the body's exception, without the nursery's group
                 raise failure from failure.__cause__
             raise
         finally:
@@ -172,7 +172,7 @@ class PinsetCache:
 
     @property
     def trouble(self) -> str:
-        """What is wrong with the disk just now, "" where nothing is."""
+        """Why the disk can't be written now; "" if it can."""
         return self.store.backoff.reason or self.store.no_room()
 
     def statistics(self) -> Statistics:
@@ -186,13 +186,12 @@ class PinsetCache:
         )  # fmt: skip
 
     def named_roots(self) -> Iterator[tuple[Cid, str]]:
-        """(CID, as first spelled) of what is pinned, and what was opened by name and is still staged
-        itself."""
+        """(CID, spelling) of each pin, and of each name that was opened in the root and is still staged."""
         for cid in self.pinned.roots:
             yield cid, self.names.spelling(cid)
         yield from self.names.staged()
 
-    def joins(self, cid: Cid) -> bool:
+    def is_file_root(self, cid: Cid) -> bool:
         return cids.codec(cid) == cids.DAG_PB and self.store.staging.find(cids.canonical(cid)) is not None
 
     async def copy(self, cid: Cid, node: str) -> Copy | None:
@@ -208,16 +207,17 @@ class PinsetCache:
         return Copy(block, [child for child in below if self.store.blocks.place(child) is not None])
 
     async def fsck(self, report_progress: Progress | None = None) -> FsckReport:
-        """Hashes everything again, sets aside what is wrong, and fetches that again where the sources can."""
+        """See `cache.fsck`."""
         await self.store.budget.counted.wait()
         return await fsck(self.store, self.reader, report_progress)
 
 
 @contextlib.asynccontextmanager
-async def _living(
+async def _open_store(
     folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None, reserve: int | None
 ) -> AsyncIterator[Store]:
-    """An open store and its tasks; closed, and all of `nursery` with it, at the end."""
+    """Opens the store and starts its tasks. At the end, cancels all tasks in `nursery` and closes the
+    store."""
     store = await recovery.open_store(folder, budget, nursery, pins, reserve)
     nursery.start_soon(recovery.write_behind, store)
     nursery.start_soon(recovery.follow_space, store)

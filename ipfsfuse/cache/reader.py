@@ -1,7 +1,7 @@
-"""Reading through the cache: from the disk, from a fetch under way, or from the sources.
+"""Reads through the cache: from the disk, from a fetch under way, or from the sources.
 
 Concurrency: every method may be called by many tasks at once. One fetch serves all callers of a block, and
-belongs to none of them (`single_flight`). A fetch ends when its block is staged, or was found not to be.
+belongs to none of them (`single_flight`). A fetch ends when its block is staged, or could not be staged.
 """
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
@@ -26,26 +26,27 @@ from ipfsfuse.sources.streams import Block
 T = TypeVar("T")
 
 FEW = 4
-"""Up to so many blocks cost less one by one than by one answer with all blocks of a directory."""
+"""So few blocks are fetched one by one: that costs less than one answer with all blocks of a directory."""
 ANSWER_PART = 1 / 3
-"""The part of the deadline that one such answer may take. The rest is for getting its blocks elsewhere."""
+"""The part of the deadline that such an answer may take. After that there is time to get its blocks
+elsewhere."""
 OF_BUDGET = 4
-"""The largest part of the budget, as a divisor, that one answer may fill: its blocks must not evict each
+"""The largest part of the budget, as a divisor, that one answer may fill, so that its blocks don't evict each
 other."""
 REGISTERED_AT_A_TIME = 2000
 """Blocks of one answer that are registered in one step of the event loop: about 10 ms."""
 STAGED_TOGETHER = 2
-"""Deliveries of one `ahead` that are written while the next one arrives."""
+"""Deliveries of one `ahead` that may be written while the next one arrives."""
 LEAVES_TOGETHER = 4
-"""Leaves that one `ahead` fetches one by one, side by side."""
+"""Leaves that one `ahead` fetches in parallel, if it fetches them one by one."""
 READ_TASKS = 2
 """Tasks that read staged leaves ahead: one reads while the other hashes."""
 
 BEHIND_SECONDS = 0.01
-"""How long after its reader a block is staged. Small blocks are written on the event loop: the answer, and
-what its reader asks for next, need not wait for that."""
+"""Seconds after its reader got a block until it is staged. Small blocks are written on the event loop, so the
+answer and the reader's next request would wait for that."""
 MAX_BEHIND = 4 << 20
-"""Bytes that readers may have been given and that are not written yet: more would let a fast source outrun a
+"""Bytes that readers may have got and that are not written yet. Without a limit, a fast source would outrun a
 slow disk."""
 
 
@@ -53,8 +54,8 @@ slow disk."""
 
 
 def block_key(cid: Cid) -> bytes:
-    """The key of a block, the same for all spellings of its CID. A raw block may be a file of its own; the
-    others are stored by their multihash."""
+    """The key of a block, the same for all spellings of its CID. A raw block may be a file of its own, so its
+    key is its CID; other blocks are stored by their multihash."""
     return cids.canonical(cid) if cids.codec(cid) == cids.RAW else cids.multihash(cid)
 
 
@@ -64,7 +65,7 @@ def cid_of(key: bytes) -> Cid:
 
 
 def spelled(key: bytes) -> str:
-    """A key for messages, or the CID that a caller asked for."""
+    """A key, or the CID that a caller asked for, as text for messages."""
     return cids.text(cid_of(key))
 
 
@@ -77,36 +78,36 @@ class FetchResult(NamedTuple):
     content: Content
     source: Source | None = None
     block: Block = b""
-    """As it arrived."""
+    """The block as it arrived."""
     place: tuple[Cid, int] | None = None
-    """The file, and the offset in it, where the content is being staged. None if it can't go into a staging
-    file: it is read in place, or it can't be verified by itself."""
+    """The file, and the offset in it, where the content is staged. None if it can't be in a staging file,
+    because it is read in place, or because the content alone can't be verified."""
 
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
-    """The result of `parse` for `block`, in a thread if the block is large: it may have 40,000 links."""
+    """The result of `parse` for `block`. Runs in a thread if the block is large: it may have 40,000 links."""
     if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
         return parse()
     return await threads.run_sync(parse)
 
 
 async def parsed_node(cid: Cid, block: bytes, most: int = MAX_PARSED_ON_LOOP) -> Node:
-    """The node of `block`, parsed in a thread if that has more than `most` bytes. Raises what `nodes.parse`
-    raises."""
+    """The node of `block`, parsed in a thread if the block has more than `most` bytes. Raises what
+    `nodes.parse` raises."""
     if len(block) <= most:
         return nodes.parse(cid, block)
     return await threads.run_sync(nodes.parse, cid, block)
 
 
 def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
-    """A block as its waiters get it. A raw one may be a whole file, and is staged as one."""
+    """The result for the waiters of a block. A raw block may be a whole file, and is staged as one."""
     block, source = fetched.block, fetched.source
     place = None if cids.codec(cid) != cids.RAW or source.in_place else (cids.canonical(cid), 0)
     return FetchResult(block, source, block, place)
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
-    """The content of a leaf of `file`, from its block."""
+    """The result for the waiters of a leaf of `file`, from its block."""
     raw = cids.codec(leaf.cid) == cids.RAW
     if raw:
         content = memoryview(block)
@@ -119,12 +120,12 @@ async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source
 
 
 def _whole(cid: Cid, size: int) -> tuple[FileRef, Leaf]:
-    """The block of `cid`, of `size` bytes, as a file of its own."""
+    """The block of `cid`, of `size` bytes, as a file with one leaf."""
     return FileRef(cids.canonical(cid), size), Leaf(cid, 0, size)
 
 
 class _Expected:
-    """Of one answer, the blocks that a batch expects (`sources.base.Wanted`)."""
+    """The blocks of one answer that a batch expects (implements `sources.base.Wanted`)."""
 
     def __init__(self, reader: "Reader", batch: Batch[bytes, FetchResult], seen: Seen) -> None:
         self._reader, self._batch, self._seen = reader, batch, seen
@@ -145,7 +146,7 @@ class _Expected:
 
 
 class Reader:
-    """Reads blocks and leaves: the `cache.base.Cache`, whose methods are described there."""
+    """Reads blocks and leaves. Implements `cache.base.Cache`, which describes the methods."""
 
     def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
         self.store = store
@@ -154,7 +155,7 @@ class Reader:
         self._blocks = blocks
         self._patience = deadline * ANSWER_PART
         self._behind = 0
-        """Bytes that readers were given and that are not written yet."""
+        """Bytes that readers have got and that are not written yet."""
         self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
             nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
         )
@@ -162,7 +163,7 @@ class Reader:
     # -- uses ------------------------------------------------------------------------------------------------
 
     def opened(self, file: FileRef) -> None:
-        # first what costs least: a small file is opened in as much time as the index takes to answer
+        # The cheap checks come first: looking in the index takes as long as the rest of opening a small file.
         pins = self.store.pins
         if pins.anywhere and not pins.state(file.cid) and self.store.holds(file.cid):
             pins.add(file.cid)
@@ -193,7 +194,7 @@ class Reader:
         return result.content if isinstance(result.content, bytes) else bytes(result.content)
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
-        """The verified block if it is staged as a block, or as a raw file; no source is asked. `use` as in
+        """The verified block if it is staged as a block or as a raw file. Asks no source. `use`: as in
         `Packs.get`."""
         found: Content | None = cids.implied_block(cid)
         if found is None:
@@ -203,7 +204,7 @@ class Reader:
         return None if found is None else bytes(found)
 
     async def _raw_file(self, cid: Cid) -> Content | None:
-        """The block that is the whole of a staged raw file."""
+        """The only block of a staged raw file."""
         own = cids.canonical(cid)
         entry = self.store.staging.find(own) if cids.codec(cid) == cids.RAW else None
         if entry is None:
@@ -213,8 +214,9 @@ class Reader:
     async def _bring(
         self, cid: Cid, leaf_of: tuple[FileRef, Leaf] | None, early: bool
     ) -> AsyncGenerator[FetchResult]:
-        """The block of `cid`, or with `leaf_of` the content of that leaf: from a staging file, else fetched,
-        and then staged. If `early`, readers get it before that, unless too much waits to be staged."""
+        """Yields the block of `cid`, or with `leaf_of` the content of that leaf, from a staging file or from
+        a source. Stages what it fetched. With `early`, yields before that, unless too much waits to be
+        staged."""
         own = cids.canonical(cid) if leaf_of is None else leaf_of[0].cid
         if self.store.staging.find(own) is not None:
             staged = await (self._raw_file(cid) if leaf_of is None else self.store.leaf(*leaf_of))
@@ -254,7 +256,8 @@ class Reader:
         await self._flights.settle()
 
     async def _stage(self, arrived: Iterable[tuple[FileRef, Leaf, FetchResult]]) -> None:
-        """Stages what arrived together: adjacent leaves of a file by one write, small blocks by few."""
+        """Stages what arrived together: adjacent leaves of a file in one write, small blocks in a few
+        writes."""
         small: list[tuple[Cid, bytes]] = []
         runs: list[tuple[FileRef, str, list[Leaf], list[Content]]] = []
         for file, leaf, result in arrived:
@@ -262,7 +265,7 @@ class Reader:
                 continue
             if result.place is None or file.size <= MAX_PACKED:
                 small.append((leaf.cid, bytes(result.block)))
-            elif len(result.content) == leaf.size:  # else its parent states a wrong size of it
+            elif len(result.content) == leaf.size:  # otherwise its parent states a wrong size
                 last = runs[-1][2][-1] if runs and runs[-1][0] == file else None
                 if last is None or leaf.offset != last.offset + last.size:
                     runs.append((file, result.source.name, [], []))
@@ -270,7 +273,7 @@ class Reader:
                 runs[-1][3].append(result.content)
         for file, source, leaves, contents in runs:
             if not await self.store.put_leaves(file, leaves, contents, source) and len(leaves) > 1:
-                for leaf, content in zip(leaves, contents, strict=True):  # there may be room for some
+                for leaf, content in zip(leaves, contents, strict=True):  # there may be room for some of them
                     await self.store.put_leaves(file, [leaf], [content], source)
         if small:
             await self.store.blocks.put_many(small)
@@ -295,17 +298,17 @@ class Reader:
                                 batch.staged(block_key(cid))
 
         batch = self._flights.start_batch(self.absent(some[:REGISTERED_AT_A_TIME]), fetch, more=bool(rest))
-        batch.interest += 1  # it goes on whoever leaves
+        batch.interest += 1  # it goes on even if all callers leave
         return batch.ended
 
     def absent(self, wanted: Iterable[Cid]) -> list[bytes]:
-        """The keys of those blocks that are not staged."""
+        """The keys of those of `wanted` that are not staged."""
         some = [cid for cid in wanted if cids.implied_block(cid) is None and not self._is_staged_file(cid)]
         packed = self.store.blocks.places(some)
         return [block_key(cid) for cid in some if cids.multihash(cid) not in packed]
 
     def _is_staged_file(self, cid: Cid) -> bool:
-        """Whether it is a raw file that is complete, as far as is known without looking at the disk."""
+        """Whether it is a complete raw file, as far as that is known without looking at the disk."""
         entry = self.store.staging.find(cids.canonical(cid)) if cids.codec(cid) == cids.RAW else None
         return entry is not None and entry.whole()
 
@@ -335,10 +338,10 @@ class Reader:
             result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
             content = result.content
             if len(content) != leaf.size:
-                # not remembered as a failure: another file may state the right size of this leaf
+                # no failure of this leaf: another file may state its size correctly
                 block = await self.block(leaf.cid, early=early)
             elif result.place not in (None, (file.cid, leaf.offset)) and not await self._has(file, leaf):
-                # another file's leaf, or another place in this one, of the same bytes
+                # the fetch was for a leaf of the same bytes in another file, or elsewhere in this one
                 await self._stage([(file, leaf, result)])
         if block is not None:
             content = await _parsed(partial(file_layout.leaf_content, leaf, block), leaf.cid, block)
@@ -347,7 +350,7 @@ class Reader:
         return LeafPart(content, self.store.pieces(file, leaf) if is_staged else None)
 
     async def _has(self, file: FileRef, leaf: Leaf) -> bool:
-        """Whether it seems to be staged."""
+        """Whether the leaf seems to be staged."""
         if cids.implied_block(leaf.cid) is not None:
             return True
         in_pack = file.size <= MAX_PACKED or cids.codec(leaf.cid) != cids.RAW
@@ -379,8 +382,8 @@ class Reader:
             )
 
     async def _read_staged(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived) -> set[Leaf]:
-        """Reads leaves that seem to be staged, several by one thread hop, ahead of their reader. Hands over
-        those that are right, and returns them. A caller that wants one of them meanwhile waits for this."""
+        """Reads leaves that seem to be staged, several by one call in a thread. Calls `arrived` with those
+        that are correct, and returns them. A caller that wants one of them meanwhile waits for this."""
         came: set[Leaf] = set()
         listening = True
         by_key: dict[bytes, Leaf] = {cids.canonical(leaf.cid): leaf for leaf in leaves}
@@ -410,12 +413,12 @@ class Reader:
         return came
 
     async def _run(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived | None) -> set[Leaf]:
-        """Fetches leaves by one request. Returns those that arrived and were handed over."""
+        """Fetches leaves by one request. Calls `arrived` with those that come, and returns them."""
         came: set[Leaf] = set()
         listening = True
         cloned: dict[int, object] = {}
-        """The memory of what was read from clones and is not proved yet, by the offset of the leaf in the
-        file."""
+        """The buffers of leaves that were read from clones and are not verified yet, by the leaf's offset in
+        the file."""
         by_key: dict[bytes, list[Leaf]] = {}
         for leaf in leaves:  # a file may hold one leaf many times: it is fetched once
             by_key.setdefault(cids.canonical(leaf.cid), []).append(leaf)
@@ -431,7 +434,7 @@ class Reader:
             room = trio.Semaphore(STAGED_TOGETHER)
             async with trio.open_nursery() as nursery, self._blocks.stream(wanted) as stream:
                 async for delivery in stream:
-                    # what was given to readers is staged, though they leave
+                    # what readers have got is staged, even if they leave
                     with trio.CancelScope(shield=True):
                         came_now = await give(batch, keys, delivery)
                         await room.acquire()
@@ -440,7 +443,7 @@ class Reader:
         async def give(
             batch: Batch[bytes, FetchResult], keys: Sequence[bytes], delivery: Verified
         ) -> Sequence[tuple[bytes, FetchResult]]:
-            """Readers do not wait until it is written."""
+            """Gives the blocks of a delivery to their readers, before they are staged."""
             self.misses += len(delivery.blocks)
             came_now: list[tuple[bytes, FetchResult]] = []
             for key, block in zip(keys[delivery.first :], delivery.blocks, strict=False):
@@ -485,7 +488,8 @@ class Reader:
         return came
 
     async def _hand_over(self, file: FileRef, leaves: Sequence[Leaf], arrived: Arrived) -> None:
-        """Hands over each of `leaves`, some at a time. Gives up at the first that can't be had."""
+        """Calls `arrived` with each of `leaves`, some in parallel. Gives up at the first that can't be
+        read."""
         queue = iter(leaves)
 
         async def work(scope: trio.CancelScope) -> None:
@@ -501,7 +505,8 @@ class Reader:
 
 
 def _stretches(leaves: Sequence[Leaf]) -> Iterator[Sequence[Leaf]]:
-    """`leaves`, cut where they are not adjacent, and into groups that are worth reading together."""
+    """Splits `leaves` into groups to read together: where they are not adjacent, and where a group is large
+    enough."""
     first = 0
     for at in range(1, len(leaves) + 1):
         if at == len(leaves) or leaves[at].offset != leaves[at - 1].offset + leaves[at - 1].size:

@@ -1,9 +1,9 @@
 """Single flight: one fetch serves all callers that want the same key at the same time.
 
 Concurrency: everything runs on the event loop. A fetch runs in the nursery given at construction and belongs
-to no caller. A caller that is cancelled leaves, and the fetch is cancelled with its last waiter. A cancelled
-fetch keeps its key until it has rolled back; a caller that comes meanwhile waits for that, and then starts a
-new fetch. Once a value is resolved, only the waiters hold it.
+to no caller. If its last waiter is cancelled, the fetch is cancelled. A cancelled fetch keeps its key until
+it has rolled back; a caller that comes meanwhile waits for that, and then starts a new fetch. After a value
+is resolved, only the waiters keep a reference to it.
 """
 
 import copy
@@ -27,7 +27,7 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 MAX_REMEMBERED = 10_000
-"""Failures that are remembered. One that is forgotten early only costs another fetch."""
+"""Failures that are remembered. Forgetting one early costs another fetch, nothing else."""
 LONG_ENOUGH = 0.25
 """The part of the deadline that a caller must have waited for a key before its failure is remembered. A call
 that spent its time on other keys says little about this one."""
@@ -35,18 +35,18 @@ that spent its time on other keys says little about this one."""
 
 @dataclass(slots=True, eq=False)
 class Fetch(Request):
-    """One running fetch, of one key or of a batch of them: a request on the account of the caller that began
-    it, and of those that wait for it besides."""
+    """One running fetch of one key or of a batch. It is a request that is charged to the caller that began it
+    and to the others that wait for it."""
 
     wanted_until: float = -math.inf
     interest: int = 0
-    """How many wait for it. With the last one it is cancelled."""
+    """How many callers wait for it. When the last one leaves, it is cancelled."""
     abandoned: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     @contextmanager
     def waiting(self, until: float = math.inf) -> Iterator[None]:
-        """While one more caller waits for it, at most until `until`."""
+        """A context manager in which one more caller waits for the fetch, at most until `until`."""
         self.interest += 1
         self.wanted_until = max(self.wanted_until, until)
         caller = current_request.get().caller
@@ -65,24 +65,24 @@ class Fetch(Request):
 
 @dataclass(slots=True, eq=False)
 class Flight(Generic[V]):
-    """One key, and the fetch that brings it."""
+    """One key, and its fetch."""
 
     fetch: Fetch
     done: trio.Event = field(default_factory=trio.Event)
     """Set when there is a value or an error."""
     ended: trio.Event = field(default_factory=trio.Event)
-    """Set when the value is staged as well, or the fetch has ended."""
+    """Set when the value is staged, or the fetch has ended."""
     result: tuple[V] | None = None
-    """Its value, once there is one."""
+    """The value in a tuple; None until there is one."""
     error: Exception | None = None
 
 
 Fetching = Callable[[], AsyncGenerator[V]]
-"""Yields the value of a key. What it does after that, its callers need not wait for."""
+"""Yields the value of a key. Callers need not wait for what it does after that."""
 
 
 class SingleFlight(Generic[K, V]):
-    """Fetches under way by key, and the failures of the last seconds."""
+    """The fetches under way, by key, and the failures of the last seconds."""
 
     def __init__(
         self,
@@ -92,8 +92,8 @@ class SingleFlight(Generic[K, V]):
         name: Callable[[K], str] = repr,
         cause: Callable[[K], str] = lambda _key: "",
     ) -> None:
-        """`deadline` and `remember` are in seconds. `name` spells a key for messages. `cause` says why the
-        fetch of a key, which is still running, has not ended."""
+        """`deadline` and `remember` are in seconds. `name` makes a text of a key for messages. `cause` says
+        why a running fetch of a key has not ended yet."""
         self._nursery = nursery
         self._deadline = deadline
         self._remember = remember
@@ -111,11 +111,11 @@ class SingleFlight(Generic[K, V]):
 
     async def join(self, key: K, fetch: Fetching[V], spelled: K | None = None, *, ended: bool = False) -> V:
         """The value of `key`, from the fetch under way or from a new `fetch()`. A fetch that has yielded its
-        value serves all callers until it ends, and is not cancelled when they leave. With `ended`, returns
-        when the fetch has ended. `spelled` is how this caller writes the key: messages say that.
+        value serves all callers until it ends, and is not cancelled when they leave. With `ended`, waits
+        until the fetch has ended. `spelled`: this caller's spelling of the key, for messages.
 
-        Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the call
-        that this is for. A caller that asks again within the next seconds gets the same error at once."""
+        Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the
+        current request. A caller that asks again within the next seconds gets the same error at once."""
         name = partial(self._name, key if spelled is None else spelled)
         began = trio.current_time()
         known = self._failed.get(key)
@@ -151,10 +151,10 @@ class SingleFlight(Generic[K, V]):
         try:
             raise late
         finally:
-            del late  # its traceback would hold this frame, which holds it
+            del late  # otherwise it and this frame would refer to each other
 
     async def settle(self) -> None:
-        """Returns when all fetches that have given their values have ended."""
+        """Returns when all fetches that have yielded their values have ended."""
         for flight in list(self._flights.values()):
             if flight.result is not None:
                 await flight.ended.wait()
@@ -162,11 +162,12 @@ class SingleFlight(Generic[K, V]):
     def start_batch(
         self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]], more: bool = False
     ) -> "Batch[K, V]":
-        """Starts one `fetch(batch)` for those of `keys` that are not under way. It resolves each when it
-        arrives, and may expect more. It is not started if there are none, unless it has `more` to expect.
+        """Starts one `fetch(batch)` for those of `keys` that are not under way. `fetch` calls `batch.resolve`
+        for each key that arrives, and may call `batch.expect` with more keys. Without keys it is not started,
+        unless `more` is True: it will expect some.
 
-        Callers that wait for a key that is not resolved when it ends fetch that key alone. It raises nothing,
-        and is cancelled with the last of those that wait for it."""
+        If a key is not resolved when `fetch` ends, its waiters fetch it alone. Exceptions of `fetch` are not
+        raised. It is cancelled when its last waiter leaves."""
         asked = current_request.get()
         batch = Batch(asked.caller, number=asked.number, wanted_until=math.inf, flights=self)
         batch.expect(keys)
@@ -177,8 +178,8 @@ class SingleFlight(Generic[K, V]):
         return batch
 
     async def run_batch(self, keys: Iterable[K], fetch: Callable[["Batch[K, V]"], Awaitable[None]]) -> None:
-        """Like `start_batch`, and waits for it. Returns when it has ended, or when nothing was resolved for a
-        whole deadline."""
+        """Starts a batch and waits for it. Returns when it has ended, or when no key was resolved for a whole
+        deadline."""
         batch = self.start_batch(keys, fetch)
         with batch.waiting():
             while not batch.ended.is_set():
@@ -197,7 +198,7 @@ class SingleFlight(Generic[K, V]):
                 try:
                     await fetch(batch)
                 except* IpfsFuseError:
-                    # each waiter fetches its block alone, and gets the error of that block
+                    # each waiter fetches its block alone and gets the error of that block
                     pass
                 except* Exception:
                     log.exception("a fetch of several blocks ended unexpectedly; each block is fetched alone")
@@ -213,7 +214,7 @@ class SingleFlight(Generic[K, V]):
                 try:
                     async with aclosing(fetch()) as values:
                         async for value in values:
-                            flight.fetch.interest += 1  # the fetch itself waits
+                            flight.fetch.interest += 1  # so that it goes on when all callers have left
                             self._resolve(key, flight, value)
                 except Exception as exc:
                     if flight.result is not None:
@@ -221,7 +222,7 @@ class SingleFlight(Generic[K, V]):
                     elif not flight.fetch.abandoned:
                         flight.error = exc
                         if isinstance(exc, IpfsFuseError):
-                            exc.__traceback__ = None  # it would hold this frame, which holds the flight
+                            exc.__traceback__ = None  # it would keep this frame and the flight alive
                             self._note_failure(key, exc)
         finally:
             if flight.result is None and flight.error is None and not flight.fetch.abandoned:
@@ -241,7 +242,7 @@ class SingleFlight(Generic[K, V]):
 
     def _note_failure(self, key: K, error: Exception) -> None:
         self._failed.pop(key, None)
-        bare = copy.copy(error)  # without its traceback, which holds all that the call used
+        bare = copy.copy(error)  # without its traceback, which would keep the call's objects alive
         self._failed[key] = (trio.current_time() + self._remember, bare)
         if len(self._failed) > MAX_REMEMBERED:
             self._failed.popitem(last=False)
@@ -249,7 +250,7 @@ class SingleFlight(Generic[K, V]):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Batch(Fetch, Generic[K, V]):
-    """A fetch of several keys: what the fetch itself uses."""
+    """A fetch of several keys. The function that fetches them calls `expect`, `resolve` and `staged`."""
 
     flights: SingleFlight[K, V]
     ended: trio.Event = field(default_factory=trio.Event)
@@ -268,14 +269,15 @@ class Batch(Fetch, Generic[K, V]):
         return key in self._waiting
 
     def expect(self, keys: Iterable[K]) -> None:
-        """This fetch brings `keys` too. Callers wait for it, unless another fetch of the key is under way."""
+        """Adds `keys` to this fetch, so that their callers wait for it. Skips keys of other running
+        fetches."""
         under_way = self.flights._flights
         for key in keys:
             if key not in self._resolved and key not in under_way:
                 self._waiting[key] = under_way[key] = Flight(self)
 
     def resolve(self, key: K, value: V) -> None:
-        """`key` has arrived. Its value serves all callers until it is `staged`."""
+        """`key` has arrived. Its value serves all callers until `staged` is called."""
         flight = self._waiting.pop(key, None)
         if flight is not None:
             self._resolved[key] = flight
@@ -283,14 +285,14 @@ class Batch(Fetch, Generic[K, V]):
             self.arrived.set()
 
     def staged(self, key: K) -> None:
-        """The value of `key` is on the disk now, or will not be: later callers look there."""
+        """The value of `key` is staged, or could not be staged. Later callers look on the disk."""
         flight = self._resolved.get(key)
         if flight is not None:
             self._resolved[key] = None
             self.flights._end(key, flight)
 
     def end(self) -> None:
-        """Nothing more arrives."""
+        """No more keys arrive."""
         for key, flight in [*self._waiting.items(), *self._resolved.items()]:
             if flight is not None:
                 self.flights._end(key, flight)

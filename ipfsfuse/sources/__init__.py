@@ -1,2 +1,2 @@
-"""Where blocks come from. Only this package knows files of blocks, URLs and nodes; nothing above it trusts a
-byte."""
+"""Sources of blocks. Only this package knows block files, URLs and nodes. The pool in it verifies every
+block."""

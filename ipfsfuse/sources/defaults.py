@@ -1,6 +1,6 @@
-"""The sources of a command that names none, and what the machine's configuration names (IPIP-280).
+"""The default sources of a command, and the gateways in the machine's configuration (IPIP-280).
 
-Imports nothing that takes long: the command line uses it before a daemon is started.
+Imports nothing that takes long, because the command line uses it before it starts a daemon.
 """
 
 import os
@@ -18,8 +18,8 @@ MAX_FILE: Final = 64 * 1024
 
 
 def is_repository(place: Path) -> bool:
-    """Whether `place` is the repository of a node, or has an `api` file that names one; True if it can't be
-    read."""
+    """Whether the folder `place` is a Kubo repository, or has an `api` file that names a node. True if it
+    can't be read."""
     try:
         names = os.listdir(place)
     except (FileNotFoundError, NotADirectoryError):
@@ -30,11 +30,11 @@ def is_repository(place: Path) -> bool:
 
 
 def gateways() -> Sequence[str]:
-    """The gateways that this machine's configuration names: $IPFS_GATEWAY, else the first of
-    $XDG_CONFIG_HOME/ipfs/gateway (~/.config/ipfs/gateway) and /etc/ipfs/gateway that there is. Each URL
-    stands on a line of its own; lines that begin with # are skipped. Raises UsageError.
+    """The gateways in this machine's configuration: $IPFS_GATEWAY, else the first file that exists of
+    $XDG_CONFIG_HOME/ipfs/gateway (~/.config/ipfs/gateway) and /etc/ipfs/gateway. URLs are separated by
+    spaces, commas or line ends; lines that begin with # are skipped. Raises UsageError.
 
-    The file `gateway` in a Kubo repository is read by the source `kubo`."""
+    The source `kubo` reads the file `gateway` in a Kubo repository."""
     text, where = os.environ.get("IPFS_GATEWAY", ""), "IPFS_GATEWAY"
     for path in () if text.strip() else _files():
         try:
@@ -59,7 +59,7 @@ def _files() -> Sequence[Path]:
 
 
 def _checked(url: str, where: str) -> str:
-    """A gateway's URL as a SOURCE, which ends before /ipfs. Raises UsageError."""
+    """A gateway's URL as a SOURCE, without /ipfs at the end. Raises UsageError."""
     try:
         return parse_origin(re.sub(r"/ip[fn]s/?$", "", url)).text
     except UsageError as exc:
@@ -67,9 +67,9 @@ def _checked(url: str, where: str) -> str:
 
 
 def chosen(given: Sequence[str] | None) -> tuple[str, ...]:
-    """The SOURCE texts for what the user gave, `gateway` replaced by the gateways that it stands for. If the
-    user gave none: the library, the Kubo node of this machine if it has one, and the gateways that its
-    configuration names. Raises UsageError."""
+    """The SOURCE texts that the user gave, with `gateway` replaced by the configured gateways. If the user
+    gave none: the library, the Kubo node of this machine if it has one, and the configured gateways. Raises
+    UsageError."""
     if not given:
         node = [KUBO] if is_repository(repository()) else []
         return (LIBRARY, *node, *gateways())
@@ -86,8 +86,7 @@ def chosen(given: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def described(texts: Sequence[str], *, by_default: bool, offline: bool, remote: Sequence[str] = ()) -> str:
-    """One line about what will be asked for blocks. `remote`: those of `texts` that are not on this
-    machine."""
+    """One line that says where blocks come from. `remote`: those of `texts` that are not on this machine."""
     used = [text for text in texts if not (offline and text in remote)]
     named = [f"kubo ({repository()})" if text == KUBO else text for text in used]
     line = f"blocks come from {', then '.join(named) or 'the cache alone'}"

@@ -1,12 +1,12 @@
 """Providers on the open network, found by delegated routing
 (https://specs.ipfs.tech/routing/http-routing-v1/).
 
-A `Router` says who provides a CID, and has the IPNS record of a name. The source `network` holds the gateways
-that routers name as providers, in a pool of their own. A provider that was found for one block is asked for
-the next ones too, without the routers. Routers are asked for a block that no provider has given.
+A `Router` names the providers of a CID, and returns the IPNS record of a name. The source `network` asks the
+gateways that routers name as providers; they form a pool of their own. A provider that was found for one
+block is also asked for the next blocks. Routers are asked again for a block that no known provider gives.
 
-Nothing that a router says is trusted: the pool verifies each block and keeps each provider's health, and
-whoever asked for a record verifies it.
+Routers are not trusted: the pool verifies each block and tracks each provider's health, and the resolver
+verifies each record.
 
 Concurrency: any number of tasks. Calls that want providers of the same CID share one lookup.
 """
@@ -43,7 +43,7 @@ API: Final = "/routing/v1"
 TRANSPORT: Final = "transport-ipfs-gateway-http"
 LINES, ONE = "application/x-ndjson", "application/json"
 MAX_ANSWER: Final = 1 << 20
-"""Bytes of an answer that are read."""
+"""Bytes that are read of an answer."""
 MAX_RECORD: Final = 32 * 1024
 """Bytes of one line of an answer."""
 MAX_RECORDS: Final = 500
@@ -61,22 +61,22 @@ def open_routers(urls: Sequence[str], settings: HttpSettings) -> Sequence["Route
 
 
 class Router:
-    """A list of providers is read as far as it is useful, and no further."""
+    """A delegated router. A list of providers is read only as far as it is used."""
 
     def __init__(self, http: Http) -> None:
         self.http = http
         self.name = http.origin.text
 
     async def ipns_record(self, name: str) -> bytes:
-        """The newest record it has of `name`, unverified. Raises NotHere, SourceFailed."""
+        """The newest record that the router has of `name`, unverified. Raises NotHere, SourceFailed."""
         return await ask_for_record(self.http, self.name, f"{API}/ipns/{name}")
 
     async def aclose(self) -> None:
         await self.http.aclose()
 
     async def providers(self, cid: Cid) -> AsyncGenerator[Sequence[str], None]:
-        """The addresses of each provider of `cid` that speaks HTTP, as multiaddrs, as they come. Raises
-        SourceFailed; a router that knows nobody has no items."""
+        """Yields the addresses (multiaddrs) of each provider of `cid` that speaks HTTP; nothing if the router
+        knows none. Raises SourceFailed."""
         target = f"{API}/providers/{cids.text(cid)}?filter-protocols={TRANSPORT},unknown"
         async with self.http.ask("GET", target, [("Accept", f"{LINES}, {ONE}")]) as response:
             if response.status == 404:
@@ -111,8 +111,8 @@ class Router:
             raise SourceFailed(f"{self.name} sent a list of providers that is not JSON", PROTOCOL) from exc
 
     def _addresses(self, record: Any) -> Sequence[str]:
-        """None of a record of another kind, or of a peer that does not speak HTTP. A Kubo node that passes
-        on what other routers say drops the protocols; then the addresses tell."""
+        """The addresses in a record; none for a record of another kind, or a peer that does not speak HTTP. A
+        Kubo node that passes on records drops their protocols. Then the addresses say whether it is HTTP."""
         if not isinstance(record, dict) or record.get("Schema") != "peer":
             return ()
         protocols, addresses = record.get("Protocols"), record.get("Addrs")
@@ -124,9 +124,9 @@ class Router:
 
 
 def provider_origin(multiaddr: str, *, allow_private: bool) -> Origin | None:
-    """The server at a provider's multiaddr, such as /dns4/HOST/tcp/443/https or /ip4/HOST/tcp/443/tls/http;
-    None for an address that is not HTTP, or that is private. A host name is checked again when it is
-    resolved, at each connection."""
+    """The server at a provider's multiaddr, such as /dns4/HOST/tcp/443/https or /ip4/HOST/tcp/443/tls/http.
+    None if the address is not HTTP, or is private. A host name is checked again at each connection, when it
+    is resolved."""
     parts = multiaddr.split("/")
     if (
         len(parts) < 6
@@ -143,9 +143,7 @@ def provider_origin(multiaddr: str, *, allow_private: bool) -> Origin | None:
     else:
         return None
     host = parts[2]
-    if (
-        protocols[1:2] == ["sni"] and len(protocols) > 2
-    ):  # the name in the certificate: it is resolved instead
+    if protocols[1:2] == ["sni"] and len(protocols) > 2:  # the certificate's name is resolved instead
         host = protocols[2]
     try:
         origin = parse_origin(f"{scheme}://{f'[{host}]' if ':' in host else host}:{int(parts[4])}")
@@ -160,38 +158,38 @@ def provider_origin(multiaddr: str, *, allow_private: bool) -> Origin | None:
 # -- providers -----------------------------------------------------------------------------------------------
 
 MAX_PROVIDERS: Final = 16
-"""Providers that are kept. Each router has an even share, in which the least useful one makes room: so a
-router that floods displaces its own providers alone."""
+"""Providers that are kept. Each router may have an equal part of them. If a router names more, its least
+useful provider is removed, so a router that floods displaces only its own providers."""
 MAX_NEW: Final = 8
 """Providers that one router may name in one lookup."""
 MAX_LOOKUPS: Final = 8
 """Lookups at a time."""
 LOOKUP_SECONDS: Final = 10.0
 GRACE_SECONDS: Final = 0.5
-"""How long the other routers may take once one has named a provider. If no provider gives the block within
+"""How long the other routers may take after one has named a provider. If no provider gives the block within
 `HEAD_START`, the routers are asked again, and each has `LOOKUP_SECONDS`."""
 FOUND_SECONDS, NONE_SECONDS = 60.0, 10.0
-"""How long the outcome of a lookup holds: with providers and without."""
+"""How long the result of a lookup is used: with providers, and without."""
 MAX_KEPT: Final = 1000
-"""Outcomes of lookups, and liars, that are remembered."""
+"""Results of lookups, and providers that sent wrong bytes, that are remembered."""
 HEAD_START: Final = 1.0
 """Seconds that the known providers have to send a block before routers are asked for it."""
 TRY_SECONDS: Final = 10.0
-"""How long they have after that: then the pool may ask other sources, and the routers are asked anew."""
+"""Seconds that providers have after a lookup. Then `network` fails, so that other sources can be asked."""
 DISTRUSTED_SECONDS: Final = 3600.0
-"""A provider that sent wrong bytes is not taken again for so long."""
+"""How long a provider that sent wrong bytes is not added again."""
 IDLE_SECONDS: Final = 600.0
-"""A provider that was not used for so long is let go."""
+"""A provider that was not used for so long is removed."""
 
 
 class _Lookup:
     def __init__(self, patient: bool) -> None:
         self.patient = patient
-        """Whether every router has its whole time."""
+        """Whether every router gets `LOOKUP_SECONDS`."""
         self.done = trio.Event()
         self.until = float("inf")
         self.complete = False
-        """Whether every router answered, or failed."""
+        """Whether every router has answered or failed, or has had its time."""
         self.failure: SourceFailed | None = None
 
 
@@ -199,13 +197,14 @@ class _Provider:
     def __init__(self, source: Gateway, router: Router) -> None:
         self.source = source
         self.router = router
-        """Which named it first."""
+        """The router that named it first."""
         self.used = trio.current_time()
         self.blocks = 0
 
 
 class Network(Source):
-    """`allow_private`: providers at loopback and private addresses are asked too."""
+    """The source `network`. `allow_private`: whether providers at loopback and private addresses may be
+    asked."""
 
     name = "network"
     local = False
@@ -216,7 +215,8 @@ class Network(Source):
         self._routers = routers
         self._settings = replace(settings, headers=BoundHeaders(), public_only=not allow_private)
         self._allow_private = allow_private
-        self._pool = SourcePool([], offline=True, share=MAX_PROVIDERS)  # what a provider lacks now, it lacks
+        # offline: a provider that lacks a block is not asked for it again
+        self._pool = SourcePool([], offline=True, share=MAX_PROVIDERS)
         self._providers: dict[Origin, _Provider] = {}
         self._distrusted: OrderedDict[Origin, float] = OrderedDict()
         self._lookups: OrderedDict[bytes, _Lookup] = OrderedDict()
@@ -235,8 +235,8 @@ class Network(Source):
         return block
 
     async def _from_named(self, cid: Cid, lookup: _Lookup) -> bytes | None:
-        """The block, from the providers that `lookup` found. Routers that had no time to answer it are asked
-        again beside that, and their providers too. Raises BlockTooLarge."""
+        """The block, from the providers that `lookup` found. If it did not wait for all routers, they are
+        asked again meanwhile, and then their providers. Raises BlockTooLarge."""
         block: bytes | None = None
         scope, asked = trio.CancelScope(), SourceRequest()
 
@@ -262,7 +262,7 @@ class Network(Source):
         return block
 
     async def _from_providers(self, cid: Cid, seconds: float) -> bytes | None:
-        """The block, if a provider gives it within `seconds`. Raises BlockTooLarge."""
+        """The block, if a provider sends it within `seconds`. Raises BlockTooLarge."""
         request = SourceRequest()
         with request.current(), request.patience(seconds):
             try:
@@ -306,7 +306,7 @@ class Network(Source):
             await router.aclose()
 
     def statistics(self) -> Sequence[Statistics]:
-        """Of the providers, for `status`."""
+        """The providers' statistics, for `status`."""
         return [replace(each, found=True) for each in self._pool.statistics()]
 
     # -- providers ---------------------------------------------------------------------------------------
@@ -318,7 +318,8 @@ class Network(Source):
                 provider.blocks += count
 
     def _add(self, addresses: Sequence[str], router: Router) -> bool:
-        """Takes a provider by the first of its addresses that can be used. Whether it is a provider now."""
+        """Adds a provider at the first of its addresses that can be used. Returns whether it is a provider
+        now."""
         origins = (provider_origin(each, allow_private=self._allow_private) for each in addresses)
         origin = next(filter(None, origins), None)
         if origin is None:
@@ -343,10 +344,10 @@ class Network(Source):
     def _remove(self, origin: Origin) -> None:
         source = self._providers.pop(origin).source
         self._pool.remove(source)
-        self._closing.append(source)  # requests may still run: it is closed later, or with the mount
+        self._closing.append(source)  # requests may still run: `_tidy` or `aclose` closes it
 
     def _remove_distrusted(self) -> None:
-        """Lets go of providers that sent wrong bytes."""
+        """Removes providers that sent wrong bytes."""
         distrusted = self._pool.sources_with_wrong_blocks()
         for origin in [origin for origin, each in self._providers.items() if each.source in distrusted]:
             log.warning("the provider %s sent wrong bytes, and is not asked any more", origin.text)
@@ -354,11 +355,11 @@ class Network(Source):
             if len(self._distrusted) > MAX_KEPT:
                 self._distrusted.popitem(last=False)
             self._remove(origin)
-            for lookup in self._lookups.values():  # they may have named nobody else
+            for lookup in self._lookups.values():  # it may have found no other provider
                 lookup.until = min(lookup.until, trio.current_time() + NONE_SECONDS)
 
     async def _tidy(self) -> None:
-        """Lets go of providers that were not used for long, and closes those that are gone."""
+        """Removes providers that were not used for long, and closes the removed ones."""
         now = trio.current_time()
         for origin in [each for each, used in self._providers.items() if used.used < now - IDLE_SECONDS]:
             self._remove(origin)
@@ -369,8 +370,8 @@ class Network(Source):
     # -- lookups -----------------------------------------------------------------------------------------
 
     async def _look_up(self, cid: Cid, patient: bool = False) -> _Lookup:
-        """Asks the routers for providers of `cid`, at most once in a while. If `patient`, an outcome that
-        came before all routers had answered does not count. Raises SourceFailed if none of them answered."""
+        """Asks the routers for providers of `cid`, unless a recent result is known. With `patient`, a result
+        that came before all routers had answered is not used. Raises SourceFailed if no router answered."""
         key = cids.multihash(cid)
         lookup = self._lookups.get(key)
         if (
@@ -388,7 +389,7 @@ class Network(Source):
                     found = await self._ask_routers(cid, lookup)
                     lookup.until = trio.current_time() + (FOUND_SECONDS if found else NONE_SECONDS)
             finally:
-                if lookup.until == float("inf"):  # cancelled: who waits asks anew
+                if lookup.until == float("inf"):  # cancelled: those that wait for it ask again
                     lookup.until = -float("inf")
                 lookup.done.set()
         else:
@@ -400,7 +401,7 @@ class Network(Source):
         return lookup
 
     async def _ask_routers(self, cid: Cid, lookup: _Lookup) -> bool:
-        """Whether some provider is known now. `lookup` has why no router could say."""
+        """Returns whether a provider was named. Sets `lookup.failure` if no router answered."""
         named, failures, answered = 0, list[SourceFailed](), 0
         asked = SourceRequest()
 

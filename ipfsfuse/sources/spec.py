@@ -1,7 +1,7 @@
-"""SOURCE texts of the command line: parsed once into frozen specs, and opened as sources.
+"""SOURCE texts of the command line: parses them into frozen specs, and opens them as sources.
 
-Parsing is pure. Opening blocks (a CAR without an index is read through), so each source is opened in a
-worker thread.
+Parsing is pure. Opening a source may take long (a CAR without an index is read completely), so each source is
+opened in a worker thread.
 """
 
 import logging
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Indexing = Callable[[str, int, int], None]
-"""Called with (name of the CAR file, bytes done, bytes in all) while its index is built, in a worker
-thread."""
+SourceProgress = Callable[[str, int, int], None]
+"""Called in a worker thread while the index of a CAR is built: (name of the CAR file, bytes done, bytes in
+all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Spec:
     kind: str
     name: str
     path: Path | None = None
-    """Of CAR."""
+    """For CAR."""
     origin: Origin | None = None
-    """Of GATEWAY, and of KUBO if an address was given."""
+    """For GATEWAY, and for KUBO if an address was given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class OpenSettings:
     """The folder for indexes of CAR files that contain none."""
     http: HttpSettings = field(default_factory=HttpSettings)
     offline: bool = False
-    progress: Indexing | None = None
+    progress: SourceProgress | None = None
     routers: Sequence[str] = ()
     """URLs of routers, for `network`."""
     allow_private_providers: bool = False
@@ -55,7 +55,7 @@ class OpenSettings:
 
 
 def parse_source(text: str) -> Spec:
-    """Raises UsageError, whose line says what to write instead."""
+    """Raises UsageError with a message that says what to write instead."""
     if text in (LIBRARY, KUBO, NETWORK):
         return Spec(text, text)
     scheme, separator, rest = text.partition("://")
@@ -119,7 +119,7 @@ def _parse_path(text: str) -> Spec:
 
 
 def parse_sources(texts: Sequence[str]) -> tuple[Spec, ...]:
-    """All of them, in order. Raises UsageError, also if one is given twice."""
+    """The specs of `texts`, in order. Raises UsageError, also if a source is given twice."""
     specs = [parse_source(text) for text in texts]
     seen: dict[object, str] = {}
     for spec, text in zip(specs, texts, strict=True):
@@ -148,7 +148,7 @@ def source_files(texts: Sequence[str], library: Path) -> list[Path]:
 
 
 def source_sockets(texts: Sequence[str]) -> list[Path]:
-    """The Unix sockets that these sources connect to, or the folder of the node that may name one. Raises
+    """The Unix sockets that these sources connect to, or the Kubo repository, which may name one. Raises
     UsageError."""
     found = []
     for spec in parse_sources(texts):
@@ -160,12 +160,13 @@ def source_sockets(texts: Sequence[str]) -> list[Path]:
 
 
 def is_remote(spec: Spec) -> bool:
-    """Whether it is known to be beyond this machine. Of `kubo`, the node's repository tells that later."""
+    """Whether the source is known to be on another machine. For `kubo` that is known only when the node's
+    repository is read."""
     return spec.kind == NETWORK or (spec.origin is not None and not spec.origin.is_local)
 
 
 def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
-    """The open source; None for one that is not on this machine, if the mount is offline. Raises
+    """Opens the source. Returns None if the mount is offline and the source is on another machine. Raises
     SourceFailed, UsageError."""
     if settings.offline and is_remote(spec):
         return None
@@ -224,8 +225,8 @@ def _open_network(settings: OpenSettings) -> "Source":
 
 @asynccontextmanager
 async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list["Source"]]:
-    """The sources in their order, without those that an offline mount does not use; closed at the end. Raises
-    UsageError, SourceFailed."""
+    """Opens the sources in their order, without those that an offline mount does not use. Closes them at the
+    end. Raises UsageError, SourceFailed."""
     from ipfsfuse.sources.local.car_file import CarSource
 
     async with AsyncExitStack() as stack:
@@ -290,7 +291,7 @@ def _origin_of(url: str) -> Origin:
 
 
 def _targets(url: str, path: Path, origins: dict[Origin, str]) -> Sequence[Origin]:
-    """The origins that the file `path` is for, of those of the sources."""
+    """Those of `origins` that the header file `path` is for."""
     targets = [*origins]
     if url:
         targets = [_origin_of(url)]
@@ -305,7 +306,7 @@ def _targets(url: str, path: Path, origins: dict[Origin, str]) -> Sequence[Origi
 
 
 def addresses_of_node() -> Sequence[Origin]:
-    """Where the node of this machine's repository listens, if the files that say so are our own."""
+    """The addresses of the node of this machine's repository, if the files that name them are our own."""
     found = []
     for path in (repository() / "api", repository() / "gateway"):
         if is_ours(path):

@@ -1,12 +1,12 @@
-"""Streams of blocks: what a source sends, to iterate over while it reads on.
+"""Streams of blocks, to iterate over while the source reads on.
 
     async with source.stream(wanted) as stream:
         async for delivery in stream:
             ...
 
-A stream is a channel without a buffer: its source reads the next blocks while the last ones are worked on,
-and then waits. In a stream with `turns` it waits until it is asked for the next ones: reading them would only
-take Python's lock from those who work on the last ones. Leaving the block ends the stream.
+A stream is a channel without a buffer: its source reads the next blocks while the receiver works on the last
+ones, and then waits. In a stream with `alternate` the source does not read on before the receiver asks for
+more, because both would only compete for Python's lock. Leaving the block ends the stream.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -29,48 +29,48 @@ B = TypeVar("B", bound=Block)
 
 
 def nothing() -> None:
-    """For what needs no release."""
+    """The `release` of blocks that need none."""
 
 
 class Delivery(NamedTuple):
-    """Blocks of consecutive leaves, which are verified and written together: a call in a thread costs 60
-    us."""
+    """Blocks of consecutive leaves. They are verified and written together, because a call in a thread costs
+    60 us."""
 
     first: int
     """The index of the first of them in `LeafRange.leaves`."""
     blocks: Sequence[Block]
     release: Callable[[], None] = nothing
-    """To be called when the blocks are not needed any more. Until then their source may wait. It is called
-    for whoever does not when the stream ends."""
+    """Must be called when the blocks are no longer needed: until then their source may wait. If it was not
+    called, the end of the stream does the same."""
 
 
 class Hashed(NamedTuple):
-    """A block as it was read, and its SHA-256, which was taken meanwhile: what the disk still reads and what
-    is hashed overlap. Whether that is the digest wanted is for the pool to say."""
+    """A block and its SHA-256, computed while the block was read, so that reading and hashing overlap. The
+    pool compares the digest."""
 
     block: bytes
     digest: bytes
 
 
 Blocks = Sequence[tuple[Cid, bytes | Hashed]]
-"""Blocks with their CIDs as their source claims them, parents before children."""
+"""Unverified blocks with the CIDs that their source claims, parents before children."""
 
 
 class Send(Generic[T]):
     """The source's end of a stream."""
 
-    def __init__(self, channel: trio.MemorySendChannel[T], turn: trio.Semaphore | None) -> None:
-        self._channel, self._turn = channel, turn
+    def __init__(self, channel: trio.MemorySendChannel[T], asked: trio.Semaphore | None) -> None:
+        self._channel, self._asked = channel, asked
 
     async def send(self, value: T) -> None:
-        """Returns when `value` was received, and with turns when the next one is asked for."""
+        """Returns when `value` was received; with `alternate`, when the next value is asked for."""
         await self._channel.send(value)
-        if self._turn is not None:
-            await self._turn.acquire()
+        if self._asked is not None:
+            await self._asked.acquire()
 
 
 class Shifted(Send[Delivery]):
-    """For who sends the leaves from `start` on of a longer range."""
+    """Sends deliveries of a range that begins at leaf `start` of a longer range."""
 
     def __init__(self, send: Send[Delivery], start: int) -> None:
         self._send, self._start = send, start
@@ -80,17 +80,17 @@ class Shifted(Send[Delivery]):
 
 
 class Receive(Generic[T]):
-    """What a stream sends, to iterate over."""
+    """The receiver's end of a stream, to iterate over."""
 
-    def __init__(self, channel: trio.MemoryReceiveChannel[T], turn: trio.Semaphore | None) -> None:
-        self._channel, self._turn = channel, turn
+    def __init__(self, channel: trio.MemoryReceiveChannel[T], asked: trio.Semaphore | None) -> None:
+        self._channel, self._asked = channel, asked
 
     def __aiter__(self) -> "Receive[T]":
         return self
 
     async def __anext__(self) -> T:
-        if self._turn is not None:
-            self._turn.release()
+        if self._asked is not None:
+            self._asked.release()
         return await self._channel.__anext__()
 
 
@@ -99,28 +99,28 @@ Stream = AbstractAsyncContextManager[Receive[T]]
 
 @asynccontextmanager
 async def streaming(
-    produce: Callable[[Send[T]], Awaitable[None]], *, turns: bool = False
+    produce: Callable[[Send[T]], Awaitable[None]], *, alternate: bool = False
 ) -> AsyncIterator[Receive[T]]:
-    """The stream of what `produce` sends. At its end it raises what `produce` raised. That, and what is
-    raised in the block, leaves as it is, not in a group."""
+    """The stream of the values that `produce` sends. At its end, raises the exception of `produce`.
+    Exceptions of `produce` and of the `with` block are raised unchanged, not in a group."""
     channel, receive = trio.open_memory_channel[T](0)
-    turn = trio.Semaphore(0) if turns else None
+    asked = trio.Semaphore(0) if alternate else None
     failure: Exception | None = None
 
     async def run() -> None:
         nonlocal failure
         async with channel:
             try:
-                if turn is not None:
-                    await turn.acquire()
-                await produce(Send(channel, turn))
+                if asked is not None:
+                    await asked.acquire()
+                await produce(Send(channel, asked))
             except Exception as exc:
                 failure = exc
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
         try:
-            yield Receive(receive, turn)
+            yield Receive(receive, asked)
         except Exception as exc:
             failure = exc
         nursery.cancel_scope.cancel()
@@ -129,16 +129,16 @@ async def streaming(
 
 
 class Leases:
-    """What the deliveries of one stream take of something that is bounded, until they are released."""
+    """The parts of a bounded resource that the deliveries of one stream hold until they are released."""
 
     def __init__(self, give: Callable[[int], None]) -> None:
-        """`give` gives back so much of it."""
+        """`give(size)` returns a part of the resource."""
         self._give = give
         self._unreleased: dict[int, int] = {}
         self._number = 0
 
     def take(self, size: int) -> Callable[[], None]:
-        """`size` was taken for a delivery. Returns its `release`."""
+        """Notes that a delivery holds `size`. Returns the delivery's `release`."""
         self._number = number = self._number + 1
         self._unreleased[number] = size
         return lambda: self._release(number)
@@ -149,14 +149,14 @@ class Leases:
             self._give(size)
 
     def close(self) -> None:
-        """Gives back what was not released."""
+        """Returns the parts that were not released."""
         while self._unreleased:
             self._give(self._unreleased.popitem()[1])
 
 
 def can_range(leaves: Sequence[Leaf]) -> bool:
-    """Whether the bytes of the file can be cut into the blocks of these leaves: the leaves are raw, follow
-    each other, and none is empty (there is no empty range in HTTP)."""
+    """Whether a range of the file's bytes can be cut into the blocks of these leaves: the leaves are raw and
+    follow each other, and none is empty (HTTP has no empty ranges)."""
     end = leaves[0].offset
     for leaf in leaves:
         if leaf.offset != end or not leaf.size or cids.codec(leaf.cid) != cids.RAW:
@@ -166,8 +166,8 @@ def can_range(leaves: Sequence[Leaf]) -> bool:
 
 
 def consecutive(found: Sequence[tuple[int, B]]) -> Iterator[tuple[int, Sequence[B]]]:
-    """`found`, the indexes of some leaves with their blocks, cut into blocks of consecutive leaves: the index
-    of the first, and the blocks."""
+    """Groups the blocks of consecutive leaves. `found`: indexes of leaves with their blocks. Yields the index
+    of the first leaf, and the blocks, of each group."""
     for _, run in groupby(enumerate(found), key=lambda each: each[1][0] - each[0]):
         rows = [row for _at, row in run]
         yield rows[0][0], [block for _index, block in rows]
@@ -176,7 +176,8 @@ def consecutive(found: Sequence[tuple[int, B]]) -> Iterator[tuple[int, Sequence[
 async def send_singly(
     get: Callable[[Cid], Awaitable[bytes]], leaves: Sequence[Leaf], send: Send[Delivery], connections: int
 ) -> None:
-    """One request per block, `connections` at a time. Blocks that the source lacks are left out."""
+    """Gets each block by a request of its own, `connections` at a time. Leaves out blocks that the source
+    lacks."""
     indexes = iter(range(len(leaves)))
 
     async def work() -> None:
@@ -191,21 +192,23 @@ async def send_singly(
 
 
 class Turns:
-    """Lets tasks that take one job after the other send what they made in the order of the jobs."""
+    """Makes parallel tasks, each of which takes one job after the other, send their results in the order of
+    the jobs."""
 
     def __init__(self) -> None:
         self._last = trio.Event()
-        """Set when the job that was taken last has been sent."""
+        """Set when the result of the job that was taken last has been sent."""
         self._last.set()
 
     def take(self) -> "Turn":
-        """The turn of the next job: call it when the job is taken."""
+        """The turn of the next job. Call it when a task takes the job."""
         before, self._last = self._last, trio.Event()
         return Turn(before, self._last)
 
 
 class Turn:
-    """A block that begins when the jobs before this one have been sent. What failed lets no other begin."""
+    """An async context manager that begins when the results of the jobs before this one have been sent. If it
+    fails, no later turn begins."""
 
     def __init__(self, before: trio.Event, sent: trio.Event) -> None:
         self._before, self._sent = before, sent
@@ -221,7 +224,7 @@ class Turn:
 
 
 async def all_of(calls: Sequence[Callable[[], Awaitable[None]]]) -> None:
-    """Runs `calls` side by side. The first failure cancels the others and is raised as it is, not in a
+    """Runs `calls` in parallel. The first failure cancels the others and is raised unchanged, not in a
     group."""
     failure: BaseException | None = None
 

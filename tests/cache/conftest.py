@@ -8,6 +8,6 @@ from ipfsfuse.cache.pins import kubo_pins, mfs
 @pytest.fixture
 def quick_pins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pins that wait for nothing longer than they must."""
-    monkeypatch.setattr(kubo_pins, "LINGER", 0.02)
+    monkeypatch.setattr(kubo_pins, "COLLECT_SECONDS", 0.02)
     monkeypatch.setattr(kubo_pins, "FIRST_WAIT", 0.1)
     monkeypatch.setattr(mfs, "PAUSES", (0.02, 0.02))

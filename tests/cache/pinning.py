@@ -64,7 +64,7 @@ async def settled(pins: KuboPins) -> None:
 class NoCopies:
     """Of nothing that a node may have lost."""
 
-    def joins(self, cid: Cid) -> bool:
+    def is_file_root(self, cid: Cid) -> bool:
         return False
 
     async def copy(self, cid: Cid, node: str) -> None:
@@ -100,7 +100,7 @@ from ipfsfuse.cache.pins import kubo_pins
 from tests.cache.pinning import pinning, settled
 from ipfsfuse.dag import cid as cids
 
-kubo_pins.LINGER = 0.02
+kubo_pins.COLLECT_SECONDS = 0.02
 
 async def main():
     async with pinning(sys.argv[1], Path(sys.argv[2])) as pins:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ipfsfuse.cache.arc import ALL, NOBODY, Arc
+from ipfsfuse.cache.arc import ALL, NO_OWNER, Arc
 from scripts.benches.arc import ArcPolicy, Lru, rates, traces
 
 CAPACITY = 100
@@ -127,7 +127,7 @@ def test_it_decides_as_a_naive_model_does(trace: list[tuple[str, str, int]]) -> 
         )
 
 
-owners = st.sampled_from([NOBODY, "alice", "bob"])
+owners = st.sampled_from([NO_OWNER, "alice", "bob"])
 
 
 class Bounds(RuleBasedStateMachine):
@@ -146,7 +146,7 @@ class Bounds(RuleBasedStateMachine):
     def by_owner(self) -> dict[object, int]:
         found: dict[object, int] = {}
         for key, size in self.held.items():
-            if self.arc.owner(key) is not NOBODY and size:
+            if self.arc.owner(key) is not NO_OWNER and size:
                 found[self.arc.owner(key)] = found.get(self.arc.owner(key), 0) + size
         return found
 
@@ -159,7 +159,7 @@ class Bounds(RuleBasedStateMachine):
             self.gone(leave)
             self.held[key] = self.held.get(key, 0) + size
             half = self.arc.capacity // 2
-            if owner is not NOBODY and own + size - 30 > half and held and max(held.values()) <= half:
+            if owner is not NO_OWNER and own + size - 30 > half and held and max(held.values()) <= half:
                 assert {before[key] for key in leave} <= {owner}, "who has more than half gives up his own"
 
     @rule(key=keys, size=st.integers(0, 5))
@@ -174,7 +174,7 @@ class Bounds(RuleBasedStateMachine):
         before = self.arc.owner(key)
         self.arc.use(key, owner)
         if key in self.arc:
-            expected = before if owner in (NOBODY, before) else owner if before is NOBODY else ALL
+            expected = before if owner in (NO_OWNER, before) else owner if before is NO_OWNER else ALL
             assert self.arc.owner(key) == expected
 
     @rule(key=keys)

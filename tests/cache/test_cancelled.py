@@ -8,7 +8,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
-from ipfsfuse.cache.pins.kubo_pins import FAREWELL, NodePins
+from ipfsfuse.cache.pins.kubo_pins import CLOSING_SECONDS, NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pins.mfs import NodeRpc
 from ipfsfuse.cache.pinset import PinsetCache
@@ -130,6 +130,6 @@ def test_a_mount_ends_though_its_node_never_answers(tmp_path: Path) -> None:
             pins.reconcile([Chain().add(b"something")], [], lambda _cid: False, NoCopies())
             await wait_all_tasks_blocked()
             start = trio.current_time()
-        assert trio.current_time() - start < 2 * FAREWELL + 1
+        assert trio.current_time() - start < 2 * CLOSING_SECONDS + 1
 
     trio.run(main)

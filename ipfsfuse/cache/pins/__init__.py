@@ -1,6 +1,5 @@
-"""What is pinned at Kubo nodes: the files that are staged here and what the user pinned, in folders of the
-nodes' MFS.
+"""Pins at Kubo nodes: the staged files and the user's pins are linked in a folder of each node's MFS.
 
-`batches` decides, `mfs` speaks to a node and keeps one mount's folder there, `lease` knows whose a folder is,
-and `kubo_pins` runs the tasks.
+`batches` plans, `mfs` talks to a node and maintains the mount's folder there, `lease` says which mount a
+folder belongs to, and `kubo_pins` runs the tasks.
 """

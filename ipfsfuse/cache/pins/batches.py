@@ -1,17 +1,17 @@
-"""Which batches a node should hold: a pure policy over the CIDs that are desired and the batches that exist.
+"""Plans the batches that a node should hold: a pure policy over the desired CIDs and the existing batches.
 
 A batch is one UnixFS directory that links up to `MAX_MEMBERS` CIDs. It is written or removed as a whole, so
-that 10,000 pins cost a node 10 entries. A batch is never changed: what changes is written into a new batch,
-then the old one is removed. A batch is removed when it is empty, when most of it is not desired, or when what
-must be written anyway is at least half its size. So sizes at least halve from batch to batch below a third of
-`MAX_MEMBERS`, and a CID is written again at most 17 times.
+that 10,000 pins are 10 entries at the node. A batch is never changed: its changed members are written into a
+new batch, and then it is removed. A batch is removed when it is empty, when most of its members are not
+desired, or when what must be written anyway is at least half its size. So below a third of `MAX_MEMBERS`,
+each batch is at most half as large as the next larger one, and a CID is written again at most 17 times.
 
-Desired or not is one state for each CID, not a queue of orders: a release and a new pin of one CID can't
-overtake each other.
+Each CID has one state, desired or not. There is no queue of commands, so a release and a new pin of one CID
+can't overtake each other.
 
-Not for several tasks at once. The caller does the I/O: `begin`, write each batch, `finish`, then remove the
-dropped batches; or `abandon` when the node failed. `adopt` and `lose` report what is found at the
-node.
+Not for several tasks at once. The caller does the I/O: it calls `begin`, writes each batch, calls `finish`,
+and removes the dropped batches. If the node fails, it calls `abandon` instead of `finish`. It calls `adopt`
+and `lose` when it finds a batch at the node, or finds that one is missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,19 +25,18 @@ from ipfsfuse.errors import Malformed, NotACid
 
 MAX_MEMBERS = 1000
 MAX_PER_ROUND = 10
-"""Batches that one round writes or drops, more or less: with more, the bookkeeping would hold up the event
-loop."""
+"""About how many batches one round writes or drops. With more, planning would block the event loop."""
 QUEUED = 0
 
 
 class PinBatch(NamedTuple):
     number: int
-    """From 1; no other batch of the node has it."""
+    """From 1; unique at the node."""
     members: tuple[Cid, ...]
 
 
 class Round(NamedTuple):
-    """What to do next: write each of `writes`, then remove the batches with the numbers in `drops`."""
+    """The next step: write the batches `writes`, then remove the batches with the numbers `drops`."""
 
     writes: tuple[PinBatch, ...]
     drops: tuple[int, ...]
@@ -68,8 +67,8 @@ def members_of(block: bytes) -> tuple[Cid, ...] | None:
 
 
 class BatchPlanner:
-    """Plans the batches of one kind at one node: at most `limit` CIDs in each, and about `most` in a
-    round."""
+    """Plans the batches of one kind at one node. `limit`: the most CIDs in a batch. `most`: about the most
+    batches in a round."""
 
     def __init__(self, limit: int = MAX_MEMBERS, most: int = MAX_PER_ROUND) -> None:
         self.limit = limit
@@ -83,7 +82,7 @@ class BatchPlanner:
         self._last = 0
 
     def __len__(self) -> int:
-        """How many CIDs are desired."""
+        """The number of desired CIDs."""
         return len(self._home)
 
     @property
@@ -95,14 +94,14 @@ class BatchPlanner:
         return self._members
 
     def home(self, cid: Cid) -> int | None:
-        """The number of the batch that holds a desired CID, QUEUED for none yet; None for a CID that is not
-        desired."""
+        """The number of the batch that holds a desired CID; QUEUED if it is in no batch yet; None if the CID
+        is not desired."""
         return self._home.get(cid)
 
     # -- what is desired -------------------------------------------------------------------------------------
 
     def add(self, cid: Cid) -> bool:
-        """Whether that changed anything."""
+        """Makes `cid` desired. Returns whether that is a change."""
         if cid in self._home:
             return False
         number = self._unwanted.get(cid, QUEUED)
@@ -117,7 +116,7 @@ class BatchPlanner:
         return True
 
     def remove(self, cid: Cid) -> bool:
-        """Whether that changed anything."""
+        """Makes `cid` not desired. Returns whether that is a change."""
         number = self._home.pop(cid, None)
         if number is None:
             return False
@@ -131,9 +130,10 @@ class BatchPlanner:
     # -- what the node has -----------------------------------------------------------------------------------
 
     def adopt(self, batch: PinBatch) -> None:
-        """The node has `batch`. Of several batches that link a CID the newest is its home: when a round broke
-        off, the older ones were about to be dropped. An older one stays, with what both link, if at least
-        half of it is desired by now: there are never more than twice as many links as desired CIDs."""
+        """The node has `batch`. If several batches link a CID, the newest one is its home: a round that broke
+        off was about to drop the older ones. An older batch is kept if at least half of its members are
+        desired and have their home in it. So there are never more than twice as many links as desired
+        CIDs."""
         live = 0
         for cid in batch.members:
             home = self._home.get(cid)
@@ -151,7 +151,7 @@ class BatchPlanner:
         self.skip(batch.number)
 
     def lose(self, number: int) -> None:
-        """The node has this batch no more. Its members that are desired are queued."""
+        """The node no longer has this batch. Queues its desired members."""
         for cid in self._members.pop(number):
             if self._home.get(cid) == number:
                 self._home[cid] = QUEUED
@@ -167,9 +167,9 @@ class BatchPlanner:
     # -- rounds ----------------------------------------------------------------------------------------------
 
     def begin(self) -> Round:
-        """The next round, empty where there is nothing to do. Nothing counts as done before `finish`.
+        """The next round; empty if there is nothing to do. Nothing counts as done before `finish`.
 
-        A round of `most` writes or drops may leave something to the next one."""
+        After a round of `most` writes or drops there may be more to do."""
         drops: list[int] = []
         queued = list(islice(self._queue, self._most * self.limit))
         if len(queued) == len(self._queue):
@@ -199,7 +199,7 @@ class BatchPlanner:
         return drops
 
     def finish(self) -> None:
-        """All of the round's writes are at the node; the drops are to be removed there now."""
+        """All writes of the round are at the node. Now the caller must remove the drops."""
         done, self._round = self._round, NOTHING
         for number in done.drops:
             self.lose(number)
@@ -207,5 +207,5 @@ class BatchPlanner:
             self.adopt(batch)
 
     def abandon(self) -> None:
-        """The round failed: everything is as it was, and the numbers that it used stay used."""
+        """The round failed. The state is as before, but the numbers of its batches are not used again."""
         self._round = NOTHING

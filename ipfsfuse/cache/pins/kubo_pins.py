@@ -1,16 +1,16 @@
-"""Our pins at Kubo nodes: in the background, each node is made to hold what is desired.
+"""Our pins at Kubo nodes: a task for each node makes it hold the desired CIDs, in the background.
 
-Content stays at a node while it stands in any mount's folder there (`mfs`); the node's own pins
-are never looked at, so a pin that its user made is never touched. `add` and `remove` only change what is
-desired. A task for each node follows in rounds. A node that is down or hangs makes that task wait, and nobody
-else.
+A node keeps content while any mount's folder there links it (`mfs`). The node's own pins are never read or
+changed, so a pin that its user made is safe. `add` and `remove` only change which CIDs are desired; the task
+follows in rounds. A node that is down or hangs delays only its own task.
 
-Nothing is kept on the disk: what is desired is known from what is staged here and what the user pinned, and
-what a node has is read back from it, at the start, after each failure of the node, and once an hour.
+Nothing is stored on disk. The desired CIDs are those that are staged here or pinned by the user. The CIDs
+that a node holds are read back from it at the start, after each failure of the node, and once an hour.
 
-A child that a node does not have does no harm there, so nothing needs to know which node a block came from.
+A link to a block that a node does not have does no harm there, so we need not know which node a block came
+from.
 
-Concurrency: one event loop. A node is spoken to by its task alone.
+Concurrency: one event loop. Only a node's own task talks to the node.
 """
 
 import contextlib
@@ -33,25 +33,25 @@ from ipfsfuse.errors import IpfsFuseError, SourceFailed
 
 log = logging.getLogger(__name__)
 
-LINGER = 0.5
-"""Seconds in which pins are collected for one batch."""
+COLLECT_SECONDS = 0.5
+"""Seconds for which new pins are collected into one batch."""
 FIRST_WAIT, LONGEST_WAIT = 2.0, 300.0
-"""Seconds until a node that failed is asked again: doubling."""
-FAREWELL = 2.0
-"""Seconds that an ending mount gives the node."""
+"""Seconds until a node that failed is asked again. They double with each failure."""
+CLOSING_SECONDS = 2.0
+"""Seconds for the last requests to the node when the mount ends."""
 LOOKUPS_PER_TURN = 100
-"""Small blocks that are looked for in the index before other calls have their turn: some milliseconds."""
+"""Small blocks that are looked up in the index, which takes some milliseconds, before other tasks run."""
 
 REPAIRS_PER_ROUND = 100
-"""Files that are repaired before what changed meanwhile has its turn."""
+"""DAGs that are repaired before the next round of pins."""
 
 
 class KuboPins:
-    """The pins at one node. They follow what is desired while `run` runs, from when `reconcile` was
-    called."""
+    """The pins at one node. While `run` runs, and after `reconcile` was called, the node follows what is
+    desired."""
 
     def __init__(self, name: str, mfs: Mfs, mount_id: MountId) -> None:
-        """`name` is the node's, for the log and for `Copies`."""
+        """`name`: the node's name for the log and for `Copies`."""
         self.name = name
         self._mfs = mfs
         self._folder = MfsPinFolder(mfs, mount_id)
@@ -59,22 +59,22 @@ class KuboPins:
         self._is_staged: Callable[[Cid], object]
         self._repair: BlockRepair
         self._read_back_due = -math.inf
-        """When our folder must be read back (trio's clock); -inf while what the node has is not known."""
+        """When our folder must be read back, on trio's clock; -inf while its content is not known."""
         self._released = False
         self._failing = ""
         self._changed, self._full, self._ready = (trio.Event() for _ in range(3))
-        self._changed.set()  # to read back
-        self._busy = trio.Lock()  # with the node
+        self._changed.set()  # so that the task reads back first
+        self._busy = trio.Lock()  # for requests to the node
         self._tasks = trio.CancelScope()
 
     async def run(self) -> None:
-        """Until it is cancelled: what is pinned then stays pinned for the next start."""
+        """Runs until it is cancelled. What is pinned then stays pinned for the next start."""
         try:
             with self._tasks:
                 await self._follow()
         finally:
-            with trio.move_on_after(FAREWELL, shield=True):
-                await self._rest()
+            with trio.move_on_after(CLOSING_SECONDS, shield=True):
+                await self._end_lease()
 
     # -- what is desired -------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class KuboPins:
         return "queued" if QUEUED in (pinned, staged) else ""
 
     def pin(self, cid: Cid) -> None:
-        """The user pinned `cid`: it is held with all below it until `unpin`, whatever is staged."""
+        """Holds `cid` and everything below it until `unpin`, for the user."""
         self._want(PINNED, cid, True)
 
     def unpin(self, cid: Cid) -> None:
@@ -107,9 +107,9 @@ class KuboPins:
         is_staged: Callable[[Cid], object],
         copies: Copies,
     ) -> None:
-        """Called once, at the start: `staged` are the files that are staged, `pinned` is what the user
-        pinned. What the node holds besides is released, unless `is_staged` (a small block). The node is given
-        those `copies` that it has lost of what it holds."""
+        """Call it once at the start with the staged files and the user's pins. Other CIDs that the node holds
+        for this mount are released, unless `is_staged` (small blocks). If the node has lost blocks of what it
+        holds, it gets them from `copies`."""
         self._is_staged = is_staged
         self._repair = BlockRepair(self._mfs, copies, self.name)
         for cid in staged:
@@ -125,7 +125,7 @@ class KuboPins:
         return PinStatus(held, queued, count, self._mfs.requests, self._folder.path, self._failing)
 
     async def release_all(self) -> None:
-        """Lets go of everything, and follows no more: at the end of an isolated mount."""
+        """Releases everything and stops, at the end of an isolated mount."""
         self._released = True
         self._tasks.cancel()
         async with self._busy:
@@ -153,7 +153,7 @@ class KuboPins:
         while True:
             with trio.CancelScope(deadline=self._read_back_due):
                 await self._changed.wait()
-            with trio.move_on_after(LINGER):
+            with trio.move_on_after(COLLECT_SECONDS):
                 await self._full.wait()
             self._changed, self._full = trio.Event(), trio.Event()
             if await self._try_round():
@@ -167,7 +167,7 @@ class KuboPins:
         try:
             async with self._busy:
                 await self._round()
-        except Exception as exc:  # also a bug: it may cost the pins, but not the mount
+        except Exception as exc:  # a bug too: it may cost the pins, but must not end the mount
             self._failed(exc)
             return False
         if self._failing:
@@ -176,7 +176,7 @@ class KuboPins:
         return True
 
     def _failed(self, error: Exception) -> None:
-        """A node that fails is logged once, until it takes pins again."""
+        """Notes that the node failed. Logs it once, until the node takes pins again."""
         if not self._failing:
             bug = None if isinstance(error, IpfsFuseError) else error
             log.warning("pins wait until %s takes them: %s", self.name, error, exc_info=bug)
@@ -190,7 +190,7 @@ class KuboPins:
                 await self._do(prefix, planner, step)
                 if max(map(len, step)) < batches.MAX_PER_ROUND:
                     break
-        if not await self._repair.give_back(self.state):
+        if not await self._repair.repair(self.state):
             self._changed.set()
 
     async def _do(self, prefix: str, planner: BatchPlanner, step: Round) -> None:
@@ -213,47 +213,46 @@ class KuboPins:
                 planner.add(cid)
         self._read_back_due = trio.current_time() + lease.RENEW
 
-    async def _rest(self) -> None:
+    async def _end_lease(self) -> None:
         if self._read_back_due > -math.inf and not self._released:
             try:
-                await self._folder.sign(resting=True)
+                await self._folder.renew_lease(resting=True)
             except SourceFailed as exc:
                 log.info("%s did not take the last renewal of this mount's lease: %s", self.name, exc)
 
 
 class BlockRepair:
-    """Gives blocks back to a node that has lost them, where what it is to hold hangs together by them.
+    """Gives blocks that we have copies of back to a node that has lost them, so that it can hold what is
+    below.
 
-    A mount asks a node for what it does not have itself. So after an eviction and a collection at the node it
-    may ask for leaves alone, because it still has the blocks above them: held by a root that the node does
-    not have, those would be collected. Each large file is looked after once, when it is linked anew. One task
-    at a time."""
+    A mount asks a node only for blocks that it does not have itself. After an eviction here and a garbage
+    collection at the node, it may ask for a file's leaves only, because it still has the blocks above them.
+    The node would link the file's root, but without the root's block it would collect the leaves. Each large
+    file is repaired once, when a batch links it for the first time. One task at a time."""
 
     def __init__(self, mfs: Mfs, copies: Copies, name: str) -> None:
-        """`copies` of blocks that come from the node of that name, or are in packs."""
+        """`name`: the node's name for `copies`."""
         self._mfs = mfs
         self._copies = copies
         self._name = name
-        self._unsure: dict[Cid, None] = {}
+        self._unchecked: dict[Cid, None] = {}
 
     def note(self, planner: BatchPlanner, step: Round, *, everything: bool) -> None:
-        """`step` is about to be done: what it links that no batch held may have been collected since it was
-        fetched.
-
-        Large files alone are looked after, or `everything`."""
+        """Notes the CIDs that `step` links and no batch linked before: the node may have collected their
+        blocks. Only roots of large files are noted, or all CIDs with `everything`."""
         moved = {cid for number in step.drops for cid in planner.batches[number]}
         new = [cid for batch in step.writes for cid in batch.members if cid not in moved]
-        self._unsure.update((cid, None) for cid in new if everything or self._copies.joins(cid))
+        self._unchecked.update((cid, None) for cid in new if everything or self._copies.is_file_root(cid))
 
-    async def give_back(self, wanted: Callable[[Cid], object]) -> bool:
-        """Repairs some of what was noted and is still `wanted`. Returns whether that was all."""
-        for cid in list(islice(self._unsure, REPAIRS_PER_ROUND)):
+    async def repair(self, wanted: Callable[[Cid], object]) -> bool:
+        """Repairs some of the noted CIDs that are still `wanted`. Returns whether none is left."""
+        for cid in list(islice(self._unchecked, REPAIRS_PER_ROUND)):
             if wanted(cid):
-                await self._give(cid)
-            del self._unsure[cid]
-        return not self._unsure
+                await self._repair_dag(cid)
+            del self._unchecked[cid]
+        return not self._unchecked
 
-    async def _give(self, root: Cid) -> None:
+    async def _repair_dag(self, root: Cid) -> None:
         missing = [root]
         while missing:
             cid = missing.pop()
@@ -261,7 +260,7 @@ class BlockRepair:
                 continue
             try:
                 found = await self._copies.copy(cid, self._name)
-            except IpfsFuseError:  # nobody has it now
+            except IpfsFuseError:  # it can't be read now
                 continue
             if found is not None:
                 await self._mfs.put(cid, found.block)
@@ -269,7 +268,7 @@ class BlockRepair:
 
 
 class NodePins:
-    """Implements `Pins` over any number of nodes, or over none: each gets the same calls."""
+    """Implements `Pins` for any number of nodes, also for none. Each node gets the same calls."""
 
     def __init__(self, nodes: Iterable[KuboPins]) -> None:
         self._nodes = list(nodes)
@@ -280,8 +279,8 @@ class NodePins:
     async def open(
         cls, rpcs: Mapping[str, Callable[[], NodeRpc]], mount_id: MountId, *, isolated: bool
     ) -> AsyncIterator["NodePins"]:
-        """`rpcs`: the nodes' RPC APIs by the nodes' names. What is pinned stays pinned after the block, for
-        the next start, unless the mount is `isolated`."""
+        """`rpcs`: the RPC API of each node, by name. What is pinned stays pinned after the `async with`
+        block, for the next start, unless the mount is `isolated`."""
         async with trio.open_nursery() as nursery:
             pins = cls(KuboPins(name, Mfs(rpc), mount_id) for name, rpc in rpcs.items())
             for node in pins._nodes:
@@ -290,7 +289,7 @@ class NodePins:
                 yield pins
             finally:
                 if isolated:
-                    with trio.move_on_after(FAREWELL, shield=True):
+                    with trio.move_on_after(CLOSING_SECONDS, shield=True):
                         async with trio.open_nursery() as releasing:
                             for node in pins._nodes:
                                 releasing.start_soon(node.release_all)
@@ -305,12 +304,12 @@ class NodePins:
             node.remove(cid)
 
     def state(self, cid: Cid) -> str:
-        """That at the node which holds it most firmly."""
+        """The strongest state that any node has for `cid`."""
         states = {node.state(cid) for node in self._nodes}
         return next((state for state in ("user", "cache", "queued") if state in states), "")
 
     def pin(self, cid: Cid) -> None:
-        """The user pinned `cid`."""
+        """Holds `cid` at each node until `unpin`."""
         for node in self._nodes:
             node.pin(cid)
 
@@ -327,5 +326,5 @@ class NodePins:
             node.reconcile(files, roots, is_staged, copies)
 
     def status(self) -> dict[str, PinStatus]:
-        """By node."""
+        """The status of each node, by name."""
         return {node.name: node.status() for node in self._nodes}

@@ -1,11 +1,11 @@
-"""Whose a folder of pins at a node is: a cache folder's name there, and the lease of its mount.
+"""The name of a cache folder at Kubo nodes, and the lease that says which mount a folder of pins belongs to.
 
-A cache folder has a name of its own, its mount-id. The folder of that name at a node is the record of what is
-pinned there, and holds a lease: which cache folder it belongs to, on which machine, and when that was last
-renewed. What proves that nobody needs it any more is the cache folder itself: it is gone, or goes by another
-name. That is seen only where this process sees the same files: on the same machine, in the same boot and
-mount namespace. Elsewhere a day without a renewal must have passed besides, because copies of a machine, and
-containers of one image, share what names a machine.
+Each cache folder has a unique name, its mount-id. The folder of that name at a node records what is pinned
+there. It contains a lease: the cache folder, its machine, and the time of the last renewal. The pins are
+stale if the cache folder no longer exists or has another mount-id. Only a process that sees the same files
+can check that: on the same machine, in the same boot and mount namespace. Other processes of that machine
+must also wait for a day without a renewal, because copies of a machine, and containers of one image, have the
+same machine-id.
 
 Concurrency: calls block for a few system calls, and may be made in any thread.
 """
@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 
 BOOT = "/proc/sys/kernel/random/boot_id"
 RENEW = 3600.0
-"""Seconds after which a living mount renews its lease."""
+"""Seconds after which a running mount renews its lease."""
 SILENT = 24 * RENEW
-"""Seconds without a renewal after which a mount that can't be seen from here counts as dead."""
+"""Seconds without a renewal after which a mount that can't be seen from here counts as ended."""
 VERSION = 1
 MAX_PATH = 4096
 MAX_TIME = 1 << 63
-"""Seconds since 1970 that no clock tells."""
+"""Seconds since 1970, beyond any clock's time."""
 
 
 class MountId:
-    """The name of a cache folder at nodes, kept in its file `mount-id`. Made by `open`."""
+    """The name of a cache folder at nodes. It is stored in the folder's file `mount-id`. Made by `open`."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
@@ -51,11 +51,11 @@ class MountId:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """The name that `folder` has. One that has none, or nothing that is a name, gets a new one.
+        """Reads the name of `folder`. If it has none, or an invalid one, makes a new one.
 
-        A folder of an earlier version had a name for each node, in `pins/<hash of the node>/mount`: the first
-        of them is taken over. What the others name at their nodes is released as that of any cache folder
-        which is gone."""
+        In earlier versions a folder had a name for each node, in `pins/<hash of the node>/mount`. The first
+        of these names is used on. The pins under the others are released later, like those of a cache folder
+        that no longer exists."""
         path = folder / cache_folder.MOUNT_ID
         name = _read_name(path)
         if name is None:
@@ -71,7 +71,7 @@ class MountId:
         return cls(folder, name)
 
     def change(self, old: str) -> None:
-        """Takes a new name, if the name still is `old`: another mount uses that one."""
+        """Makes a new name if the name is still `old`, which another mount uses."""
         with self._changing:
             if self.name == old:
                 self.name = _new_name()
@@ -84,22 +84,23 @@ class Lease:
 
     version: int
     machine: str
-    """A hash of the machine's id: the id itself is for this machine alone."""
+    """A hash of the machine-id, which itself is secret."""
     boot: str
     namespace: str
-    """The mount namespace; "" where it is not known."""
+    """The mount namespace; "" if it is not known."""
     folder: str
     """The path of the cache folder in that namespace."""
     inode: str
-    """Device and inode number of the cache folder: no other folder has these in this boot."""
+    """Device and inode number of the cache folder, which are unique in this boot."""
     renewed: int
-    """Seconds since 1970; not older than `RENEW` while the mount lives."""
+    """The time of the last renewal, in seconds since 1970. A running mount renews it every `RENEW`
+    seconds."""
     resting: bool = False
-    """The mount ended as it should. What is pinned awaits its next start."""
+    """Whether the mount has ended normally. Its pins are kept for its next start."""
 
     @classmethod
     def of(cls, folder: Path) -> Self:
-        """The lease of this process, which holds the cache folder `folder`."""
+        """The lease of this process, which has locked the cache folder `folder`."""
         inode = ""
         with suppress(OSError):
             info = folder.stat()
@@ -110,10 +111,10 @@ class Lease:
 
     @classmethod
     def parse(cls, data: bytes | None) -> Self | None:
-        """What `encode` wrote, of this version or a later one; None for anything else.
+        """Parses what `encode` of this or a later version wrote; None for anything else.
 
-        Earlier versions wrote a file `owner`. They named a folder for each node in the cache folder, and no
-        namespace."""
+        Earlier versions wrote a file `owner`. It named a folder inside the cache folder, one for each node,
+        and no namespace."""
         try:
             found = json.loads(data or b"")
         except (ValueError, RecursionError):
@@ -140,25 +141,25 @@ class Lease:
         return replace(self, renewed=int(time.time()), resting=resting)
 
     def may_be_claimed(self, by: "Lease", name: str) -> bool:
-        """Whether `by`, the lease of a process that holds a cache folder of this name, may take the folder at
+        """Whether the process with the lease `by`, whose cache folder has this name, may use the folder at
         the node.
 
-        False where this lease may be that of another living mount: of a copy of the cache folder, or of its
-        original."""
+        False if this lease may belong to another running mount: one with a copy of the cache folder, or with
+        the original of it."""
         if self._same_boot(by):
             if self.inode and self.inode == by.inode:
-                return True  # the same cache folder, whose lock the taker holds
+                return True  # it is the same cache folder, which that process has locked
             if self.version == 0 and self.folder in (by.folder, str(Path(by.folder).parent)):
-                return True  # as it was before the migration
+                return True  # it is the same cache folder before its migration
             if self.namespace and self.namespace == by.namespace:
                 return self.folder == by.folder or not _has_name(Path(self.folder), name)  # moved, not copied
         return self.resting or self.is_silent()
 
     def is_stale(self, by: "Lease", name: str) -> bool:
-        """Whether what stands at the node under this lease is needed no more, as seen by the process of the
-        lease `by`.
+        """Whether the pins under this lease are no longer needed, as far as the process with the lease `by`
+        can see.
 
-        `name` is the folder's name at the node; the process itself goes by another one."""
+        `name` is the folder's name at the node. The process itself has another name."""
         if self.machine != by.machine:
             return False
         if self.folder != by.folder and _has_name(Path(self.folder), name):
@@ -167,8 +168,8 @@ class Lease:
         return seen or self.is_silent()
 
     def is_silent(self) -> bool:
-        """Whether a living mount would have renewed this since. A time far in the future is of a clock that
-        was wrong."""
+        """Whether the last renewal is so old that the mount must have ended. A time far in the future comes
+        from a wrong clock, and counts the same."""
         return abs(time.time() - self.renewed) > SILENT
 
     def _same_boot(self, other: "Lease") -> bool:
@@ -179,7 +180,7 @@ _KINDS: dict[str, type] = {"version": int, "renewed": int, "resting": bool}
 
 
 def host_name() -> str:
-    """This host's name, in characters that a path takes as they are."""
+    """This host's name, with only characters that are safe in a path."""
     return re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())[:64].strip(".") or "host"
 
 
@@ -188,14 +189,14 @@ def _new_name() -> str:
 
 
 def _has_name(folder: Path, name: str) -> bool:
-    """Whether a cache folder goes by `name`; True where we may not look, and where a living mount has lost
-    its name."""
+    """Whether the cache folder has the mount-id `name`. True if we may not look, and if a running mount's
+    folder has lost its mount-id."""
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             return False
         if name in (_read_name(folder / cache_folder.MOUNT_ID), *_old_names(folder).values()):
             return True
-        # one of an older layout is a --cache-dir itself
+        # in an older layout the cache folder is the --cache-dir itself
         return not cache_folder.is_free(folder.parent if folder.name == cache_folder.NAME else folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -204,13 +205,13 @@ def _has_name(folder: Path, name: str) -> bool:
 
 
 def _read_name(path: Path) -> str | None:
-    """What a file of a name holds; None for anything else. Links are not followed."""
+    """The name in a file; None if there is none. Follows no symlink."""
     text = (read_file(str(path), 100) or b"").decode("ascii", "replace").removesuffix("\n")
     return text if cache_folder.is_mount_id(text) else None
 
 
 def _write_name(path: Path, name: str) -> None:
-    """If the disk takes nothing, the next start has another name, and writes its pins anew."""
+    """Stores the name. If that fails, the next start makes another name and writes its pins again."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with Closing(os.open(path.parent, flags)) as folder:
@@ -237,7 +238,7 @@ def _old_names(folder: Path) -> dict[Path, str | None]:
 
 
 def _remove_old_names(folder: Path) -> None:
-    """Removes what earlier versions kept of pins, and nothing else."""
+    """Removes the files for pins of earlier versions, and nothing else."""
     for old in _old_names(folder):
         with suppress(OSError):
             for name in _OLD_FILES:

@@ -1,9 +1,9 @@
-"""A Kubo node's own file tree (MFS), as far as pins need it: a few commands of its RPC API (`Mfs`), and the
-folder in it that records what one mount has pinned at the node (`MfsPinFolder`).
+"""The MFS of a Kubo node, as far as pins need it: some commands of the RPC API (`Mfs`), and the folder that
+records what one mount has pinned at the node (`MfsPinFolder`).
 
-The node's garbage collection leaves alone what stands in this tree, with all below it that the node has.
-`Mfs` never makes the node fetch anything. Any number of tasks may use it, and one try of a command ends
-within `REQUEST_TIMEOUT`. One task at a time uses a `MfsPinFolder`; `KuboPins` sees to that.
+The node's garbage collection keeps everything that MFS links, as far as the node has it. `Mfs` never makes
+the node fetch anything. Any number of tasks may use it, and one try of a command ends within
+`REQUEST_TIMEOUT`. Only one task at a time may use a `MfsPinFolder`; `KuboPins` ensures that.
 """
 
 import hashlib
@@ -28,27 +28,28 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import SourceRequest
 
 REQUEST_TIMEOUT = 10.0
-"""Seconds for one try of a command. All are local to the node and take milliseconds: a node that hangs is
-found out."""
+"""Seconds for one try of a command. Commands are local to the node and take milliseconds, so a node that
+takes longer hangs."""
 PAUSES = (0.2, 1.0)
 """Seconds between the three tries of a command."""
 COLLECTIONS = 30
-"""How many garbage collections may come between one block and its link."""
+"""How often garbage collection may remove a block before it is linked."""
 MAX_ANSWER = 64 << 10
 MAX_LISTING = 4 << 20
-"""Bytes of a folder's listing: some 35,000 entries. A mount with a million pins has 1,000 to 6,000."""
+"""Bytes of a folder's listing, about 35,000 entries. A mount with a million pins has 1,000 to 6,000."""
 MAX_BLOCK = 1 << 20
-"""Twice what 1,000 links to the longest CIDs take."""
+"""Bytes of a batch's block: twice the size of 1,000 links to the longest CIDs."""
 _NO_ENTRY = "does not exist"
 
 Pairs = Sequence[tuple[str, str]]
 
 
 class NodeRpc(Protocol):
-    """POST /api/v0/`command`, arguments percent-encoded in the query (`sources.http.kubo`).
+    """POST /api/v0/`command`, with the arguments percent-encoded in the query (`sources.http.kubo`).
 
-    Raises NotHere where the node says that it can't find something. Otherwise SourceFailed, of kind "node"
-    for what the node says itself, and of kind "long" for an answer of more than `limit` bytes."""
+    Raises NotHere if the node answers that it can't find something. Raises SourceFailed otherwise: of the
+    kind "node" if the node answered with an error, and of the kind "long" for an answer of more than `limit`
+    bytes."""
 
     async def call(
         self, command: str, arguments: Pairs = (), limit: int = ..., file: bytes | None = None
@@ -56,27 +57,26 @@ class NodeRpc(Protocol):
 
 
 class Mfs:
-    """The file tree of one node. `rpc` is asked anew for each try, since a node may come back at another
-    address.
+    """The MFS of one node. `rpc` is called for each try, because a node may be restarted at another address.
 
-    Each command is tried three times. Every method raises SourceFailed where the node does not answer,
-    refuses, or answers something else."""
+    Each command is tried three times. Every method raises SourceFailed if the node does not answer, refuses,
+    or sends an answer that can't be parsed."""
 
     def __init__(self, rpc: Callable[[], NodeRpc]) -> None:
         self._rpc = rpc
         self.requests = 0
 
     async def put(self, cid: Cid, block: bytes) -> None:
-        """Stores a block, unprotected until it is linked."""
+        """Stores a block at the node. Garbage collection may remove it until it is linked."""
         codec = "raw" if cids.codec(cid) == cids.RAW else "dag-pb"
         arguments = [("cid-codec", codec), ("mhtype", "sha2-256"), ("pin", "false")]
         answer = await self._call("block/put", arguments, file=block)
-        with _understood("block/put"):
+        with _parse_errors("block/put"):
             if cids.canonical(cids.parse(json.loads(answer)["Key"])) != cid:
                 raise SourceFailed("the node stored another block than it was sent", "node")
 
     async def has(self, cid: Cid) -> bool:
-        """Whether the node itself has the block: it asks no other."""
+        """Whether the node itself has the block. It asks no other node."""
         try:
             await self._call("block/stat", [("arg", cids.text(cid)), ("offline", "true")])
             return True
@@ -84,7 +84,8 @@ class Mfs:
             return False
 
     async def block(self, cid: Cid) -> bytes | None:
-        """A verified block of at most `MAX_BLOCK` bytes that the node itself has; None for any other."""
+        """A verified block that the node itself has; None if it has none, or one of more than `MAX_BLOCK`
+        bytes."""
         try:
             block = await self._call("block/get", [("arg", cids.text(cid)), ("offline", "true")], MAX_BLOCK)
             cids.verify(cid, block)
@@ -97,8 +98,7 @@ class Mfs:
         return block
 
     async def read(self, cid: Cid) -> bytes | None:
-        """The first 64 KiB of a file; None for what is not a file, and for a file that the node does not have
-        itself."""
+        """The first 64 KiB of a file; None if it is not a file, or if the node itself does not have it."""
         arguments = [("arg", f"/ipfs/{cids.text(cid)}"), ("length", str(MAX_ANSWER)), ("offline", "true")]
         try:
             return await self._call("cat", arguments)
@@ -110,12 +110,11 @@ class Mfs:
             raise
 
     async def write(self, path: str, data: bytes) -> None:
-        """Makes `path` a file that holds `data`, in place of whatever stands there. Folders above it are
-        made."""
+        """Writes `data` to the file `path`. Replaces what is there; creates missing folders above it."""
         arguments = [("arg", path), ("create", "true"), ("truncate", "true"), ("parents", "true")]
         try:
             await self._call("files/write", arguments, file=data)
-        except (NotHere, SourceFailed):  # a folder of that name, or a file whose block the node has lost
+        except (NotHere, SourceFailed):  # it is a folder, or a file whose block the node has lost
             await self.remove(path)
             try:
                 await self._call("files/write", arguments, file=data)
@@ -123,7 +122,8 @@ class Mfs:
                 raise SourceFailed(str(exc), "node") from exc
 
     async def place(self, cid: Cid, block: bytes, path: str) -> None:
-        """Stores a directory's block and makes `path` name it; what it links need not be at the node."""
+        """Stores a directory's block and links it at `path`. The node need not have the blocks that it
+        links."""
         tries, collections = len(PAUSES), COLLECTIONS
         while True:
             try:
@@ -132,8 +132,8 @@ class Mfs:
                     "files/cp", [("arg", f"/ipfs/{cids.text(cid)}"), ("arg", path), ("offline", "true")]
                 )
                 return
-            except NotHere as exc:  # a collection that runs made the link wait, and took the block meanwhile
-                if not collections or _NO_ENTRY in str(exc):  # or else the folder is gone
+            except NotHere as exc:  # a garbage collection delayed the link and removed the block meanwhile
+                if not collections or _NO_ENTRY in str(exc):  # _NO_ENTRY: the folder is gone
                     raise SourceFailed(str(exc), "node") from exc
                 collections -= 1
             except SourceFailed:
@@ -141,18 +141,18 @@ class Mfs:
                     raise
                 await trio.sleep(PAUSES[-tries])
                 tries -= 1
-                await self.remove(path)  # that try may have got through, and its answer not
+                await self.remove(path)  # that try may have succeeded, with only its answer lost
 
     async def remove(self, path: str) -> None:
-        """Removes the entry and all below it; there need not be any."""
+        """Removes the entry and everything below it, if it exists."""
         with suppress(NotHere):
             await self._call("files/rm", [("arg", path), ("force", "true")])
 
     async def entries(self, path: str) -> dict[str, Cid]:
-        """The names in a folder and what they link; nothing for a folder that does not exist."""
+        """The names and CIDs in a folder; empty if the folder does not exist."""
         try:
             answer = await self._call("files/stat", [("arg", path), ("offline", "true")])
-            with _understood("files/stat"):
+            with _parse_errors("files/stat"):
                 found = json.loads(answer)
                 root, kind = str(found["Hash"]), str(found["Type"])
             if kind != "directory":
@@ -169,7 +169,7 @@ class Mfs:
             else:
                 raise
             raise SourceFailed(why, exc.kind) from exc
-        with _understood("ls"):
+        with _parse_errors("ls"):
             return await threads.run_sync(_links, answer)
 
     async def _call(
@@ -179,7 +179,7 @@ class Mfs:
             try:
                 return await self._once(command, arguments, limit, file)
             except SourceFailed as exc:
-                if exc.kind == "long":  # as it will be the next time
+                if exc.kind == "long":  # it will be the same the next time
                     raise
                 await trio.sleep(pause)
         return await self._once(command, arguments, limit, file)
@@ -205,7 +205,7 @@ def _links(answer: bytes) -> dict[str, Cid]:
 
 
 @contextmanager
-def _understood(command: str) -> Iterator[None]:
+def _parse_errors(command: str) -> Iterator[None]:
     try:
         yield
     except (NotACid, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as exc:
@@ -214,58 +214,58 @@ def _understood(command: str) -> Iterator[None]:
 
 # -- the folder of one mount ---------------------------------------------------------------------------------
 
-#     /ipfsfuse/<mount-id>/lease         whose folder this is (`lease`)
-#                         /staged-<n>    what is staged, in batches (`batches`)
-#                         /pinned-<n>    what the user pinned, in batches
+#     /ipfsfuse/<mount-id>/lease         the mount that this folder belongs to (`lease`)
+#                         /staged-<n>    batches of what is staged (`batches`)
+#                         /pinned-<n>    batches of what the user pinned
 #
-# Anything else in the folder belongs to somebody else, and is left alone. A batch is read back before it
-# counts: anyone with access to the node may have written it.
+# Other entries in the folder are not ours and are never changed. A batch is read back and checked before it
+# counts, because anyone with access to the node may have written it.
 
 log = logging.getLogger(__name__)
 
 ROOT = "/ipfsfuse"
 LEASE = "lease"
 OWNER = "owner"
-"""What earlier versions had instead of the lease."""
+"""The name of the lease in earlier versions."""
 STAGED = "staged-"
 PINNED = "pinned-"
 MAX_FOLDERS = 1000
-"""Folders of other mounts that are looked at in one start."""
+"""Folders of other mounts that are checked at one start."""
 
 _BATCH = re.compile(f"({STAGED}|{PINNED})([0-9]+)")
 _NUMBER = re.compile("[1-9][0-9]{0,8}")
 
 
 class MfsPinFolder:
-    """Every method raises SourceFailed where the node fails or refuses."""
+    """The folder of one mount in a node's MFS. Every method raises SourceFailed if the node fails or
+    refuses."""
 
     def __init__(self, mfs: Mfs, mount_id: MountId) -> None:
         self._mfs = mfs
         self._mount_id = mount_id
-        self._name = ""  # that of the folder that was claimed
-        self._swept = ""  # for which name stale pins were looked for
+        self._name = ""  # the name of the claimed folder
+        self._released_stale_for = ""  # the name under which stale pins were last released
         self._lease: Lease | None = None
-        self._written: dict[str, Cid] = {}  # the batches there, as we wrote them or read them back
+        self._written: dict[str, Cid] = {}  # the batches there, as written or read back
 
     @property
     def path(self) -> str:
-        """The folder that was claimed, or will be."""
+        """The path of the claimed folder, or of the one that will be claimed."""
         return f"{ROOT}/{self._name or self._mount_id.name}"
 
     @property
     def is_current(self) -> bool:
-        """Whether the folder that was claimed has the mount's name: it may have changed since, for another
-        node."""
+        """Whether the claimed folder still has the mount's name. The name may have changed since, because of
+        a conflict at another node."""
         return self._name == self._mount_id.name
 
     async def read_back(self, planners: Mapping[str, BatchPlanner]) -> dict[str, list[Cid]]:
-        """Claims the folder, renews the lease, and makes each of `planners` (by the prefix of its batches'
-        names) agree with what stands there. Returns the members of the batches that were not known, by
-        prefix."""
+        """Claims the folder, renews the lease, and updates `planners` (by the prefix of their batches' names)
+        to what is there. Returns the members of newly found batches, by prefix."""
         entries, self._lease = await self._claim()
-        await self.sign(resting=False)
-        if self._swept != self._name:
-            self._swept = self._name
+        await self.renew_lease(resting=False)
+        if self._released_stale_for != self._name:
+            self._released_stale_for = self._name
             await release_stale_pins(self._mfs, self._lease, self._name)
         if OWNER in entries:
             await self._remove(OWNER)
@@ -281,7 +281,7 @@ class MfsPinFolder:
         }
 
     async def write(self, prefix: str, step: Round) -> None:
-        """Writes the step's batches; nothing of the step may count as done before this returned."""
+        """Writes the batches of `step`. None of them counts as written before this returns."""
         for batch in step.writes:
             block = await threads.run_sync(batches.directory, batch.members)
             cid = cids.make(cids.DAG_PB, SHA2_256_PREFIX + hashlib.sha256(block).digest())
@@ -290,18 +290,18 @@ class MfsPinFolder:
             self._written[entry] = cid
 
     async def drop(self, prefix: str, step: Round) -> None:
-        """Removes the batches that the step drops."""
+        """Removes the batches that `step` drops."""
         for number in step.drops:
             await self._remove(f"{prefix}{number}")
 
     async def release(self) -> None:
-        """Lets go of everything."""
+        """Removes the folder, which releases everything."""
         if self._name:
             await _release(self._mfs, self.path)
 
     async def _claim(self) -> tuple[dict[str, Cid], Lease]:
-        """The folder's entries and this mount's lease, once the folder is ours. Where another mount may live
-        that has the folder, as after a copy of the cache folder, this mount takes a new name."""
+        """Claims the folder. Returns its entries and this mount's lease. If another running mount may use the
+        folder, because the cache folder was copied, this mount gets a new name."""
         lease = await threads.run_sync(Lease.of, self._mount_id.folder)
         while True:
             name = self._mount_id.name
@@ -336,8 +336,9 @@ class MfsPinFolder:
                 members += batch
         return members
 
-    async def sign(self, *, resting: bool) -> None:
-        """Renews the lease; `resting` leaves everything pinned for the next start of this mount."""
+    async def renew_lease(self, *, resting: bool) -> None:
+        """Writes the lease with the time now. `resting`: the mount ends, and its pins are for its next
+        start."""
         assert self._lease is not None
         await self._mfs.write(f"{self.path}/{LEASE}", self._lease.renew(resting=resting).encode())
 
@@ -347,8 +348,8 @@ class MfsPinFolder:
 
 
 async def release_stale_pins(mfs: Mfs, lease: Lease, ours: str) -> None:
-    """Lets go of what mounts of this host had pinned whose cache folder is gone, or goes by another name;
-    never of the folder `ours`, which is that of `lease`. What fails is left to the next start."""
+    """Releases the pins of mounts of this host whose cache folder is gone or has another mount-id. Never
+    touches the folder `ours`, which belongs to `lease`. What fails is tried again at the next start."""
     try:
         names = await mfs.entries(ROOT)
     except SourceFailed as exc:
@@ -372,7 +373,7 @@ async def _read_lease(mfs: Mfs, entries: Mapping[str, Cid]) -> Lease | None:
 
 
 async def _release(mfs: Mfs, path: str) -> None:
-    """Removes a mount's folder; where somebody else has put something into it, what is the mount's."""
+    """Removes a mount's folder. If it contains entries that are not ours, removes only ours."""
     entries = await mfs.entries(path)
     if all(_is_ours(entry) for entry in entries):
         await mfs.remove(path)

@@ -1,4 +1,4 @@
-"""IPNS names and records: decoding, and verification as the specification demands. Pure functions.
+"""IPNS names and records: decoding and verification, as the specification says. Pure functions.
 
 Source: https://specs.ipfs.tech/ipns/ipns-record/ and, for keys, the libp2p peer-id specification.
 """
@@ -25,11 +25,11 @@ with optional("names"):
 MAX_RECORD: Final = 10 * 1024
 """Bytes of a record (section "Record Size Limit")."""
 MAX_NAME_TEXT: Final = 253
-"""Characters of a domain, and more than any key's name has."""
+"""Characters of the longest domain. Names of keys are shorter."""
 PREFIX: Final = b"ipns-signature:"
 RSA, ED25519, SECP256K1, ECDSA = range(4)
 RSA_BITS: Final = range(2048, 8192 + 1)
-"""What go-libp2p accepts: to verify with a larger key takes long."""
+"""The key sizes that go-libp2p accepts: verifying with a larger key takes long."""
 ECDSA_CURVES: Final = (ec.SECP224R1, ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
 NANOSECONDS: Final = 10**9
 
@@ -42,7 +42,7 @@ _TIME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class KeyName:
-    """The multihash of a public key: what an IPNS record is verified against."""
+    """The multihash of a public key. An IPNS record is verified with that key."""
 
     multihash: bytes
 
@@ -65,8 +65,8 @@ Name = KeyName | DomainName
 
 
 def parse_name(text: str) -> Name | None:
-    """The name that `text` spells: `k51...`, `k2k4...`, or another CID of a key; `12D3Koo...` or `Qm...`; or
-    a domain. None for anything else."""
+    """Parses a name: `k51...`, `k2k4...` or another CID of a key; `12D3Koo...` or `Qm...`; or a domain. None
+    for anything else."""
     if not 0 < len(text) <= MAX_NAME_TEXT:
         return None
     return _parse_domain(text) if "." in text else _parse_key(text)
@@ -103,28 +103,28 @@ def _parse_domain(text: str) -> DomainName | None:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A record whose signature was verified. Whether it is still valid depends on the time."""
+    """A record with a verified signature. It may have expired."""
 
     name: KeyName
     value: str
-    """A path, as its owner wrote it: `/ipfs/CID/...` or `/ipns/NAME/...`."""
+    """A path, as the record's owner wrote it: `/ipfs/CID/...` or `/ipns/NAME/...`."""
     sequence: int
     validity: int
     """When it expires, in nanoseconds since 1970."""
     ttl: int
-    """For how long it may be kept before it is asked for again, in nanoseconds."""
+    """How long it may be used before the sources are asked again, in nanoseconds."""
     data: bytes
-    """The record as it came."""
+    """The encoded record."""
 
     @property
     def rank(self) -> tuple[int, int, bytes]:
-        """Of two records of one name the one of higher rank counts, as boxo's `Select` has it."""
+        """Of two records of one name, the one with the higher rank is newer, as in boxo's `Select`."""
         return self.sequence, self.validity, self.data
 
 
 def verify(name: KeyName, data: bytes) -> Record:
-    """The record of `name` that `data` holds, its signature verified (section "Record Verification", but for
-    the last step, the time). Raises WrongRecord."""
+    """Decodes a record of `name` and verifies its signature (section "Record Verification", without the last
+    step, the time). Raises WrongRecord."""
     if len(data) > MAX_RECORD:
         raise WrongRecord(f"{name}: a record of {len(data):,} bytes; {MAX_RECORD:,} are the most")
     try:
@@ -147,7 +147,8 @@ def _verify(name: KeyName, data: bytes) -> Record:
 
 
 def _fields(data: bytes) -> dict[int, int | bytes]:
-    """The fields 1 to 9 of IpnsEntry by number. Others are ignored; of a repeated one the last counts."""
+    """The fields 1 to 9 of IpnsEntry, by number. Other fields are ignored; the last of a repeated field
+    counts."""
     fields: dict[int, int | bytes] = {}
     at, end = 0, len(data)
     while at < end:
@@ -188,7 +189,7 @@ def _decode(name: KeyName, data: bytes, signed: bytes, fields: dict[int, int | b
     assert isinstance(ttl, int)
     if kind != 0:
         raise Malformed(f"validity type {kind} is not known")
-    if fields.get(1) or fields.get(2):  # fields of version 1 too: older readers use those
+    if fields.get(1) or fields.get(2):  # it also has the fields of version 1, for older readers
         unsigned = (
             fields.get(1, b""),
             fields.get(4, b""),
@@ -206,7 +207,7 @@ def _decode(name: KeyName, data: bytes, signed: bytes, fields: dict[int, int | b
 
 
 def _nanoseconds(validity: bytes) -> int:
-    """Nanoseconds since 1970 of a time as RFC 3339 writes it."""
+    """Nanoseconds since 1970 of a time in RFC 3339."""
     found = _TIME.fullmatch(validity.decode("ascii", "replace"))
     if found is None:
         raise Malformed("its validity is not a time of RFC 3339")

@@ -1,9 +1,10 @@
-"""Names to paths below a CID: asks every source for IPNS records, follows names that lead to names.
+"""Resolves names to paths below a CID: asks every source for IPNS records, asks DNS for domains, and follows
+names that lead to other names.
 
-A record is verified here, so that a source that lies can only withhold a newer one. Of the records that were
-ever seen of a name the one of the highest sequence counts; `RecordStore` keeps it across restarts.
+Records are verified here, so a malicious source can only withhold a newer record. The record with the highest
+sequence that was ever seen counts; `RecordStore` keeps it across restarts.
 
-Concurrency: any number of tasks. Calls that want the same name at once share one request to the sources.
+Concurrency: any number of tasks. Concurrent calls for one name share one request to the sources.
 """
 
 import base64
@@ -52,28 +53,29 @@ with optional("names"):
 log = logging.getLogger(__name__)
 
 MAX_DEPTH: Final = 32
-"""Names that are followed to names, as in Kubo."""
+"""The longest chain of names that is followed, as in Kubo."""
 MAX_ASKED: Final = 256
-"""Names that are asked for at a time: each costs a connection to every source."""
+"""Names that are resolved at a time: each needs a connection to every source."""
 MAX_KEPT: Final = 1000
-"""Names whose value, or failure, is kept in memory."""
+"""Names of which the value or failure is kept in memory."""
 MIN_SECONDS: Final = 1.0
-"""A value is kept at least so long: one access asks for it more than once."""
+"""A value is kept at least so long, because one access asks for it more than once."""
 FAILURE_SECONDS: Final = 5.0
-"""A failure is remembered so long, as that of a block is."""
+"""A failure is kept so long, the same as that of a block."""
 STALE_SECONDS: Final = 60.0
-"""A record that is still valid is used so long where no source can be asked for a newer one."""
+"""How long a stored record that has not expired is used before the sources are asked again, if none of them
+answers with one as new."""
 GRACE_SECONDS: Final = 1.0
-"""How long the other sources may take, when one has sent a valid record, to send a newer one."""
+"""How long the other sources may take to send a newer record after one has sent a valid record."""
 MAX_TARGET: Final = 3500
-"""Bytes of a path that a name may lead to: with the mountpoint before it, it is a symlink's target, and
-Linux allows 4,095 bytes for that."""
+"""Bytes of a path that a name may lead to. The path, with the mountpoint before it, is the target of a
+symlink, and Linux allows 4,095 bytes for that."""
 
 
 # -- DNSLink: the path in a TXT record of `_dnslink.<domain>` (https://dnslink.dev) --------------------------
 
-# It is as trustworthy as DNS: unlike an IPNS record it is not signed, so whoever answers for a domain decides
-# where it leads.
+# A DNSLink is as trustworthy as DNS. Unlike an IPNS record it is not signed, so the DNS server decides where
+# a domain leads.
 
 PREFIX: Final = "dnslink="
 MAX_ANSWER: Final = 65535
@@ -86,8 +88,8 @@ class Dns(Protocol):
     """Asks DNS for TXT records."""
 
     async def texts(self, domain: str) -> tuple[Sequence[str], float]:
-        """The TXT records of `domain`, and their TTL in seconds. Raises NotFound where the answer is that
-        there are none, Unavailable where there is no answer."""
+        """The TXT records of `domain`, and their TTL in seconds. Raises NotFound if DNS answers that there
+        are none, Unavailable if there is no answer."""
         ...
 
     async def aclose(self) -> None:
@@ -96,7 +98,7 @@ class Dns(Protocol):
 
 
 async def lookup(asked: Dns, domain: str) -> tuple[str, float]:
-    """The path that `domain` links to, and for how many seconds that holds. Raises NotFound, Unavailable."""
+    """The path that `domain` links to, and its TTL in seconds. Raises NotFound, Unavailable."""
     texts, seconds = await asked.texts(f"_dnslink.{domain}")
     links = sorted(text.removeprefix(PREFIX) for text in texts if text.startswith(PREFIX))
     for path in links:
@@ -109,7 +111,7 @@ class SystemDns:
     """The resolver of this system (`/etc/resolv.conf`)."""
 
     def __init__(self, configuration: str = "/etc/resolv.conf", port: int = 53) -> None:
-        """Raises UsageError where `configuration` names no resolver."""
+        """Raises UsageError if `configuration` names no resolver."""
         try:
             self._resolver = dns.asyncresolver.Resolver(configuration)
             self._resolver.port = port
@@ -129,11 +131,11 @@ class SystemDns:
         return [_text(each) for each in rrset if isinstance(each, TXTBase)], float(rrset.ttl)
 
     async def aclose(self) -> None:
-        """Each question has a socket of its own: nothing is kept."""
+        """Does nothing: each query has a socket of its own."""
 
 
 class DnsOverHttps:
-    """A resolver that is asked by HTTPS (RFC 8484)."""
+    """A DNS-over-HTTPS server (RFC 8484)."""
 
     def __init__(self, url: str, settings: HttpSettings) -> None:
         """Raises UsageError for a URL that can't be used."""
@@ -179,7 +181,7 @@ class DnsOverHttps:
 
 
 def _dns_name(domain: str) -> dns.name.Name:
-    """Raises NotFound for what DNS can't have: `_dnslink.` may make a name too long."""
+    """Raises NotFound for a name that DNS can't have: with `_dnslink.` it may be too long."""
     try:
         return dns.name.from_text(domain)
     except dns.exception.DNSException as exc:
@@ -187,13 +189,12 @@ def _dns_name(domain: str) -> dns.name.Name:
 
 
 def _text(record: TXTBase) -> str:
-    """A TXT record's strings are one text: each alone has at most 255 bytes."""
+    """Joins the strings of a TXT record, each of which has at most 255 bytes."""
     return b"".join(record.strings).decode(errors="replace")
 
 
 def open_dns(text: str, settings: HttpSettings) -> Dns:
-    """The resolver that `text` asks for: `system`, or the URL of a DNS-over-HTTPS server. Raises
-    UsageError."""
+    """The resolver that `text` names: `system`, or the URL of a DNS-over-HTTPS server. Raises UsageError."""
     return SystemDns() if text == SYSTEM else DnsOverHttps(text, settings)
 
 
@@ -201,13 +202,14 @@ def open_dns(text: str, settings: HttpSettings) -> Dns:
 
 
 class RecordSource(Protocol):
-    """One place that may have IPNS records."""
+    """A source that may have IPNS records."""
 
     @property
     def name(self) -> str: ...
 
     async def ipns_record(self, name: str) -> bytes:
-        """The newest record it has of `name` (`k51...`), unverified. Raises NotHere, SourceFailed."""
+        """The newest record that the source has of `name` (`k51...`), unverified. Raises NotHere,
+        SourceFailed."""
         ...
 
 
@@ -223,16 +225,16 @@ class RecordStore(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a name stands for now."""
+    """The path that a name leads to now."""
 
     path: IpfsPath
     until: float
-    """On trio's clock: when it must be asked for anew."""
+    """When the name must be resolved again, on trio's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """What one record says, or why there is none."""
+    """The value of one record or DNSLink, or why there is none."""
 
     value: IpfsPath | tuple[Name, tuple[bytes, ...]] | IpfsFuseError
     until: float
@@ -242,29 +244,29 @@ class Resolver:
     def __init__(
         self, sources: Sequence[RecordSource], store: RecordStore, dns: Dns | None, *, seconds: float = 30.0
     ) -> None:
-        """`seconds`: how long the sources may take for one record. Without `dns` no domain is resolved."""
+        """`seconds`: how long the sources may take for one record. Without `dns`, domains are not
+        resolved."""
         self._sources, self._store, self._dns, self._seconds = sources, store, dns, seconds
         self._steps: OrderedDict[Name, _Step] = OrderedDict()
         self._locks: dict[Name, trio.Lock] = {}
         self._asking = trio.CapacityLimiter(MAX_ASKED)
 
     def resolved_names(self) -> Sequence[str]:
-        """The names that were resolved of late, in their usual spelling."""
+        """The names that were resolved recently, in their usual spelling."""
         return sorted(
             str(name) for name, step in self._steps.items() if not isinstance(step.value, Exception)
         )
 
     async def resolve_text(self, text: str) -> Resolved:
-        """Resolves the name that `text` spells. Raises NotFound at once for a text that is not a name, and
-        what `resolve` raises."""
+        """Parses and resolves a name. Raises NotFound if `text` is not a name, and what `resolve` raises."""
         name = records.parse_name(text)
         if name is None:
             raise NotFound(f"{text[:200]!r} is not a name")
         return await self.resolve(name)
 
     async def resolve(self, name: Name) -> Resolved:
-        """The path that `name` stands for. Raises NotFound where it is proved that there is none, Unavailable
-        where it can't be found now, Malformed for a value that can't be used."""
+        """The path that `name` leads to. Raises NotFound if it is proved that there is none, Unavailable if
+        it can't be found now, Malformed for a value that can't be used."""
         names: tuple[bytes, ...] = ()
         until = math.inf
         asked = name
@@ -328,8 +330,8 @@ class Resolver:
     # -- IPNS ------------------------------------------------------------------------------------------------
 
     async def newest(self, name: KeyName) -> tuple[Record, float]:
-        """The newest valid record, of those that the sources have now and the one that was seen before; and
-        for how many seconds it holds. Raises Unavailable."""
+        """The newest record that has not expired, of those that the sources have now and the one that was
+        stored before; and for how many seconds it can be used. Raises Unavailable."""
         stored = await self._stored(name)
         best, answered, said = stored, False, list[str]()
         for source, answer in await self._answers(name):
@@ -358,8 +360,8 @@ class Resolver:
         return best, min(left, best.ttl / NANOSECONDS if answered else STALE_SECONDS)
 
     async def _answers(self, name: KeyName) -> Sequence[tuple[str, Record | IpfsFuseError]]:
-        """(Source, its verified record or why there is none), as they came. When a valid record has come, the
-        others have `GRACE_SECONDS`."""
+        """(Source, its verified record or why there is none), in the order of arrival. After the first valid
+        record, the other sources have `GRACE_SECONDS`."""
         answers: dict[int, Record | IpfsFuseError] = {}
         asked = SourceRequest()
 
@@ -379,11 +381,11 @@ class Resolver:
     async def _answer(self, source: RecordSource, name: KeyName) -> Record | IpfsFuseError:
         try:
             data = await source.ipns_record(str(name))
-            # an RSA signature takes 0.1 ms, of the largest key allowed 1 ms
+            # verifying an RSA signature takes 0.1 ms, with the largest key allowed 1 ms
             return records.verify(name, data)
         except IpfsFuseError as exc:
             return exc
-        except Exception as exc:  # whatever one source does, the others are asked
+        except Exception as exc:  # a fault in one source must not prevent asking the others
             log.exception("%s: asking for the record of %s failed", source.name, name)
             return Unavailable(f"it failed unexpectedly ({type(exc).__name__})")
 
@@ -394,7 +396,7 @@ class Resolver:
         try:
             return records.verify(name, data)
         except WrongRecord as exc:
-            log.warning("what is kept of a name is damaged, and is not used: %s", exc)
+            log.warning("the stored record of a name is damaged, and is not used: %s", exc)
             return None
 
     async def _keep(self, name: KeyName, record: Record) -> None:
@@ -405,7 +407,8 @@ class Resolver:
 
 
 def _parse_value(name: Name, value: str) -> IpfsPath | tuple[Name, tuple[bytes, ...]]:
-    """What the value of a record or a DNSLink stands for. Raises Malformed."""
+    """The path, or the next name and the path below it, in the value of a record or DNSLink. Raises
+    Malformed."""
     try:
         if value.startswith("/ipns/"):
             first, _, rest = value.removeprefix("/ipns/").partition("/")

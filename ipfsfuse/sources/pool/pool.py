@@ -235,7 +235,7 @@ class SourcePool:
         return streaming(RangeFetch(self, wanted, singly).run)
 
     def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
-        return streaming(SubtreeFetch(self, subtree, wanted).run, turns=True)
+        return streaming(SubtreeFetch(self, subtree, wanted).run, alternate=True)
 
     # -- for the fetches below -------------------------------------------------------------------------------
 
