@@ -1,1 +1,1 @@
-"""The cache folder on disk: who holds it, what lies where, and what to do when the disk is in trouble."""
+"""The cache folder on disk: its lock, its files, and how to go on when the disk fails."""

@@ -1,4 +1,4 @@
-"""The cache folder: its names, its marker, its lock, and how an older layout becomes this one.
+"""The cache folder: its names, its marker, its lock, and the migration of an older layout.
 
 `--cache-dir DIR` names a folder that may hold other things. Ours is one marked subfolder in it:
 
@@ -6,22 +6,21 @@
       format                the marker: one line, `ipfsfuse cache 3`
       CACHEDIR.TAG          the standard tag (bford.info/cachedir), by which backups leave the folder out
       lock                  locked by the daemon that uses the folder, as the folder itself is
-      daemon.json           which process serves the folder, and where it is mounted
+      daemon.json           the process that uses the folder, and its mountpoint
       control               the control socket
       inode-key             32 random bytes, the key of the inode numbers
       mount-id              the name of this cache at Kubo nodes
-      index.sqlite          where blocks lie in packs, what was used when, names in the root
+      index.sqlite          where blocks are in packs, when they were used, names in the root
       pinned/<CID>          what the user pinned, one JSON file each
       staging/<CID>[.part]  files of more than 64 KiB
       packs/<number>.pack   small blocks
-      indexes/              indexes of CAR files that bring none
+      indexes/              indexes of CAR files that contain none
       log, log.1            the daemon's log
 
-No other module knows these names. Every file is opened through the descriptor of its folder, and links are
-never followed. Only what has one of our names is ever written, replaced or removed. A thing of another name
-is left alone.
+No other module knows these names. Every file is opened through the descriptor of its folder, and symlinks are
+never followed. Only files with one of our names are written, replaced or removed; others are left alone.
 
-Concurrency: calls block for a few system calls; make them at the start, or in a thread.
+Concurrency: calls block for a few system calls. Make them at the start, or in a thread.
 """
 
 import contextlib
@@ -49,7 +48,7 @@ log = logging.getLogger(__name__)
 
 NAME = "ipfsfuse-cache"
 MIGRATING = ".ipfsfuse-cache.migrating"
-"""The folder's name until everything of an older layout has been moved into it."""
+"""The folder's name while the files of an older layout are moved into it."""
 LAYOUT = 3
 MARKER = "ipfsfuse cache"
 
@@ -66,7 +65,7 @@ FOLDERS = frozenset({PINNED, STAGING, PACKS, INDEXES, NAMES, PINS})
 _KINDS = {
     **dict.fromkeys(FILES, stat.S_IFREG), **dict.fromkeys(FOLDERS, stat.S_IFDIR), CONTROL: stat.S_IFSOCK,
 }  # fmt: skip
-"""What each of our names is, as in st_mode."""
+"""The type of each of our names, as in st_mode."""
 WRITTEN_IN_PLACE = frozenset({INDEX, f"{INDEX}-wal", LOG})
 
 TAG_TEXT = (
@@ -76,18 +75,17 @@ TAG_TEXT = (
 )
 _TAGGED_BY = re.compile(r"created by ipfsfuse (\S+)\.$", re.MULTILINE)
 _TEMPORARY = re.compile(r"\.[A-Za-z0-9.-]{1,200}\.[0-9a-f]{16}\.tmp")
-"""What `write_file` calls a file until it is complete."""
+"""The temporary names of `write_file`."""
 _MOUNT_ID = re.compile(r"[A-Za-z0-9.-]{1,64}-[0-9a-f]{16}")
 KEY_BYTES = 32
 
 LOCK_SECONDS = 0.5
-"""How long a lock may be held by a process that only looks whether it is free."""
+"""How long to wait for a lock: a process that only checks it (`is_free`) holds it for a moment."""
 MAX_SMALL = 1 << 16
-"""Bytes of a small file of ours that are read at most."""
+"""The most bytes that are read of a small file of ours."""
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 LATER = NO_SPACE | {errno.ENOENT}
-"""Errors for which a subfolder can't be made now, but may be later: no space is left, or our folder is
-missing."""
+"""Errors after which a subfolder may be made later: no space is left, or our folder is missing."""
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -95,7 +93,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @contextlib.contextmanager
 def as_store_failed(doing: str) -> Iterator[None]:
-    """OSError becomes StoreFailed, "`doing`: reason"."""
+    """Turns OSError into StoreFailed with the message "`doing`: reason"."""
     try:
         yield
     except OSError as exc:
@@ -103,7 +101,7 @@ def as_store_failed(doing: str) -> Iterator[None]:
 
 
 def inside(cache_dir: Path) -> Path:
-    """Our folder in the folder that `--cache-dir` names."""
+    """Our folder in `cache_dir`."""
     return cache_dir / NAME
 
 
@@ -112,12 +110,12 @@ def socket_path(cache_dir: Path) -> Path:
     return inside(cache_dir) / CONTROL
 
 
-# -- files in a folder that is open --------------------------------------------------------------------------
+# -- files in an open folder ---------------------------------------------------------------------------------
 
 
 def read_file(folder: int, name: str, most: int = MAX_SMALL) -> bytes:
-    """The first `most` bytes of a regular file. Raises OSError, also for a link or anything that is not a
-    regular file."""
+    """The first `most` bytes of a regular file. Raises OSError, also for a symlink or anything else that is
+    not a regular file."""
     with Closing(os.open(name, _READ, dir_fd=folder)) as file:
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode):
@@ -126,28 +124,29 @@ def read_file(folder: int, name: str, most: int = MAX_SMALL) -> bytes:
 
 
 def remove_file(folder: int, name: str) -> None:
-    """Removes a file that may be missing, for good."""
+    """Removes a file, which may be missing, and syncs the folder."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
         os.fsync(folder)
 
 
 STATUS_TOGETHER = 500
-"""Files whose status one call reads. Each call releases Python's lock, and has to wait for it again."""
+"""Files of which one call reads the status. Each call releases Python's lock and must wait for it again."""
 
 
 class Subfolder:
-    """One of the folders in ours, made where it is missing: on a full disk as soon as there is room."""
+    """A folder in our folder. It is created if it is missing; on a full disk, as soon as there is room."""
 
     def __init__(self, path: Path) -> None:
-        """Raises StoreFailed for anything that is not a folder of ours alone, and OSError."""
+        """Raises OSError, and StoreFailed if `path` is not a folder that only we may write."""
         self.path = path
         with _full_disk(f"{path} can't be made", LATER):
             _ = self.fd
 
     @cached_property
     def fd(self) -> int:
-        """Its descriptor: what was moved away or replaced is not used. Raises OSError, StoreFailed."""
+        """Its descriptor. It names the same folder even if that is moved or replaced. Raises OSError,
+        StoreFailed."""
         path = self.path
         with Closing(os.open(path.parent, _DIRECTORY)) as parent:
             mark(parent)
@@ -160,19 +159,19 @@ class Subfolder:
         return "fd" in vars(self)
 
     def names(self) -> Iterator[str]:
-        """What lies in it, one by one; nothing while it can't be made."""
+        """The names in it; none while the folder can't be created."""
         if self.is_made():
             with os.scandir(self.fd) as items:
                 for item in items:
                     yield item.name
 
     def stat(self, name: str) -> os.stat_result:
-        """Of `name` itself, where it is a link. Raises OSError."""
+        """The status of `name`, without following a symlink. Raises OSError."""
         return os.stat(name, dir_fd=self.fd, follow_symlinks=False)
 
     def each_status(self) -> Iterator[tuple[str, Status]]:
-        """Everything in it and what the disk says of that, a part at a time. What goes meanwhile is left out.
-        Raises OSError."""
+        """The names in it and their status, read in parts. Leaves out names that vanish meanwhile. Raises
+        OSError."""
         names = self.names()
         while some := list(islice(names, STATUS_TOGETHER)):
             for name, status in zip(some, stat_files(self.fd, some), strict=True):
@@ -180,7 +179,7 @@ class Subfolder:
                     yield name, status
 
     def open(self, name: str, flags: int) -> int:
-        """A descriptor of a file; a link is not followed. Raises OSError."""
+        """Opens a file without following a symlink. Raises OSError."""
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
 
     def unlink(self, name: str) -> None:
@@ -193,12 +192,12 @@ class Subfolder:
 
 
 def is_our_own(info: os.stat_result | Status) -> bool:
-    """Whether it is a regular file of ours with a single name: to write it changes nothing elsewhere."""
+    """Whether it is a regular file of ours with one name, so that writing it changes nothing elsewhere."""
     return stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_uid == os.geteuid()
 
 
 def report_strays(path: Path, names: Sequence[str]) -> None:
-    """Logs once what lies in a folder of ours and is not ours."""
+    """Logs names in a folder of ours that are not ours."""
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         log.warning("%s%s: not made by ipfsfuse, left alone", path / min(names), more)
@@ -208,7 +207,8 @@ _KIND_NAMES = {stat.S_IFDIR: "folder", stat.S_IFREG: "regular file", stat.S_IFSO
 
 
 def _check(folder: int, name: str, kind: int, path: Path) -> os.stat_result:
-    """The status of `name`. Raises StoreFailed unless it is of that kind, and ours alone. Raises OSError."""
+    """The status of `name`. Raises OSError, and StoreFailed unless it has that type and only we may write
+    it."""
     info = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISLNK(info.st_mode):
         raise StoreFailed(f"{path} is a symbolic link: remove it, or give another --cache-dir")
@@ -226,7 +226,7 @@ def _check(folder: int, name: str, kind: int, path: Path) -> os.stat_result:
     return info
 
 
-# -- who uses it ---------------------------------------------------------------------------------------------
+# -- the lock ------------------------------------------------------------------------------------------------
 
 
 class CacheFolder:
@@ -236,7 +236,7 @@ class CacheFolder:
         self.path = path
         """DIR/ipfsfuse-cache."""
         self._fd, self._lock = fd, lock
-        """Descriptors of the folder and of its lock file; -1 where the disk is too full for one."""
+        """Descriptors of the folder and of its lock file; -1 if the disk is too full for it."""
         self._announced: tuple[int, str] | None = None
 
     @property
@@ -248,14 +248,14 @@ class CacheFolder:
         return self.path / INDEXES
 
     def announce(self, pid: int, mountpoint: str) -> None:
-        """Says who uses the folder: what a second daemon is refused with. Raises StoreFailed."""
+        """Writes who uses the folder. A second daemon shows that when it is refused. Raises StoreFailed."""
         self._announced = pid, mountpoint
         self._write(
             DAEMON, json.dumps({"pid": pid, "mountpoint": mountpoint}).encode() + b"\n", lasting=False
         )
 
     def inode_key(self) -> bytes:
-        """The key of the inode numbers, 32 bytes. One that is missing or damaged is made anew. Raises
+        """The key of the inode numbers, 32 bytes. Makes a new one if it is missing or damaged. Raises
         StoreFailed."""
         with contextlib.suppress(OSError):
             key = read_file(self._fd, INODE_KEY)
@@ -267,7 +267,7 @@ class CacheFolder:
         return key
 
     def remake(self) -> None:
-        """Makes the folder anew where it was deleted, so that the mount can be asked what is wrong. Raises
+        """Creates the folder again if it was deleted, so that the control socket is there again. Raises
         StoreFailed."""
         if self._fd >= 0 and os.fstat(self._fd).st_nlink:
             if not self._is_in_place():
@@ -296,7 +296,7 @@ class CacheFolder:
         self._fd = self._lock = -1
 
     def _write(self, name: str, data: bytes, lasting: bool = True) -> None:
-        """Writes a file. If the disk is full, that is logged, and the mount goes on."""
+        """Writes a file. A full disk is only logged. Raises StoreFailed."""
         with (
             as_store_failed(f"{self.path / name} can't be written"),
             _full_disk(f"{self.path / name} can't be written"),
@@ -306,8 +306,7 @@ class CacheFolder:
 
 
 def is_mount_id(name: str) -> bool:
-    """Whether `name` is `<host>-<16 hexadecimal digits>`. Nothing else ever becomes part of a path at a
-    node."""
+    """Whether `name` is `<host>-<16 hexadecimal digits>`. No other text becomes part of a path at a node."""
     return _MOUNT_ID.fullmatch(name) is not None
 
 
@@ -324,11 +323,11 @@ def _full_disk(what: str, numbers: Collection[int] = NO_SPACE) -> Iterator[None]
 
 @contextlib.contextmanager
 def locked(cache_dir: Path) -> Iterator[CacheFolder]:
-    """Our folder in `cache_dir`, made where it is missing, an older layout brought up to date.
+    """Locks our folder in `cache_dir`. Creates it if it is missing; migrates an older layout.
 
-    Raises StoreFailed where another process uses it, naming that, and where it is not ours alone. On a full
-    disk there may be no folder: then nothing is cached, and `CacheFolder.remake` makes it as soon as there is
-    room."""
+    Raises StoreFailed if another process uses the folder (the message names it), and if others may write it.
+    On a full disk the folder may be missing: then nothing is cached, and `CacheFolder.remake` creates it when
+    there is room."""
     folder = CacheFolder(inside(cache_dir), -1, -1)
     with _full_disk(f"the cache folder {folder.path} can't be made; reads go on without the cache"):
         folder = CacheFolder(folder.path, *_open_and_lock(cache_dir))
@@ -339,7 +338,7 @@ def locked(cache_dir: Path) -> Iterator[CacheFolder]:
 
 
 def announced(cache_dir: Path) -> tuple[int, str] | None:
-    """(pid, mountpoint) as the folder's daemon announced them, dead or alive; None where none has."""
+    """(pid, mountpoint) that a daemon announced for the folder, even if it has ended; None if none did."""
     return _announced_in(inside(cache_dir))
 
 
@@ -353,7 +352,7 @@ def _announced_in(folder: Path) -> tuple[int, str] | None:
 
 
 def is_free(cache_dir: Path) -> bool:
-    """Whether certainly no living process uses the folder."""
+    """Whether it is certain that no process uses the folder."""
     try:
         with Closing(os.open(inside(cache_dir), _DIRECTORY)) as fd:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -362,7 +361,7 @@ def is_free(cache_dir: Path) -> bool:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return True
-    except OSError:  # it is locked; or we can't look at it, and it may be in use
+    except OSError:  # it is locked, or can't be checked
         return False
     return True
 
@@ -376,7 +375,7 @@ def indexes(cache_dir: Path) -> Path:
 
 
 def examine(cache_dir: Path) -> None:
-    """Raises StoreFailed where `locked` would refuse the folder for what lies there. Changes nothing."""
+    """Raises StoreFailed if `locked` would refuse the folder because of its content. Changes nothing."""
     with (
         as_store_failed(f"the cache folder {cache_dir} can't be used"),
         contextlib.suppress(FileNotFoundError),
@@ -395,8 +394,8 @@ def examine(cache_dir: Path) -> None:
 
 
 def _open_and_lock(cache_dir: Path) -> tuple[int, int]:
-    """Descriptors of our folder and its lock file, both locked. Raises StoreFailed; OSError for a full disk
-    alone."""
+    """Descriptors of our folder and its lock file, both locked. Raises StoreFailed, and OSError only for a
+    full disk."""
     path = inside(cache_dir)
     try:
         cache_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -408,7 +407,7 @@ def _open_and_lock(cache_dir: Path) -> tuple[int, int]:
             _accept(fd, path)
             lock = -1
             with _full_disk(f"{path / LOCK} can't be made"):
-                # what counts where folders can't be locked, and what the runner looks at
+                # it counts on file systems that can't lock folders (NFS), and `is_free` checks it
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
                 lock = _open_locked(partial(os.open, LOCK, flags, 0o600, dir_fd=fd), fd, LOCK, cache_dir)
             return fd, lock
@@ -422,8 +421,8 @@ def _open_and_lock(cache_dir: Path) -> tuple[int, int]:
 
 
 def _open_parent(cache_dir: Path) -> int:
-    """The folder that `--cache-dir` names. It may be root's, and may hold other things; no other user may
-    change it."""
+    """Opens the folder `cache_dir`. It may be root's and contain other things, but no other user may write
+    it."""
     try:
         fd = os.open(cache_dir, _DIRECTORY)
     except OSError as exc:
@@ -449,7 +448,7 @@ def _open_parent(cache_dir: Path) -> int:
 
 
 def _open_folder(parent: int, cache_dir: Path) -> int:
-    """Our folder in `parent`, made or moved there where it is missing. Raises StoreFailed, OSError."""
+    """Opens our folder in `parent`. Creates or migrates it if it is missing. Raises StoreFailed, OSError."""
     while True:
         try:
             _check(parent, NAME, stat.S_IFDIR, inside(cache_dir))
@@ -463,8 +462,8 @@ def _open_folder(parent: int, cache_dir: Path) -> int:
 
 
 def _open_locked(open_it: Callable[[], int], folder: int, name: str, cache_dir: Path) -> int:
-    """The descriptor that `open_it` gives of `name` in `folder`, locked. It is opened again where something
-    else got that name before the lock was had."""
+    """Opens `name` in `folder` by `open_it` and locks it. Opens it again if the name was given to something
+    else before it was locked."""
     while True:
         fd = open_it()
         try:
@@ -494,8 +493,7 @@ def _exists(folder: int, name: str) -> bool:
 
 
 def _flock(fd: int, cache_dir: Path, holder: Path | None = None) -> None:
-    """Locks a file or folder for this process. Raises FolderInUse, which names the process that holds
-    it."""
+    """Locks a file or folder. Raises FolderInUse, which names the process that has locked it."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -507,7 +505,7 @@ def _flock(fd: int, cache_dir: Path, holder: Path | None = None) -> None:
         except OSError as exc:
             if exc.errno not in (errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.ENOLCK):
                 raise
-            return  # NFS locks no folders: there the lock file alone counts
+            return  # NFS can't lock folders: there only the lock file counts
         time.sleep(LOCK_SECONDS / 50)
 
 
@@ -522,8 +520,8 @@ def _in_use(cache_dir: Path, holder: Path) -> str:
 
 
 def _accept(fd: int, path: Path) -> None:
-    """Makes sure that all of our names in the locked folder are things of ours. Raises StoreFailed,
-    OSError."""
+    """Checks that everything with one of our names in the locked folder is ours, and writes the marker.
+    Raises StoreFailed, OSError."""
     _check_marker(fd, path)
     strays = _check_names(fd, path)
     for name in [name for name in strays if _TEMPORARY.fullmatch(name)]:
@@ -539,7 +537,7 @@ def _accept(fd: int, path: Path) -> None:
 
 
 def _check_marker(fd: int, path: Path) -> None:
-    """Raises StoreFailed for a folder that is not marked as ours, or is of another layout."""
+    """Raises StoreFailed if the folder is not marked as ours, or has another layout."""
     try:
         _check(fd, FORMAT, stat.S_IFREG, path / FORMAT)
     except FileNotFoundError:
@@ -565,7 +563,7 @@ def _check_marker(fd: int, path: Path) -> None:
 
 
 def written_by(fd: int) -> str:
-    """Which ipfsfuse used the folder last, as far as its tag says."""
+    """The version of ipfsfuse that used the folder last, according to its tag."""
     try:
         found = _TAGGED_BY.search(read_file(fd, TAG).decode("ascii", "replace"))
     except OSError:
@@ -574,8 +572,8 @@ def written_by(fd: int) -> str:
 
 
 def _check_names(fd: int, path: Path) -> list[str]:
-    """What is not one of our names. Raises StoreFailed where one of our names is something else than it
-    should be."""
+    """Returns the names that are not ours. Raises StoreFailed if one of our names has another type or
+    owner."""
     strays = []
     for name in os.listdir(fd):
         if name not in _KINDS:
@@ -589,14 +587,14 @@ def _check_names(fd: int, path: Path) -> list[str]:
 
 
 def mark(fd: int) -> None:
-    """Writes the marker where it is missing. Raises OSError."""
+    """Writes the marker if it is missing. Raises OSError."""
     if not _exists(fd, FORMAT):
         write_file(fd, FORMAT, f"{MARKER} {LAYOUT}\n".encode())
 
 
 def tag(path: Path) -> None:
-    """Writes the tag that leaves the folder out of backups, and says which version used it last. Costs no
-    start."""
+    """Writes the tag, by which backups leave the folder out, and which names our version. Errors are
+    ignored."""
     with contextlib.suppress(OSError), Closing(os.open(path, _DIRECTORY)) as fd:
         if not _exists(fd, TAG) or read_file(fd, TAG) != TAG_TEXT.encode():
             write_file(fd, TAG, TAG_TEXT.encode(), lasting=False)
@@ -609,23 +607,23 @@ _MOVED = {
     INDEX: INDEX, f"{INDEX}-wal": f"{INDEX}-wal", DAMAGED_INDEX: DAMAGED_INDEX,
     "daemon.log": LOG, "daemon.log.1": OLD_LOG, "lock": LOCK,
 }  # fmt: skip
-"""Its names, and what they are called now. `lock` is moved last."""
+"""The names of the older layout, and their names now. `lock` is moved last."""
 _DROPPED = ("daemon.json", "daemon.new", "control", f"{INDEX}-shm")
-"""What only a living daemon needed."""
+"""Names that only a running daemon needed."""
 _INNER = {
     "files": re.compile(r"b[a-z2-7]{10,250}(\.part)?"),
     "packs": re.compile(r"[0-9]{1,18}\.pack"),
     "indexes": re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9]+-[0-9]+\.(index|[0-9a-f]+\.tmp)|tmp[a-z0-9_]{8}"),
     "pins": re.compile(r"[0-9a-f]{16}"),
 }
-"""What lay in its folders."""
+"""The names in its folders."""
 
 
 def _is_older_layout(parent: int, cache_dir: Path) -> bool:
-    """Whether `cache_dir` is the folder of an older ipfsfuse, which had no folder of its own in it.
+    """Whether `cache_dir` has the layout of an older ipfsfuse, which made no subfolder of its own.
 
-    Raises StoreFailed where it is, and something else lies among it: that must not be moved."""
-    names = set(os.listdir(parent)) - {"lost+found"}  # which stays in the root of a file system
+    Raises StoreFailed if it has, and also contains other files: these must not be moved."""
+    names = set(os.listdir(parent)) - {"lost+found"}  # it stays in the root of a file system
     old = names & {*_MOVED, *_DROPPED}
     if "lock" not in names or (old != names and not old & {"files", "packs", INDEX}):
         return False
@@ -651,11 +649,10 @@ def _strangers_in(parent: int, names: set[str]) -> Iterator[str]:
 
 
 def _migrate(parent: int, cache_dir: Path) -> int:
-    """Moves everything of the older layout into our folder, and returns that, locked. Raises StoreFailed,
-    OSError.
+    """Moves everything of the older layout into our folder. Returns the folder's descriptor, locked. Raises
+    StoreFailed, OSError.
 
-    Until all of it is there the folder has another name, so that a start after a crash goes on with the
-    moving."""
+    Until everything is moved, the folder has another name, so that the next start goes on after a crash."""
     with contextlib.ExitStack() as old:
         with contextlib.suppress(FileNotFoundError):
             flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -688,8 +685,8 @@ def _migrate(parent: int, cache_dir: Path) -> int:
 
 
 def _migrate_mount_id(fd: int) -> None:
-    """The name that the cache has had at a Kubo node. Where it had one at each of several, the first
-    counts."""
+    """Keeps the name that the cache had at a Kubo node. If it had one for each of several nodes, the first is
+    used."""
     if _exists(fd, MOUNT_ID) or not _exists(fd, PINS):
         return
     with contextlib.suppress(OSError), Closing(os.open(PINS, _DIRECTORY, dir_fd=fd)) as pins:
@@ -701,15 +698,15 @@ def _migrate_mount_id(fd: int) -> None:
                     return
 
 
-# -- a folder for one mount's life ---------------------------------------------------------------------------
+# -- the folder of an isolated mount -------------------------------------------------------------------------
 
 TRIES = 100
 
 
 @contextlib.contextmanager
 def isolated_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder below `parent` (by default the temporary folder), for `folder.locked`. Raises
-    StoreFailed."""
+    """A new folder in `parent` (by default the temporary folder), to be used as `cache_dir`. Removed at the
+    end. Raises StoreFailed."""
     parent = parent or Path(tempfile.gettempdir())
     with contextlib.ExitStack() as opened:
         with as_store_failed(f"no isolated folder can be made in {parent}"):
@@ -727,7 +724,7 @@ def _prefix() -> str:
 
 
 def _make(parent: Path, temporary: int) -> tuple[Path, int]:
-    """A new folder, and the descriptor that keeps it locked. Raises OSError."""
+    """A new folder, and a descriptor that locks it. Raises OSError."""
     for _ in range(TRIES):
         path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
@@ -744,8 +741,7 @@ def _make(parent: Path, temporary: int) -> tuple[Path, int]:
 
 
 def _sweep(temporary: int) -> None:
-    """Removes the folders of this user that nobody has locked. What is not exactly such a folder is left
-    alone."""
+    """Removes isolated folders of this user that no process has locked. Leaves everything else alone."""
     pattern = re.compile(re.escape(_prefix()) + r"[a-z0-9_]{8}")
     for name in filter(pattern.fullmatch, os.listdir(temporary)):
         with contextlib.suppress(OSError), Closing(os.open(name, _DIRECTORY, dir_fd=temporary)) as fd:

@@ -1,17 +1,17 @@
-"""The cache's one SQLite database: where small blocks lie, what was used when, names in the root.
+"""The index: the cache's SQLite database. It says where small blocks are, when things were used, and which
+names were opened in the root.
 
-WAL, so that the event loop reads (8 us a row) while one worker thread writes. SQLite's VFS `unix-excl` keeps
-the index of the WAL in the process's own memory, for all connections of the process: there is no `-shm` file,
-whose truncation by anyone would end the process with SIGBUS. (https://sqlite.org/vfs.html; only one process
-uses a cache folder anyway.)
+It is in WAL mode, so that the event loop reads (8 us a row) while a worker thread writes. SQLite's VFS
+`unix-excl` keeps the index of the WAL in the process's memory, for all its connections. So there is no `-shm`
+file, whose truncation by anyone would end the process with SIGBUS (https://sqlite.org/vfs.html). Only one
+process uses a cache folder anyway.
 
-A database that is malformed is set aside under another name and a new one is begun: the packs tell again what
-it held, but for names. What the user pinned is not kept here (`cache.pinned`). A database of an older version
-is migrated; one of a newer version is refused. Where the disk is so full that none can be opened, one in
-memory takes its place.
+A malformed database is renamed and a new one is begun. Its rows are read again from the packs, except for the
+names. The user's pins are not in it (`cache.pinned`). A database of an older version is migrated; one of a
+newer version is refused. If the disk is too full to open one, the index is kept in memory.
 
-Concurrency: `row` and `rows` belong to the event loop; `write` to one worker thread at a time; `count_blocks`
-and `keys_in` to any.
+Concurrency: call `row` and `rows` on the event loop, `write` in one worker thread at a time, `count_blocks`
+and `keys_in` in any thread.
 """
 
 import contextlib
@@ -47,23 +47,23 @@ CREATE TABLE IF NOT EXISTS roots (at INTEGER PRIMARY KEY, cid BLOB UNIQUE NOT NU
 VERSION = 3
 """PRAGMA user_version. A change of the schema raises it, and adds a migration."""
 Migration = Callable[[sqlite3.Connection], None]
-"""From one version to the next, within the transaction that raises the version."""
+"""Migrates from one version to the next, in the transaction that raises the version."""
 _CHECKPOINT = 128
-"""Pages of 4 KiB after which the WAL goes back into the database: it stays near half a MiB, or a sixteenth of
-the budget."""
+"""Pages of 4 KiB after which the WAL is copied into the database. So the WAL has about half a MiB, or a
+sixteenth of the budget."""
 
 
 _PARAMETERS = 500
-"""Of one statement."""
+"""The most parameters of a statement."""
 _ASKED = 64
-"""Keys that are looked up by one statement."""
+"""Keys that one statement looks up."""
 _PLACES = f"SELECT key, pack, at, size FROM blocks WHERE key IN ({','.join('?' * _ASKED)})"
 Statements = Sequence[tuple[str, Sequence[Sequence[Any]]]]
 """(SQL, argument lists) of one transaction."""
 
 
 class Damaged(Exception):
-    """SQLite says that the database is malformed. Never leaves the cache."""
+    """SQLite reports that the database is malformed. Not raised out of the cache."""
 
 
 @contextlib.contextmanager
@@ -81,7 +81,7 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 def _from_1(database: sqlite3.Connection) -> None:
-    """Version 1 named what was used, and what pins keep, by other keys. Roots had no order."""
+    """Version 1 had other keys for uses and pins, and no order of roots."""
     database.execute("DROP TABLE uses")
     database.execute("DROP TABLE pinned")
     database.execute("CREATE TABLE pinned (pin BLOB, key TEXT, PRIMARY KEY (pin, key)) WITHOUT ROWID")
@@ -94,7 +94,7 @@ def _from_1(database: sqlite3.Connection) -> None:
 
 
 def _from_2(take_over_pins: Migration, database: sqlite3.Connection) -> None:
-    """Version 2 kept the pins."""
+    """Version 2 contained the pins."""
     take_over_pins(database)
     database.execute("DROP TABLE pins")
     database.execute("DROP TABLE pinned")
@@ -102,18 +102,18 @@ def _from_2(take_over_pins: Migration, database: sqlite3.Connection) -> None:
 
 class Index:
     def __init__(self, path: Path, budget: int, take_over_pins: Migration) -> None:
-        """Opens or makes the database. `take_over_pins` reads the pins of version 2, which is the last that
-        has any.
+        """Opens or creates the database. `take_over_pins` reads the pins of version 2, the last that has
+        them.
 
-        Raises StoreFailed for a database of a newer version, and where the disk does not let us for another
-        reason than that it is full."""
+        Raises StoreFailed for a database of a newer version, and for errors of the disk other than that it is
+        full."""
         self.path = path
         self._checkpoint = max(8, min(_CHECKPOINT, budget // (64 * 1024)))
         self._migrations: Mapping[int, Migration] = {1: _from_1, 2: partial(_from_2, take_over_pins)}
         self.in_memory = False
         self._counting = threading.Lock()
         self.anew = not path.exists()
-        """True where this is a new database: what the packs hold must be read from them."""
+        """Whether this is a new database, so that the packs must be read to fill it."""
         try:
             self._open()
         except Damaged as exc:
@@ -127,7 +127,7 @@ class Index:
             self._open()
 
     def _open(self) -> None:
-        """Nothing stays open where it fails."""
+        """Opens the database. Closes everything if that fails."""
         if not self.in_memory:
             with as_store_failed(f"{self.path} can't be opened"):
                 os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
@@ -183,7 +183,7 @@ class Index:
         )
 
     def replace(self, why: str) -> None:
-        """Sets the database aside, replacing what was set aside before, and begins a new one."""
+        """Renames the damaged database, replacing one that was renamed before, and begins a new one."""
         aside = self.path.with_name(DAMAGED_INDEX)
         log.error("%s is damaged (%s): it is kept as %s, and a new one is begun", self.path, why, aside.name)
         self.close()
@@ -203,8 +203,8 @@ class Index:
                 raise exc
 
     def places(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, int, int]]:
-        """(key, pack, at, size) of those of `keys` whose blocks lie in a pack. Many are asked for together: a
-        question costs 10 us, and a key of many 1 to 3. Raises Damaged or StoreFailed."""
+        """(key, pack, at, size) of those of `keys` that are in a pack. Looks up many keys by one statement: a
+        statement costs 10 us, and each of many keys 1 to 3. Raises Damaged or StoreFailed."""
         for at in range(0, len(keys), _ASKED):
             some = keys[at : at + _ASKED]
             if len(some) < _ASKED // 4:
@@ -212,20 +212,20 @@ class Index:
                     row = self.row("SELECT pack, at, size FROM blocks WHERE key = ?", (key,))
                     if row is not None:
                         yield key, *row
-            else:  # always as many parameters: a statement that SQLite knows already costs less
+            else:  # always the same number of parameters, because SQLite caches the prepared statement
                 padded = [*some, *[some[-1]] * (_ASKED - len(some))]
                 with _translated(self.path):
                     rows = self._reader.execute(_PLACES, padded).fetchall()
                 yield from rows
 
     def stay_in_memory(self) -> None:
-        """What a write changed is read again, so that the next question need not wait for the disk: a new
-        version of the database empties the connection's cache. Raises Damaged or StoreFailed."""
+        """Reads what a write changed into the connection's cache, which each write empties. So the next query
+        does not wait for the disk. Raises Damaged or StoreFailed."""
         self.row("SELECT 1 FROM blocks WHERE key = ?", (b"",))
 
     def rows(self, sql: str, read: Callable[..., T]) -> list[T]:
-        """`read` of the columns of each row. Raises StoreFailed, and Damaged for values too that `read` can't
-        use: SQLite has no checksums, a bit that turned in a row is found here or never."""
+        """Calls `read` with the columns of each row. Raises StoreFailed. Raises Damaged, also for values that
+        `read` can't use: SQLite has no checksums, so only here a flipped bit in a row can be noticed."""
         with _translated(self.path):
             rows = self._reader.execute(sql).fetchall()
         try:
@@ -234,18 +234,18 @@ class Index:
             raise Damaged(f"a row holds {exc}") from exc
 
     def _ask(self, sql: str, arguments: Sequence[Any] = ()) -> list[Any]:
-        """All rows. In any thread, on a connection of its own. Raises Damaged or StoreFailed."""
+        """All rows, on a connection for any thread. Raises Damaged or StoreFailed."""
         with self._counting, _translated(self.path):
             return self._counter.execute(sql, arguments).fetchall()
 
     def count_blocks(self) -> int:
-        """Rows that say where a block lies. In any thread: it reads them all (0.2 s for a million). Raises
+        """The number of blocks in the index. In any thread: it reads all rows (0.2 s for a million). Raises
         Damaged or StoreFailed."""
         return int(self._ask("SELECT COUNT(*) FROM blocks")[0][0])
 
     def keys_in(self, pack: int) -> list[bytes]:
-        """The multihashes of the blocks that lie in `pack`, in their order there. In any thread. Raises
-        Damaged or StoreFailed."""
+        """The multihashes of the blocks in `pack`, in their order there. In any thread. Raises Damaged or
+        StoreFailed."""
         rows = self._ask("SELECT key FROM blocks WHERE pack = ? ORDER BY at", (pack,))
         return [key for (key,) in rows if isinstance(key, bytes)]
 
@@ -270,7 +270,8 @@ class Index:
         return dict(rows)
 
     def write(self, statements: Statements) -> None:
-        """Raises Damaged or StoreFailed, with nothing written."""
+        """Executes the statements in one transaction. Raises Damaged or StoreFailed; then nothing is
+        written."""
         with _translated(self.path), self._writer:  # commits, or rolls back
             self._writer.execute("BEGIN IMMEDIATE")
             for sql, arguments in statements:
@@ -281,7 +282,7 @@ class Index:
         return bool(self._ask("SELECT 1 FROM uses LIMIT 1"))
 
     def clear_uses(self) -> int:
-        """Forgets when things were used. Returns how many bytes in the database are free for new rows. Raises
+        """Deletes the rows of uses. Returns how many bytes in the database are free for new rows. Raises
         Damaged or StoreFailed."""
         self.write([("DELETE FROM uses", [()])])
         with _translated(self.path):
@@ -298,8 +299,7 @@ class Index:
 
 
 def _no_space(exc: StoreFailed) -> bool:
-    """Whether it says that the disk is full. SQLite says so in several ways: of the WAL that it can't be
-    opened."""
+    """Whether the disk is full. SQLite reports that in several ways, for the WAL as "can't open"."""
     cause = exc.__cause__
     if isinstance(cause, OSError):
         return cause.errno in LATER

@@ -1,13 +1,13 @@
-"""Small blocks on disk: directories, interior nodes, links, files of up to 64 KiB.
+"""Small blocks on disk: directories, interior nodes, symlinks, files of up to 64 KiB.
 
-They lie one behind the other in packs, files of about 1 MiB that are written once and leave whole; the index
-says where. (In SQLite rows of their own they would be written twice, and pages that hold one row and a half
-cost up to 1.8 times the bytes.) A pack is a sequence of CAR sections (varint length, CID, block), so that
-what was written in the moment before a crash, or all of it where the index is lost, is found by reading the
-packs.
+They are in packs: files of about 1 MiB that are appended to until they are full, and evicted as a whole. The
+index says where a block is. (As rows in SQLite, blocks would be written twice, and pages that hold one row
+and a half would cost up to 1.8 times the bytes.) A pack is a sequence of CAR sections (varint length, CID,
+block). So blocks that were written just before a crash, or all blocks if the index is lost, are found by
+reading the packs.
 
-Concurrency: the event loop's, but for the functions under "in a thread". Appending is the store's business,
-one at a time. Rows wait in `pending` and are written behind the reads.
+Concurrency: on the event loop, except for the functions under "in a thread". The store appends one block at a
+time. Rows wait in `pending`, and are written to the index later.
 """
 
 import contextlib
@@ -42,18 +42,18 @@ log = logging.getLogger(__name__)
 PACK = ".pack"
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.pack")
 MAX_OPEN = 64
-"""Packs kept open for reading."""
+"""Packs that are kept open for reading."""
 _HEAD = 160
-"""Bytes that hold the length and the CID of a section: no allowed digest is longer than 128."""
+"""Bytes that are enough for the length and the CID of a section: no allowed digest is longer than 128."""
 ON_LOOP = 32 << 10
-"""Blocks of up to so many bytes are read and hashed on the event loop: 10 to 30 us, less than a thread
-costs."""
+"""Blocks of up to so many bytes are read and hashed on the event loop. That takes 10 to 30 us, less than a
+thread costs."""
 WRITE_ON_LOOP = 64 << 10
-"""Bytes of sections that are written on the event loop too: 30 us."""
+"""Sections of up to so many bytes are written on the event loop, which takes 30 us."""
 RECENT_PACKS = 2
-"""A use of a block in one of the last packs is part of the same use that brought it."""
+"""A use of a block in one of the last packs is part of the use for which it was fetched."""
 ROWS = 512
-"""Rows that are written to the index at once."""
+"""Rows that are written to the index together."""
 
 
 class Place(NamedTuple):
@@ -70,17 +70,17 @@ class PackSet:
 
     @property
     def pack(self) -> int:
-        """The one being filled, 0 where there is none yet."""
+        """The pack that is being filled; 0 if there is none yet."""
         return self.packs[-1] if self.packs else 0
 
 
 class Section(NamedTuple):
-    """One block as it lies in a pack."""
+    """One block as it is stored in a pack."""
 
     cid: Cid
     data: bytes
     head: int
-    """Where in `data` the block begins."""
+    """The offset in `data` at which the block begins."""
 
 
 def section(cid: Cid, block: bytes) -> Section:
@@ -96,12 +96,12 @@ class Packs:
         self.limit = limit
         self._files: dict[int, int] = {}
         self.sizes: dict[int, int] = {}
-        """Bytes written of each pack that is there: until `inventoried`, not of all."""
+        """The bytes written to each pack. Until `inventoried`, some packs are missing here."""
         self.inventoried = False
         self.last = 0
         """The highest number in use."""
         self.pending: dict[bytes, Place | None] = {}
-        """What the index does not say yet; None for what it must forget."""
+        """Places that are not in the index yet; None for a row that must be deleted."""
         self._unindexed: set[int] = set()
         self._gone: list[tuple[bytes, int]] = []
         self._gone_packs: list[tuple[int]] = []
@@ -109,7 +109,7 @@ class Packs:
     # -- on the event loop -----------------------------------------------------------------------------------
 
     def find(self, keys: Iterable[bytes]) -> dict[bytes, Place]:
-        """Where the blocks of some multihashes lie, of those that are here. Raises what the index raises."""
+        """The places of those blocks that are stored, by multihash. Raises what the index raises."""
         places, unknown = dict[bytes, Place | None](), list[bytes]()
         for key in keys:
             if key in self.pending:
@@ -122,12 +122,13 @@ class Packs:
         return {key: place for key, place in places.items() if place is not None and self._has(place)}
 
     def _has(self, place: Place) -> bool:
-        """Not if its pack was evicted, or a bit turned in the row, for SQLite has no checksums."""
+        """Whether `place` is inside a pack. It is not if the pack was evicted, or if a bit flipped in the
+        row: SQLite has no checksums."""
         return 0 <= place.at <= place.at + place.size <= self._size(place.pack)
 
     def _size(self, pack: int) -> int:
-        """Bytes written of a pack, -1 where it is not there. Until all packs are known, one that is not is
-        looked for on the disk."""
+        """The bytes written to a pack; -1 if there is no such pack. Until all packs are known, looks for it
+        on the disk."""
         size = self.sizes.get(pack, -1)
         if size < 0 and not self.inventoried:
             with contextlib.suppress(OSError, StoreFailed):
@@ -137,7 +138,7 @@ class Packs:
         return size
 
     def read(self, place: Place) -> bytes:
-        """What is stored at `place`: unproved. Raises OSError."""
+        """The unverified bytes at `place`. Raises OSError."""
         file = self._files.get(place.pack)
         if file is None:
             if len(self._files) >= MAX_OPEN:
@@ -146,7 +147,7 @@ class Packs:
         return os.pread(file, place.size, place.at)
 
     def choose(self, packs: PackSet, size: int) -> int:
-        """The pack of `packs` that the next `size` bytes go to."""
+        """The pack of `packs` for the next `size` bytes. Begins a new one if the last is too full."""
         filled = self.sizes.get(packs.pack)
         if filled is None or filled + size > self.limit:
             self.last += 1
@@ -154,7 +155,7 @@ class Packs:
         return packs.pack
 
     def note(self, pack: int, at: int, sections: Iterable[Section]) -> None:
-        """`sections` were written to `pack`, one behind the other, the first of them at `at`."""
+        """Notes that `sections` were written to `pack`, one after the other, beginning at `at`."""
         for cid, data, head in sections:
             self.pending[cids.multihash(cid)] = Place(pack, at + head, len(data) - head)
             at += len(data)
@@ -162,15 +163,15 @@ class Packs:
         self._unindexed.add(pack)
 
     def forget(self, key: bytes) -> None:
-        """Makes the index forget `key`."""
+        """Removes `key` from the index."""
         self.pending[key] = None
 
     def unindexed_in(self, pack: int) -> list[bytes]:
-        """The multihashes of what lies in `pack` and is not in the index yet."""
+        """The multihashes of blocks in `pack` that are not in the index yet."""
         return [key for key, place in self.pending.items() if place is not None and place.pack == pack]
 
     def close_pack(self, pack: int) -> None:
-        """Before it is removed."""
+        """Forgets a pack that is about to be removed, and closes its file."""
         self.sizes.pop(pack, None)
         if (file := self._files.pop(pack, None)) is not None:
             os.close(file)
@@ -179,14 +180,14 @@ class Packs:
         self._gone_packs.append((pack,))
 
     def drop_empty(self, pack: int) -> None:
-        """Removes the file of a pack that holds nothing: what an append that failed may have left."""
+        """Removes the file of a pack without blocks, which a failed append may have left."""
         if not self.sizes.get(pack):
             self.sizes.pop(pack, None)
             with contextlib.suppress(OSError):
                 self.folder.unlink(_name(pack))
 
     def forget_all(self, pack: int, blocks: Iterable[Cid]) -> None:
-        """`pack` was removed, in which `blocks` lay."""
+        """Removes `blocks`, which were in the removed `pack`, from the index."""
         self._gone += [(cids.multihash(cid), pack) for cid in blocks]
 
     def unwritten(self) -> tuple[dict[bytes, Place | None], Statements]:
@@ -207,7 +208,7 @@ class Packs:
         ]
 
     def written(self, batch: dict[bytes, Place | None]) -> None:
-        """`batch` is in the index now."""
+        """Notes that `batch` is in the index now."""
         for key, place in batch.items():
             if self.pending.get(key, batch) is place:
                 del self.pending[key]
@@ -220,13 +221,13 @@ class Packs:
     # -- in a thread -----------------------------------------------------------------------------------------
 
     def read_apart(self, place: Place) -> bytes:
-        """Reads a block in a worker thread. It opens the pack itself, because the open files
-        belong to the event loop."""
+        """Reads a block in a worker thread. Opens the pack itself, because the open files belong to the event
+        loop."""
         with Closing(self.open(place.pack, os.O_RDONLY)) as file:
             return os.pread(file, place.size, place.at)
 
     def path(self, pack: int) -> Path:
-        """For messages."""
+        """The path of a pack, for messages."""
         return self.folder.path / _name(pack)
 
     def open(self, pack: int, flags: int) -> int:
@@ -234,13 +235,14 @@ class Packs:
         return self.folder.open(_name(pack), flags)
 
     def write(self, pack: int, at: int, data: bytes) -> None:
-        """Appends sections. Small ones are written on the event loop: into the page cache, 10 us."""
+        """Writes sections at `at`. Small ones are written on the event loop, which takes 10 us (page
+        cache)."""
         with Closing(self.open(pack, os.O_WRONLY | os.O_CREAT)) as file:
             write_all(file, data, at)
 
     def scan(self) -> Iterator[tuple[int, os.stat_result]]:
-        """The packs that an earlier run left. Links that have the name of a pack are removed; strays are left
-        alone."""
+        """The packs of an earlier run. Removes files with the name of a pack that are not our own; leaves
+        other names alone."""
         strays = []
         for name in self.folder.names():
             matched, info = _NAME.fullmatch(name), self.folder.stat(name)
@@ -253,7 +255,7 @@ class Packs:
         report_strays(self.folder.path, strays)
 
     def sections(self, pack: int, start: int = 0) -> Iterator[tuple[Cid, Place]]:
-        """(CID, place) of what `pack` holds from `start`, as far as it can be read."""
+        """(CID, place) of the blocks in `pack` from `start` on, as far as it can be read."""
         with (
             contextlib.suppress(OSError, Malformed, NotACid),
             Closing(self.open(pack, os.O_RDONLY)) as file,
@@ -270,7 +272,8 @@ class Packs:
                 at += block + size
 
     def remove(self, pack: int) -> tuple[list[Cid], int]:
-        """Deletes the file; returns what lay in it, as far as that could be read, and how far that was."""
+        """Deletes the file. Returns the blocks that were in it, as far as it could be read, and the offset up
+        to which it could be read."""
         blocks, end = [], 0
         for cid, place in self.sections(pack):
             blocks.append(cid)
@@ -284,13 +287,12 @@ def _name(pack: int) -> str:
     return f"{pack}{PACK}"
 
 
-# -- repair, in a thread: sections are written anew where they lie, so that a repaired block takes no new room
+# -- repair, in a thread: sections are rewritten in place, so that a repaired block needs no new room
 
 
 def rewrite_block(packs: Packs, place: Place, data: bytes, head: int) -> bool:
-    """Writes the block of the section `data`, which begins at `head` in it, at `place`. False, with nothing
-    written, where another head stands before that place: then it is the place that is wrong. Raises
-    OSError."""
+    """Writes the block of the section `data` (from offset `head` in it) at `place`. Returns False and writes
+    nothing if the head before that place is different: then the place is wrong. Raises OSError."""
     if place.size != len(data) - head or place.at < head:
         return False
     with Closing(packs.open(place.pack, os.O_RDWR)) as file:
@@ -301,11 +303,10 @@ def rewrite_block(packs: Packs, place: Place, data: bytes, head: int) -> bool:
 
 
 def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
-    """The CID of the block with the multihash `key` at `place`, and whether the head before it is as it
-    should be.
+    """The CID of the block with the multihash `key` at `place`, and whether the head before it is intact.
 
-    A multihash does not tell the codec: where the head is damaged, it is the one that fewer turned bits
-    account for. Raises OSError."""
+    A multihash does not contain the codec. If the head is damaged, the codec that differs from it by fewer
+    bits is assumed. Raises OSError."""
     with Closing(packs.open(place.pack, os.O_RDONLY)) as file:
         found: dict[Cid, int] = {}
         for cid in (cids.make(codec, key) for codec in cids.CODECS):
@@ -314,12 +315,12 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
     intact = [cid for cid, turned in found.items() if not turned]
     if intact:
         return intact[0], True
-    # raw or dag-pb: hardly anything else is asked for
+    # raw or dag-pb, which nearly all blocks are
     return min(list(found)[:2], key=found.__getitem__), False
 
 
 def rewrite_head(packs: Packs, cid: Cid, place: Place) -> None:
-    """Writes the head of a section whose block was found right at `place`. Raises OSError."""
+    """Writes the head before the verified block at `place`. Raises OSError."""
     head = _head(cid, place)
     with Closing(packs.open(place.pack, os.O_WRONLY)) as file:
         write_all(file, head, place.at - len(head))
@@ -331,7 +332,7 @@ def _head(cid: Cid, place: Place) -> bytes:
 
 
 def _turned(one: bytes, other: bytes) -> int:
-    """Bits that differ."""
+    """The number of bits that differ."""
     return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_count()
 
 
@@ -343,7 +344,7 @@ def _proved(read: Callable[[Place], bytes], cid: Cid, place: Place) -> bytes:
 
 
 class IoLimits:
-    """How many worker threads may work at the disk at a time, by what they do."""
+    """Limits how many worker threads use the disk at a time, for each kind of work."""
 
     def __init__(self) -> None:
         self.reading = trio.CapacityLimiter((os.cpu_count() or 1) + 2)
@@ -352,10 +353,10 @@ class IoLimits:
 
 
 class BlockStore:
-    """Blocks by their multihash: in packs, within the budget, hashed when they are read.
+    """Blocks by their multihash, in packs and within the budget. They are verified when they are read.
 
-    What can't be read is not there, and what can't be written is not stored: `backoff` says why. One block is
-    appended at a time."""
+    A block that can't be read counts as missing; a block that can't be written is not stored. `backoff` says
+    why. One append runs at a time."""
 
     def __init__(
         self, packs: Packs, index: Index, budget: Budget, backoff: WriteBackoff, io: IoLimits, unit: int
@@ -365,26 +366,25 @@ class BlockStore:
         self.index = index
         self.when_blocks_leave: list[Callable[[], None]] = []
         self.packs_indexed = trio.Event()
-        """Set when the index says of every block in the packs where it lies."""
+        """Set when the index has every block in the packs."""
         self.statements: list[tuple[str, Sequence[Sequence[Any]]]] = []
-        """Statements for the index, besides those that say where blocks lie."""
+        """Statements for the index, besides those for the places of blocks."""
         self.damaged: Damaged | None = None
         self.index_lock = trio.Lock()
         self.changed, self.much_changed = trio.Event(), trio.Event()
-        """Set when something is to be written to the index; when it should not wait."""
+        """Set when something must be written to the index; and when it should be written at once."""
         self._budget = budget
         self._backoff = backoff
         self._io = io
         self._unit = unit
         self._pack_sets: dict[Caller, PackSet] = {}
         self._set_aside: dict[bytes, Place] = {}
-        """Where wrong blocks lay, by multihash, until they are fetched again."""
+        """The places of wrong blocks, by multihash, until they are fetched again."""
         self._appending = trio.Lock()
 
     @property
     def pack_set(self) -> PackSet:
-        """Where blocks go that nobody pinned: packs of each caller's own, which leave on its account
-        alone."""
+        """The packs for blocks that are not pinned. Each caller has its own, which are charged to it."""
         return self._pack_sets.setdefault(current_request.get().caller, PackSet())
 
     # -- reading ---------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ class BlockStore:
         return self.places((cid,)).get(cids.multihash(cid))
 
     def places(self, wanted: Iterable[Cid]) -> dict[bytes, Place]:
-        """Where blocks lie, by their multihashes, of those that are kept."""
+        """The places of those blocks that are stored, by multihash."""
         try:
             return self.packs.find(map(cids.multihash, wanted))
         except (StoreFailed, Damaged) as exc:
@@ -401,8 +401,8 @@ class BlockStore:
             return {}
 
     async def get(self, cid: Cid, *, use: bool = True) -> bytes | None:
-        """The block, hashed after it was read; None where it is not here, or not right (then it is
-        forgotten). Without `use` its pack is evicted no later for it."""
+        """The verified block; None if it is missing or wrong (then it is set aside). Without `use`, the read
+        does not count as a use of its pack."""
         place = self.place(cid)
         if place is None:
             return None
@@ -425,7 +425,7 @@ class BlockStore:
         return None
 
     async def take_back(self, cid: Cid, place: Place) -> bool:
-        """Whether what lies at `place` is the block: then the index has it again."""
+        """Adds the block to the index again if the bytes at `place` match `cid`. Returns whether they do."""
         try:
             await threads.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self._io.reading)
         except (WrongBlock, Unsupported, OSError):
@@ -444,8 +444,8 @@ class BlockStore:
             self._budget.arc.refresh(pack)
 
     async def put(self, cid: Cid, block: bytes, pack_set: PackSet | None = None) -> bool:
-        """Whether it is stored now, in a pack of `pack_set` (by default anywhere, else one of those that are
-        never evicted)."""
+        """Stores a block in a pack of `pack_set`, whose packs are pinned; by default in any pack. Returns
+        whether it is stored now."""
         if self._backoff.waiting or not self._budget.counted.is_set():
             return False
         made = section(cids.canonical(cid), block)
@@ -458,8 +458,8 @@ class BlockStore:
             )
 
     async def put_many(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
-        """Stores several new blocks by few writes: opening a pack costs as much as writing a small block to
-        it."""
+        """Stores several new blocks in a few writes: opening a pack costs as much as writing a small
+        block."""
         if self._backoff.waiting or not self._budget.counted.is_set():
             return
         async with holding(self._appending):
@@ -478,8 +478,8 @@ class BlockStore:
                 await self._append(self.pack_set, together)
 
     async def _repaired(self, made: Section, pack_set: PackSet | None) -> bool:
-        """Whether the block is right again where a wrong one was set aside: what is pinned stays
-        so."""
+        """Writes the block where a wrong one was set aside, so that what is pinned stays pinned. Returns
+        whether that was done."""
         cid, data, head = made
         place = self._set_aside.pop(cids.multihash(cid), None)
         if place is None or place.pack not in (self.packs.sizes if pack_set is None else pack_set.packs):
@@ -498,8 +498,8 @@ class BlockStore:
         return True
 
     async def _room_in(self, pack_set: PackSet, size: int) -> tuple[int, int] | None:
-        """The pack of `pack_set` that has room for `size` more bytes, and the bytes reserved for them, which
-        the caller settles; None where there is no room."""
+        """The pack of `pack_set` for `size` more bytes, and the bytes that are reserved for them, which the
+        caller must settle. None if there is no room."""
         while True:
             pack = self.packs.choose(pack_set, size)
             if pack_set is not self.pack_set:
@@ -510,12 +510,12 @@ class BlockStore:
                 return None
             if self.packs.sizes.get(pack, 0) == filled:
                 return pack, cost
-            # it had to leave, to make room for itself: its number is not used again
+            # the pack itself was evicted to make room: its number is not used again
             self._budget.settle(pack, -cost, reserved=cost)
 
     async def _append(self, pack_set: PackSet, sections: Sequence[Section]) -> bool:
-        """Writes `sections` behind what the last pack of `pack_set` holds, in one piece; False where there is
-        no room."""
+        """Appends `sections` to the last pack of `pack_set`, in one write. Returns False if there is no
+        room."""
         data = sections[0].data if len(sections) == 1 else b"".join(made.data for made in sections)
         found = await self._room_in(pack_set, len(data))
         if found is None:
@@ -550,14 +550,14 @@ class BlockStore:
     # -- eviction and the index ------------------------------------------------------------------------------
 
     async def evict(self, pack: int) -> list[Cid]:
-        """Deletes a pack; returns what lay in it. Raises OSError."""
+        """Deletes a pack. Returns the blocks that were in it. Raises OSError."""
         for call in self.when_blocks_leave:
             call()
         size = self.packs.sizes.get(pack, 0)
         unindexed = self.packs.unindexed_in(pack)
         self.packs.close_pack(pack)
         blocks, end = await threads.run_sync(self.packs.remove, pack, limiter=self._io.background)
-        # a damaged head hides what lies behind it: the index knows that, if not by which codec
+        # A damaged head hides the blocks after it. The index has their multihashes, but not their codecs.
         if end < size:
             keys = [*unindexed, *await self.keys_in(pack)]
             blocks += [cids.make(codec, key) for key in keys for codec in (cids.RAW, cids.DAG_PB)]
@@ -566,11 +566,11 @@ class BlockStore:
         return blocks
 
     async def keys_in(self, pack: int) -> list[bytes]:
-        """The multihashes that the index has of a pack; none where it can't be read."""
+        """The multihashes of a pack's blocks in the index; none if the index can't be read."""
         return await self._ask_index(partial(self.index.keys_in, pack), [])
 
     async def count(self) -> SmallBlocks:
-        """What the packs hold; no blocks are counted where the index can't be read."""
+        """The number and size of blocks in packs; the number is 0 if the index can't be read."""
         size = sum(self.packs.sizes.values())
         return SmallBlocks(await self._ask_index(self.index.count_blocks, 0), size)
 
@@ -582,18 +582,18 @@ class BlockStore:
             return otherwise
 
     def write_later(self, sql: str, arguments: Sequence[Any]) -> None:
-        """One more statement for the index."""
+        """Adds a statement for the index."""
         self.statements.append((sql, [arguments]))
         self.wake_index_writer()
 
     def wake_index_writer(self) -> None:
-        """There is something the index does not say yet."""
+        """Notes that something must be written to the index."""
         self.changed.set()
         if len(self.packs.pending) >= ROWS:
             self.much_changed.set()
 
     def index_failed(self, error: Exception) -> None:
-        """The index gave no answer; where it is damaged, it is replaced soon."""
+        """Notes that the index could not be read. If it is damaged, it is replaced soon."""
         if isinstance(error, Damaged):
             self.damaged = error
             self.wake_index_writer()

@@ -1,11 +1,11 @@
-"""What survives the loss of the index: one file for each pin, and the newest IPNS record of each name.
+"""Files that do not depend on the index: one for each pin, and the newest IPNS record of each name.
 
     pinned/<CID>    {"cid": ..., "bytes": ..., "files": [CIDs of staging files], "packs": [numbers], "pinned":
     ISO time}
-    names/<name>    the record as it came
+    names/<name>    the encoded record
 
-Concurrency: calls block for a sync of the disk, and belong in a thread, but for those of the start. One
-process uses the folder.
+Concurrency: calls block until the disk is synced, so make them in a thread, except at the start. One process
+uses the folder.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ log = logging.getLogger(__name__)
 # -- pins ----------------------------------------------------------------------------------------------------
 
 MAX_BYTES = 1 << 30
-"""Of one file: some ten million staging files."""
+"""Bytes of one file, enough for about ten million staging files."""
 MAX_SIZE = 1 << 63
-"""Bytes that no disk has."""
+"""Bytes, more than any disk has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +49,13 @@ class PinRecord:
     size: int
     """Bytes on disk when it was pinned."""
     keys: frozenset[Key] | None
-    """The staging files and packs that it pins; None where that is not known."""
+    """The staging files and packs that it pins; None if they are not known."""
 
 
 class PinRecords:
-    """What the user pinned. A file is written when its pin is complete, and is on the disk when that is said.
-    Where its content is damaged, its name still tells what is pinned; what belongs to it is then found by
-    walking the DAG (`cache.pinned`)."""
+    """The user's pins. A pin's file is written when the pin is complete, and is synced to disk before success
+    is reported. If its content is damaged, its name still says what is pinned: the staging files and packs
+    are then found by walking the DAG (`cache.pinned`)."""
 
     def __init__(self, path: Path) -> None:
         """Raises StoreFailed, OSError."""
@@ -71,7 +71,7 @@ class PinRecords:
             if cid is None or stat.S_ISDIR(info.st_mode):
                 if not name.startswith(".") or not name.endswith(".tmp"):
                     strays.append(name)
-                elif is_our_own(info):  # left by a kill while it was written
+                elif is_our_own(info):  # the daemon was killed while it wrote the file
                     self.folder.unlink(name)
             else:
                 found[cid] = self._read(name)
@@ -97,7 +97,7 @@ class PinRecords:
             return PinRecord(0, None)
 
     def write(self, cid: Cid, record: PinRecord) -> None:
-        """Raises StoreFailed, with the old state kept."""
+        """Writes the record of a pin. Raises StoreFailed; then the old record is unchanged."""
         values: dict[str, object] = {"cid": cids.text(cid), "bytes": record.size}
         if record.keys is not None:
             values["files"] = sorted(cids.text(key) for key in record.keys if not isinstance(key, int))
@@ -112,8 +112,8 @@ class PinRecords:
             remove_file(self.folder.fd, cids.text(cid))
 
     def take_over(self, database: sqlite3.Connection) -> None:
-        """Pins that an older version kept in the index (version 2). What a full disk does not take is kept in
-        memory."""
+        """Writes records of the pins that version 2 of the index has. They stay in memory too until all are
+        written, for the case of a full disk."""
         keys: dict[bytes, set[Key]] = {}
         for pin, name in database.execute("SELECT pin, key FROM pinned"):
             try:
@@ -134,7 +134,7 @@ class PinRecords:
 
 
 def _cid(name: str) -> Cid | None:
-    """The CID of which `name` is the usual spelling; None for any other name."""
+    """The canonical CID whose usual spelling is `name`; None for any other name."""
     try:
         cid = cids.parse(name)
     except NotACid:
@@ -145,13 +145,14 @@ def _cid(name: str) -> Cid | None:
 # -- IPNS records --------------------------------------------------------------------------------------------
 
 MAX_RECORDS = 1024
-"""Files kept: 4 to 12 MiB. Beyond them the one that was used longest ago goes."""
+"""The most records that are kept, which take 4 to 12 MiB. The one that was used longest ago is removed
+first."""
 _NAME = re.compile(r"[a-z0-9]{1,200}")
 
 
 class NameRecords:
-    """The newest record that was seen of each name. It outlives a restart, so that nobody can pass off an
-    older one afterwards. Whoever reads it verifies it."""
+    """The newest record of each name that was ever seen. It is kept across restarts, so that no source can
+    pass off an older one later. The reader verifies it."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is our cache folder. Raises StoreFailed."""
@@ -168,13 +169,13 @@ class NameRecords:
         return None
 
     def put(self, name: str, data: bytes) -> None:
-        """Keeps `data`; on the disk when this returns. Raises StoreFailed."""
+        """Writes `data` and syncs it to disk. Raises StoreFailed."""
         with as_store_failed(f"the record of {name} can't be kept"):
             write_file(self._folder.fd, name, data)
             self._make_room()
 
     def names(self) -> list[str]:
-        """Of which names a record is kept."""
+        """The names that have a record."""
         return [name for name in self._folder.names() if _NAME.fullmatch(name)]
 
     def close(self) -> None:

@@ -1,5 +1,4 @@
-"""What the store does besides reads: at the start it finds what an earlier run left, and then it writes the
-index in the background.
+"""Opens and closes the store: finds the files of an earlier run, and then writes the index in the background.
 
 Concurrency: `Inventory.run` and `write_behind` are one task each.
 """
@@ -37,44 +36,46 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 AT_FIRST = 2000
-"""Files of an earlier run that are looked at before the mount is up: 0.02 s. What is beyond them is looked at
-while reads are served."""
+"""Files of an earlier run that are examined before the mount is up, which takes 0.02 s. Further files are
+examined while reads are served."""
 HEAD_START = 0.3
-"""Seconds after which that begins. The mount comes up first, because both need the interpreter."""
+"""Seconds until that begins. The mount comes up first, because both need the interpreter."""
 LOOKED_AT_TOGETHER = 2000
-"""Files that are looked at by one thread hop after that."""
+"""Files that one call in a thread examines after that."""
 COUNTED_TOGETHER = 500
-"""Files that are counted in one step of the event loop: some milliseconds."""
+"""Files that are counted in one step of the event loop, which takes some milliseconds."""
 WAIT = 1.0
-"""Seconds that rows may wait to be written. A crash loses none: they can be read from the packs again."""
+"""Seconds that rows may wait to be written. A crash loses none, because they can be read from the packs
+again."""
 MAX_PENDING = 50_000
-"""Rows kept in memory while the disk takes none; then the oldest are dropped."""
+"""Rows that are kept in memory while the disk can't be written. With more, the oldest are dropped."""
 IN_ORDER = "in order"
-"""The key of a row among the uses. It says that their order is that of the last unmount, and not older."""
+"""The key of a row among the uses. If it exists, the rows are those of the last unmount."""
 MARGIN = 1 << 20
-"""Bytes that the index and the log may grow between two looks at them, at most an eighth of the budget."""
+"""Bytes that the index and the log may grow between two measurements; at most an eighth of the budget."""
 USE_BYTES = 44
-"""Bytes in the index, at most, of the row that says when something was used last; those of a CID besides."""
+"""The most bytes of a row of uses in the index, without those of a CID."""
 USES_TOGETHER = 2000
-"""Such rows that are written by one transaction where all are written: they fill 45 pages."""
+"""Rows of uses that one transaction writes if all rows are written. They fill 45 pages."""
 FEWEST_TOGETHER = 64
-"""The same where few have changed, which lie on as many pages: the write-ahead log stays as small."""
+"""The same if only a few rows have changed: each may be on a page of its own, so that the write-ahead log
+stays as small."""
 FEW_CAME = 64
-"""The part of what was restored, as a divisor, that may have come besides while only changes are written: a
-new row may split a page, and half of it stays empty."""
+"""The part of the restored items, as a divisor, that may have been added if only changes are written: a new
+row may split a page, and half of that page stays empty."""
 PAGE_BYTES = 4096
-"""Of a page of the index."""
+"""Bytes of a page of the index."""
 MEASURE_SECONDS = 5.0
-"""Between two looks at what the folder takes, and at the free space, while nothing is written."""
+"""Seconds between two measurements of the folder and of the free space, while nothing is written."""
 
 
 async def open_store(
     folder: Path, budget: int, nursery: trio.Nursery, pins: Pins | None, reserve: int | None = None
 ) -> Store:
-    """The store in `folder`, within its budget. Raises StoreFailed.
+    """Opens the store in `folder`. Raises StoreFailed.
 
-    What lies there is counted before this returns, or, where that is much, by a task of `nursery`: see
-    `Inventory`."""
+    The files there are counted before this returns; if there are many, by a task in `nursery` (see
+    `Inventory`)."""
 
     def make() -> tuple[Store, Inventory, bool]:
         with as_store_failed(f"the cache folder {folder} can't be used"), _no_collections():
@@ -104,9 +105,9 @@ async def open_store(
 
 @contextlib.contextmanager
 def _no_collections() -> Iterator[None]:
-    """What is made meanwhile lives as long as the cache: looking through it for garbage, again and again
-    while there is more and more of it, takes a sixth of a start, and later stops every read for a tenth of a
-    second (of 160,000 files)."""
+    """Disables Python's garbage collection, because all objects that are made meanwhile live as long as the
+    cache. With 160,000 files, collecting them again and again takes a sixth of the start, and later each full
+    collection stops every read for a tenth of a second."""
     gc.disable()
     try:
         yield
@@ -116,12 +117,12 @@ def _no_collections() -> Iterator[None]:
 
 
 class Inventory:
-    """Finds what an earlier run left, and counts it in the budget, in the order of use: what ARC gives back
-    first is what it would have.
+    """Finds the files of an earlier run and counts them in the budget, in the order of use, so that ARC
+    evicts first what it would have evicted first in that run.
 
-    The status of each file is read, because only the disk knows its size: some seconds for a million files.
-    Meanwhile reads find what they ask for by its name (`Staging.find`, `Packs.find`), and nothing new is kept
-    (`Budget.counted`)."""
+    The status of each file is read, because only the disk knows its size. That takes some seconds for a
+    million files. Meanwhile reads find files by their names (`Staging.find`, `Packs.find`), and nothing new
+    is staged (`Budget.counted`)."""
 
     def __init__(self, store: Store) -> None:
         """Blocks for some system calls. Raises OSError, StoreFailed."""
@@ -139,18 +140,18 @@ class Inventory:
         self._newest = 0.0
         """The latest of the times in `_looks`."""
         self._all_known = self._in_order
-        """Whether the index has the use of each thing that was found and is not pinned."""
+        """Whether the index has the use of every file and pack that was found and is not pinned."""
         self._packs, self._entries = self._store.blocks.packs.scan(), self._store.staging.scan()
         self._new: tuple[list[tuple[int, os.stat_result]], list[Entry]] = [], []
-        """What the last look found."""
+        """What the last `look` found."""
         self._looks: list[list[tuple[float, bool, Key, float]]] = []
-        """What each look found, last used last: (when by the wall clock, whether it was used again, key,
-        moment of that use; for a pack, bytes on disk)."""
+        """What each `look` found, in the order of use: (time of use by the wall clock, whether it was used
+        again, key, time of use by the machine's clock; for a pack, bytes on disk)."""
 
     # -- in a thread -----------------------------------------------------------------------------------------
 
     def look(self, count: int) -> bool:
-        """Looks at so many more files. Whether those were the last. Raises OSError, StoreFailed."""
+        """Examines `count` more files. Returns whether none is left. Raises OSError, StoreFailed."""
         packs = list(islice(self._packs, count))
         entries = list(islice(self._entries, count - len(packs)))
         keys: list[Key] = [pack for pack, _info in packs]
@@ -160,8 +161,7 @@ class Inventory:
         self._all_known = self._all_known and all(key in uses or is_pinned(key) for key in keys)
 
         def used(key: Key, changed: float) -> tuple[float, bool]:
-            """When something was used last, whose file says that it was `changed` then; and whether it was
-            used again."""
+            """The last use of a file that was `changed` at that time, and whether it was used again."""
             last, frequent = uses.get(key, (0.0, False))
             return (last if self._in_order and key in uses else max(last, changed)), frequent
 
@@ -181,7 +181,7 @@ class Inventory:
         return len(packs) + len(entries) < count
 
     def _from_index(self, ask: Callable[[], dict[A, B]]) -> dict[A, B]:
-        """What the index says; nothing where it is damaged."""
+        """The rows that `ask` reads from the index; none if the index is damaged."""
         try:
             return ask() if self._damaged is None else {}
         except Damaged as exc:
@@ -191,7 +191,7 @@ class Inventory:
     # -- on the event loop -----------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Looks at what is left to look at. A disk in trouble is tried again."""
+        """Examines the remaining files and counts them. After an error of the disk, begins again."""
         await trio.sleep(HEAD_START)
         while True:
             try:
@@ -211,7 +211,7 @@ class Inventory:
                 self._begin()
 
     def take(self) -> None:
-        """Takes in what the last look found."""
+        """Adds what the last `look` found to the store."""
         packs, entries = self._new
         for pack, info in packs:
             self._store.blocks.packs.sizes.setdefault(pack, info.st_size)
@@ -219,7 +219,7 @@ class Inventory:
             self._store.staging.take(entry)
 
     async def complete(self) -> None:
-        """Counts all that was found. From then on new things are kept. Raises StoreFailed."""
+        """Counts everything that was found. From then on new blocks are staged. Raises StoreFailed."""
         store, packs, files = self._store, self._store.blocks.packs, self._store.staging
         indexed = await threads.run_sync(self._from_index, store.blocks.index.packs)
         if self._damaged is not None:
@@ -237,27 +237,26 @@ class Inventory:
                     store.budget.restore(key, entry.charged, frequent)
                 else:
                     used_again.append(entry)
-        while self._looks:  # a million at once would take a tenth of a second
+        while self._looks:  # freeing a million items at once would take a tenth of a second
             self._looks.pop()
             await trio.lowlevel.checkpoint()
-        # some were renamed while the folder was read, and not found so
+        # files that were renamed while the folder was read may not have been listed
         used_again += [entry for key in early if (entry := files.entries.get(key)) is not None]
         for entry in sorted(used_again, key=lambda entry: entry.last_used):
             store.budget.restore(entry.cid, entry.charged, True)
         store.budget.arc.follow()
         for entry in used_again:
             store.budget.arc.refresh(entry.cid)
-        # times that lie in the future would be those of all that is used from now on
+        # with a time in the future, all later uses would get that time
         store.order_until = self._newest if self._all_known and self._newest <= time.time() else None
         gone = [pack for pack in indexed if pack not in packs.sizes]
-        if gone:  # deleted before the index has it: their numbers are not used again until it has
+        if gone:  # deleted packs that the index still has: their numbers are not used until it forgets them
             packs.last = max(packs.last, *gone)
             store.blocks.statements += [("DELETE FROM packs WHERE pack = ?", [(pack,)]) for pack in gone]
             store.blocks.write_later("DELETE FROM blocks WHERE pack NOT IN (SELECT pack FROM packs)", ())
-        store.blocks.write_later(
-            "DELETE FROM uses WHERE key = ?", (IN_ORDER,)
-        )  # from now on the files' times say more
-        if store.blocks.index.in_memory:  # the one on the disk may know any lower number
+        # from now on the files' times are newer than the rows of uses
+        store.blocks.write_later("DELETE FROM uses WHERE key = ?", (IN_ORDER,))
+        if store.blocks.index.in_memory:  # the index on disk may have any lower number
             packs.last = max(packs.last, int(time.time()))
         self._keep_pinned()
         if not store.blocks.index.anew:
@@ -269,8 +268,8 @@ class Inventory:
         await measure(store)
 
     def _keep_pinned(self) -> None:
-        """Where it is not known what belongs to a pin, nothing at all may be evicted until
-        `PinnedDags.recover` has found out. The number of a pack that is lost is not given to another."""
+        """If the keys of a pin are not known, pins everything until `PinnedDags.recover` has found them.
+        Ensures that the number of a lost pack is not used again."""
         store = self._store
         for record in store.pinned.values():
             if record.keys is None:
@@ -287,7 +286,7 @@ def _when(found: tuple[Any, ...]) -> float:
 
 
 def _tails(store: Store, indexed: Mapping[int, int]) -> list[tuple[Cid, Place]]:
-    """What lies in packs behind the bytes that are `indexed`: rows that a crash kept from being written."""
+    """The blocks in packs after the bytes that are `indexed`: their rows were not written before a crash."""
     packs = store.blocks.packs
     return [
         found
@@ -303,7 +302,7 @@ def _note_pending(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
 
 
 async def write_behind(store: Store) -> None:
-    """Writes rows as they come, for as long as the cache lives."""
+    """Writes pending rows to the index, until it is cancelled."""
     await store.budget.counted.wait()
     if store.blocks.index.anew:
         await _read_packs(store)
@@ -316,8 +315,8 @@ async def write_behind(store: Store) -> None:
 
 
 async def flush(store: Store) -> None:
-    """Writes all that is pending; what can't be written stays pending."""
-    with trio.CancelScope(shield=True):  # what was taken to be written is written, whoever asked for it
+    """Writes everything that is pending. What can't be written stays pending."""
+    with trio.CancelScope(shield=True):  # rows that were taken from `pending` must be written
         async with store.blocks.index_lock:
             await _flush(store)
 
@@ -339,14 +338,14 @@ async def _flush(store: Store) -> None:
         await replace_index(store, exc)
     else:
         store.blocks.packs.written(batch)
-        with contextlib.suppress(StoreFailed, Damaged):  # a question will say so
+        with contextlib.suppress(StoreFailed, Damaged):  # the next query will report it
             store.blocks.index.stay_in_memory()
         await measure(store)
 
 
 async def measure(store: Store) -> None:
-    """Counts all that lies in the folder besides staging files and packs, with what that may grow before the
-    next time, and follows the free space of the file system."""
+    """Counts everything in the folder besides staging files and packs, with what that may grow by before the
+    next call, and adapts the budget to the free space."""
     rest = await threads.run_sync(store.rest_on_disk, limiter=store.io.background)
     store.free_lingering()
     await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
@@ -354,8 +353,8 @@ async def measure(store: Store) -> None:
 
 
 async def follow_space(store: Store) -> None:
-    """Gives room back when others fill the file system, and takes it when they leave, for as long as the
-    cache lives. Gives unused memory back, too."""
+    """Adapts the budget to the free space again and again, until it is cancelled. Also frees unused
+    buffers."""
     while True:
         await trio.sleep(MEASURE_SECONDS)
         give_back()
@@ -363,7 +362,7 @@ async def follow_space(store: Store) -> None:
 
 
 async def replace_index(store: Store, why: Damaged) -> None:
-    """A new index, filled from the packs."""
+    """Replaces the index by a new one, and fills it from the packs."""
     try:
         store.blocks.index.replace(str(why))
     except (StoreFailed, Damaged, OSError) as exc:
@@ -375,8 +374,8 @@ async def replace_index(store: Store, why: Damaged) -> None:
 
 
 async def _read_packs(store: Store) -> None:
-    """Finds the blocks in all packs. Of those that lie in several, the place in a pack that is pinned counts:
-    it stays."""
+    """Adds the blocks in all packs to the index. If a block is in several packs, its place in a pinned one is
+    used, because that is not evicted."""
     for pack in sorted(store.blocks.packs.sizes, key=lambda pack: (store.budget.is_pinned(pack), pack)):
         sections = await threads.run_sync(list, store.blocks.packs.sections(pack))
         if store.budget.is_pinned(pack):
@@ -399,14 +398,14 @@ Use = tuple[Key | str, float, bool]
 def uses(
     store: Store, once: Iterable[Key], again: Iterable[Key], after: float = 0.0
 ) -> tuple[list[Use], list[Use]]:
-    """The packs and the files of these, as `Inventory` reads them: `once` and `again` are what ARC's lists
-    hold, or end with. Times grow with ARC's order, from `after` on."""
+    """The packs and the files among `once` and `again`, which are ARC's lists or the ends of them, as rows
+    for `Inventory` to read. Times increase in ARC's order, from `after` on."""
     packs, files = list[Use](), list[Use]()
     entries, booted = store.staging.entries, staging.to_wall(0.0)
     for frequent, keys in ((False, once), (True, again)):
         last = after
         for key in keys:
-            last += 1e-6  # of a pack only its place is known
+            last += 1e-6  # a pack has no time of use, only its place in the order
             if isinstance(key, int):
                 packs.append((key, last, frequent))
             else:
@@ -418,12 +417,12 @@ def uses(
 
 
 async def close(store: Store) -> None:
-    """Names what is whole, and writes what is pending and in which order things were used."""
+    """Gives complete files their final names, writes what is pending, and writes the order of use."""
     for entry in list(store.staging.entries.values()):
         if entry.all_proved():
             await store.finish(entry)
     await flush(store)
-    if store.budget.counted.is_set():  # else what the index says of the uses is still the best there is
+    if store.budget.counted.is_set():  # otherwise the rows of uses in the index are better
         try:
             await _keep_order(store)
         except (StoreFailed, Damaged) as exc:
@@ -432,15 +431,15 @@ async def close(store: Store) -> None:
 
 
 async def _keep_order(store: Store) -> None:
-    """Writes in which order things were used. What is too much for the budget with these rows leaves before.
-    Raises StoreFailed, Damaged."""
+    """Writes the order of use, or only its changes. First evicts what no longer fits into the budget with
+    these rows. Raises StoreFailed, Damaged."""
     index, arc, after = store.blocks.index, store.budget.arc, store.order_until
     rest = await threads.run_sync(store.rest_on_disk)
     only_changes = (
         after is not None
         and not arc.changes.too_many
         and len(arc.changes.came) * FEW_CAME <= arc.changes.count
-        and await threads.run_sync(index.has_uses)  # else it was replaced
+        and await threads.run_sync(index.has_uses)  # not if the index was replaced
     )
     if only_changes:
         growth = len(arc.changes.came) * PAGE_BYTES
@@ -452,7 +451,7 @@ async def _keep_order(store: Store) -> None:
     await store.budget.refit(rest, max(margin, growth + margin // 2))
     if store.blocks.changed.is_set():
         await flush(store)
-    if only_changes and arc.changes.too_many:  # by what has just left
+    if only_changes and arc.changes.too_many:  # because of what was just evicted
         await _keep_order(store)
     elif only_changes and after is not None:
         left, written = list(arc.changes.left), uses(store, *arc.moved(), after)
@@ -470,8 +469,8 @@ def _write_uses(
     left: Sequence[Key] = (),
     together: int = USES_TOGETHER,
 ) -> None:
-    """In the order of the keys, so that SQLite goes from one page to the next: it has room for a few of them
-    in memory. And a part at a time, so that the write-ahead log stays small."""
+    """Writes the rows in the order of their keys, so that SQLite goes from one page to the next: it keeps
+    only a few in memory. Writes some at a time, so that the write-ahead log stays small."""
     gone = sorted(left, key=lambda key: (not isinstance(key, int), key))
     for at in range(0, len(gone), together):
         index.write([("DELETE FROM uses WHERE key = ?", [(key,) for key in gone[at : at + together]])])
@@ -498,8 +497,8 @@ def _closed_after_failure(store: Store) -> Iterator[None]:
 
 
 def close_folders(store: Store) -> None:
-    """After the last task of the store: a descriptor that is closed too early may be another file's by
-    then."""
+    """Closes the folders. Call it after the last task of the store has ended: otherwise a task could use a
+    descriptor number that belongs to another file by then."""
     store.close_lingering()
     for each in (store.blocks.packs, store.staging, store.pin_records):
         each.folder.close()

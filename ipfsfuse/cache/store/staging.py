@@ -1,12 +1,13 @@
-"""Staging files: one sparse file per file of over 64 KiB, holding file content at file offsets.
+"""Staging files: one sparse file for each file of over 64 KiB, with the file's content at its offsets.
 
-`<cid>.part` until every byte is there, then fdatasync and rename to `<cid>`. Which leaves are present is
-known in memory; after a restart the data extents (SEEK_DATA) say which may be, and each leaf is proved by its
-hash whenever it is read back. So nothing on disk is trusted, and nothing but content is written.
+A file is called `<cid>.part` until every byte is there. Then it is synced (fdatasync) and renamed to `<cid>`.
+The present leaves are known in memory. After a restart, the data extents (SEEK_DATA) say which leaves may be
+present. Each leaf is verified by its hash when it is read back. So the disk is not trusted, and nothing but
+content is written.
 
-Concurrency: `Entry` and `Staging` live on the event loop; the functions under "in a thread" are called in
-worker threads, and take the entry's lock for what must not cross a removal. Files are opened for each call
-(10 us), so that no file descriptor outlives a removal.
+Concurrency: `Entry` and `Staging` belong to the event loop. The functions under "in a thread" are called in
+worker threads, and take the entry's lock where a removal must not happen meanwhile. Files are opened for each
+call (10 us), so that no file descriptor outlives a removal.
 """
 
 import contextlib
@@ -42,27 +43,27 @@ from ipfsfuse.fileio.files import (
 )
 from ipfsfuse.fileio.tags import TAG, tags_of
 
-# -- when things were used last, by a clock that nobody sets
+# -- times of use, by a clock that can't be set
 
-# In memory a time is the machine's: seconds since it was started, sleep included (CLOCK_BOOTTIME). People and
-# disks get the wall clock's time of it, as that clock stands then. So a wall clock that is set, forwards or
-# backwards, changes no order and makes no duration negative.
+# In memory, times are by the machine's clock: seconds since the start, sleep included (CLOCK_BOOTTIME). For
+# users and on disk they are converted to the wall clock. So setting the wall clock, forwards or backwards,
+# changes no order and makes no duration negative.
 
 CLOCK_WAS_SET = 0.5
-"""Seconds by which the wall clock must differ from the machine's to be taken for set. Less is how long we
-took to look."""
+"""Seconds. If the two clocks' difference changes by more, the wall clock was set. Smaller changes come from
+the time between reading the two."""
 
 _start = float("-inf")
-"""The wall clock's time at the start of the machine."""
+"""The time by the wall clock at which the machine was started."""
 
 
 now = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
-"""The machine's time, in seconds."""
+"""The time by the machine's clock, in seconds."""
 
 
 def to_wall(moment: float) -> float:
-    """Seconds since 1970 of a moment of the machine's time: of one moment the same, until the wall clock is
-    set."""
+    """Converts a time by the machine's clock to seconds since 1970. The result for one moment changes only
+    when the wall clock is set."""
     global _start
     start = time.time() - now()
     if abs(start - _start) > CLOCK_WAS_SET:
@@ -71,8 +72,8 @@ def to_wall(moment: float) -> float:
 
 
 def from_wall(whens: Sequence[float]) -> list[float]:
-    """The machine's times of what was written with the wall clock's, the earliest first; their order is kept.
-    What lies in the future was written before the wall clock was set back: that is taken for now."""
+    """Converts times by the wall clock, the earliest first, to times by the machine's clock. Keeps their
+    order. Times in the future were written before the wall clock was set back: they become about now."""
     machine, wall = now(), time.time()
     latest = machine - len(whens) * 1e-6
     return [min(machine - (wall - when), latest + number * 1e-6) for number, when in enumerate(whens, 1)]
@@ -82,16 +83,15 @@ def from_wall(whens: Sequence[float]) -> list[float]:
 
 PART = ".part"
 PIECE = 8 << 10
-"""Bytes of a verified leaf that can be proved again without the rest of it, by their tag, which takes 2 us.
-SHA-256 of a leaf of 1 MiB takes 0.6 to 1.4 ms. As in `fuse/pieces.c`."""
+"""Bytes of a piece of a verified leaf. Each piece can be verified without the rest of the leaf by its tag,
+which takes 2 us. SHA-256 of a leaf of 1 MiB takes 0.6 to 1.4 ms. The same as in `fuse/pieces.c`."""
 _NAME = re.compile(r"(b[a-z2-7]+)(\.part)?")
-"""base32, as `cids.text` spells."""
+"""base32, as `cids.text` writes it."""
 
 
 @dataclass(slots=True, eq=False)
 class Extents:
-    """Which bytes of a file are present: sorted half-open intervals of byte offsets, joined where they
-    touch."""
+    """The present bytes of a file: sorted half-open intervals of byte offsets, joined where they touch."""
 
     starts: list[int] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Extents:
         return at >= 0 and self.ends[at] >= end
 
     def add(self, start: int, end: int) -> tuple[int, int]:
-        """Returns the interval of which [start, end) is a part now."""
+        """Adds [start, end). Returns the interval that contains it now."""
         if start >= end:
             return start, end
         low = bisect_left(self.ends, start)
@@ -130,11 +130,11 @@ class Extents:
 
 
 Stamp = tuple[int, int, int, int]
-"""Inode number, size, and times of the last change: what differs once anybody has written to a file."""
+"""Inode number, size, and times of the last change. They differ after anyone has written to the file."""
 
 
 class Removed(Exception):
-    """The entry was removed while a thread was about to write to it. Never leaves the cache."""
+    """The entry was removed before a thread could write to it. Not raised out of the cache."""
 
 
 _LOCKS = [threading.Lock() for _ in range(1024)]
@@ -146,49 +146,50 @@ class Entry:
 
     cid: Cid
     size: int
-    """Content bytes of the whole file."""
+    """Bytes of the whole file's content."""
     complete: bool = False
-    """It has been whole, and has its final name."""
+    """Whether all bytes were present once, so that it has its final name."""
     extents: Extents | None = None
-    """Bytes that are (after a restart: may be) present; None until they were asked for."""
+    """Bytes that are present, or after a restart may be present; None until they are needed."""
     proved: Extents | None = None
-    """Of a file without its final name, the bytes that this run wrote or proved."""
+    """For a file without its final name: the bytes that this run has written or verified."""
     fresh: bool = True
-    """Written in this run alone: what is wrong in it was not left so by a crash."""
+    """Whether it was written in this run only, so that wrong bytes in it do not come from a crash."""
     disk: int = 0
-    """Bytes on disk, in file-system blocks, by the writes that were reported."""
+    """Bytes on disk, in file-system blocks, according to the writes that were reported."""
     seen: int = 0
-    """The same, as a thread saw it last: what grew since is reported once, with the write that it belongs
-    to."""
+    """The same, as a thread saw it last. So the growth by each write is reported once, with that write."""
     reserved: int = 0
     """Bytes on disk that writes under way may still take."""
     charged: int = 0
-    """What the budget counts for it, reservations that its writers hold included."""
+    """The bytes that the budget counts for it, with the reservations of writes under way."""
     dead: bool = False
+    """Whether it was removed."""
     source: str = ""
     last_used: float = field(default_factory=now)
     """By `now`."""
     noted: float = field(default_factory=now)
     """When its last use was written to the disk."""
     stamp: Stamp | None = None
-    """Of a file that is being verified whole, or was: as it was then."""
+    """The stamp of the file when it was last verified as a whole, or since that began."""
     verified: bool = False
-    """All of it was read back and found right in this run, and nothing was written since."""
+    """Whether all of it was verified in this run, and nothing was written since."""
     read_by_kernel: bool = False
-    """The kernel reads it itself: nothing may be taken away from it."""
+    """Whether the kernel reads the file itself, so that nothing in it may be removed."""
 
     @property
     def lock(self) -> threading.Lock:
-        """Shared with few others: a lock for each of a million files would take 40 MB. A thread takes one at
-        a time."""
+        """A lock that a few entries share: one for each of a million files would take 40 MB. A thread takes
+        only one at a time."""
         return _LOCKS[hash(self.cid) % len(_LOCKS)]
 
     def gone(self) -> bool:
-        """`dead` once more: it may have been set since the lock was last released."""
+        """`dead`, read again: it may have been set since the lock was last released."""
         return self.dead
 
     def all_proved(self) -> bool:
-        """Whether it may be named as whole: what a crash left proves nothing by being there."""
+        """Whether it may get its final name: every byte was verified or written in this run. That bytes are
+        there after a crash proves nothing."""
         return not self.complete and self.proved is not None and self.proved.covers(0, self.size)
 
     def whole(self) -> bool:
@@ -202,26 +203,26 @@ class Staging:
         """Raises StoreFailed, OSError."""
         self.path = path
         self.entries: dict[Cid, Entry] = {}
-        """Those that are known: until `inventoried`, not all of what an earlier run left."""
+        """The known entries. Until `inventoried`, some of an earlier run are missing."""
         self.inventoried = False
         self.found_early: dict[Cid, float] = {}
-        """When what was asked for, before the scan came to it, was used last in an earlier run."""
+        """Entries that were asked for before the scan found them, with their last use in an earlier run."""
         self._removed_early: set[Cid] = set()
         self.folder = Subfolder(path)
         self._direct = Direct()
         self.shares: bool | None = None
-        """Whether the file system shares extents with a node's repository; None before that was tried."""
+        """Whether files can share extents with a node's repository (reflinks); None until it was tried."""
         self.unit = 4096
         """Bytes of a file-system block."""
         self.too_large = 1 << 64
-        """Bytes of the smallest file that this file system was seen to refuse for its size."""
+        """Bytes of the smallest file that the file system has refused as too large."""
         with contextlib.suppress(OSError):
             self.unit = os.statvfs(self.folder.fd).f_frsize or 4096
 
     # -- on the event loop -----------------------------------------------------------------------------------
 
     def find(self, cid: Cid) -> Entry | None:
-        """The entry of `cid`. Until all entries are known, one that is not is looked for on the disk: two
+        """The entry of `cid`. Until all entries are known, looks for an unknown one on the disk, by two
         system calls."""
         entry = self.entries.get(cid)
         if entry is None and not self.inventoried and cid not in self._removed_early:
@@ -235,7 +236,7 @@ class Staging:
         return entry
 
     def _recognised(self, name: str) -> Entry | None:
-        """The entry of a file of this name that an earlier run left and that may be used."""
+        """The entry of a usable file with this name from an earlier run."""
         try:
             info = self.folder.stat(name)
         except (OSError, StoreFailed):
@@ -244,7 +245,7 @@ class Staging:
         return entry if entry is not None and entry.size and is_our_own(info) else None
 
     def take(self, entry: Entry) -> bool:
-        """Takes in what `scan` found. False where it is known already, or was removed meanwhile."""
+        """Adds an entry that `scan` found. Returns False if it is known already, or was removed meanwhile."""
         if entry.cid in self.entries or entry.cid in self._removed_early:
             return False
         self.entries[entry.cid] = entry
@@ -252,9 +253,9 @@ class Staging:
         return True
 
     def charge(self, entry: Entry) -> int:
-        """Bytes to count for `entry` now: what it takes, may soon take, and a block or more for the extent
-        tree that the file system writes later, until the file is whole and on disk."""
-        if entry.complete:  # mostly the same number, and not one more in memory
+        """Bytes to count for `entry` now: what it takes, what writes under way may take, and, until the file
+        is complete, a block or more for the extent tree that the file system writes later."""
+        if entry.complete:  # returns the same int object if possible, which saves memory
             return entry.disk + entry.reserved if entry.reserved else entry.disk
         pieces = len(entry.extents.starts) if entry.extents is not None else 1
         return entry.disk + entry.reserved + self.unit * (1 + pieces // 100 + entry.disk // (64 << 20))
@@ -268,8 +269,8 @@ class Staging:
     # -- in a thread -----------------------------------------------------------------------------------------
 
     def scan(self) -> Iterator[Entry]:
-        """What an earlier run left. Links, an empty part, and a part beside its whole file are removed;
-        strays are left alone."""
+        """The entries of an earlier run. Removes files that are not our own, empty ones, and parts of files
+        that are complete; leaves other names alone."""
         strays = []
         for name, info in self.folder.each_status():
             try:
@@ -277,8 +278,8 @@ class Staging:
                 if entry is None or stat.S_ISDIR(info.st_mode):
                     strays.append(name)
                     continue
-                # A file of size 0 is left by a kill between its making and its first write.
-                # Through a link, what lies elsewhere would be written.
+                # A file of size 0 remains if the daemon is killed between creating it and the first write.
+                # Writing through a link would change a file elsewhere.
                 usable = entry.size and is_our_own(info)
                 if usable and (entry.complete or self._recognised(cids.text(entry.cid)) is None):
                     yield entry
@@ -289,7 +290,7 @@ class Staging:
         report_strays(self.path, strays)
 
     def look(self, entry: Entry) -> Extents:
-        """Which bytes of `entry` may be present, by what the file system says."""
+        """The bytes of `entry` that may be present, according to the file system."""
         if entry.complete:
             return Extents([0], [entry.size])
         found = Extents()
@@ -301,12 +302,12 @@ class Staging:
                     at = os.lseek(file, start, os.SEEK_HOLE)
                     found.add(start, at)
             except OSError as exc:
-                if exc.errno != errno.ENXIO:  # no data behind `at`
+                if exc.errno != errno.ENXIO:  # ENXIO: no data after `at`
                     raise
         return found
 
     def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool, bytes]:
-        """What is stored for `leaf`, whether that is its content, and then the tags of its pieces."""
+        """The bytes stored for `leaf`, whether they are correct, and if so the tags of their pieces."""
         with Closing(self._open_to_read(entry)) as file:
             data = os.pread(file, leaf.size, leaf.offset)
         right = len(data) == leaf.size and _proves(leaf, data)
@@ -315,8 +316,8 @@ class Staging:
     def read_pieces(
         self, entry: Entry, leaf: Leaf, start: int, stop: int, tags: bytes, flags: int
     ) -> memoryview | None:
-        """The bytes [start, stop) of `leaf`, proved by the `tags` of its pieces; None where they are not
-        right, and with the flag RWF_NOWAIT where the disk would have to be read. Raises OSError."""
+        """The bytes [start, stop) of `leaf`, verified by the `tags` of its pieces. None if they are wrong;
+        with the flag RWF_NOWAIT also if the disk would have to be read. Raises OSError."""
         start_piece, end_piece = start // PIECE, -(-stop // PIECE)
         data = bytearray(min(end_piece * PIECE, leaf.size) - start_piece * PIECE)
         with Closing(self._open_to_read(entry)) as file:
@@ -331,31 +332,31 @@ class Staging:
         return memoryview(data)[start - start_piece * PIECE : stop - start_piece * PIECE]
 
     def place(self, entry: Entry) -> tuple[int, bytes]:
-        """Where its file lies: the folder's descriptor, and the name."""
+        """The folder's descriptor and the file's name."""
         return self.folder.fd, _name(entry).encode()
 
     def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
-        """Reads leaves that follow each other without a gap, at least one. Gives for each its bytes,
-        and whether they are right."""
+        """Reads leaves that follow each other without a gap, at least one. Returns for each its bytes, and
+        whether they are correct."""
         with Closing(self._open_to_read(entry)) as file:
             found = self._read_into_buffers(file, wanted, wanted[0].offset)
         return [(data, _proves(leaf, data)) for leaf, data in zip(wanted, found, strict=True)]
 
     def _read_into_buffers(self, file: int, wanted: Sequence[Leaf], offset: int) -> list[memoryview]:
         buffers = [lend(leaf.size) for leaf in wanted[:-1]]
-        buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file's end may lie anywhere
+        buffers.append(lend(-(-wanted[-1].size // ALIGNED) * ALIGNED))  # a file may end anywhere
         self._direct.read(file, buffers, offset)
         return [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
 
     def clone(
         self, entry: Entry, leaves: Sequence[Leaf], files: Sequence[str]
     ) -> tuple[int, Sequence[memoryview]]:
-        """Makes `entry` share the extents of `files`, which may hold the blocks of raw `leaves` that lie one
-        behind the other. By how many bytes it grew on disk, and what it holds now of the first leaves, as
-        many as could be shared: unproved. Raises Removed, OSError.
+        """Makes `entry` share the extents of `files`, which may hold the blocks of adjacent raw `leaves`.
+        Returns by how many bytes it grew on disk, and the unverified bytes of the first leaves, as many as
+        could be shared. Raises Removed, OSError.
 
-        A file without a name shares them first, and is what is read: nobody else can write to it. To share
-        with a file that others read waits for all their reads, and they for it."""
+        First a file without a name shares them, and that file is read: no other process can write to it.
+        Sharing extents with a file waits for all reads of that file, and delays new ones."""
         with Closing(self._open_unnamed()) as copy:
             shared = self._share_each(copy, leaves, files)
             if not shared:
@@ -373,8 +374,8 @@ class Staging:
             return grown, self._read_into_buffers(copy, leaves[:shared], 0)
 
     def _share_each(self, to: int, leaves: Sequence[Leaf], files: Sequence[str]) -> int:
-        """Makes `to` share the extents of `files`, one behind the other from its beginning on, as far as that
-        can be done. Of how many leaves."""
+        """Makes `to` share the extents of `files`, one after the other from its beginning, as far as
+        possible. Returns for how many leaves that was done."""
         shared = 0
         with contextlib.suppress(OSError):
             for leaf, path in zip(leaves, files, strict=True):
@@ -390,15 +391,15 @@ class Staging:
         return os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def can_share(self, path: str, size: int) -> bool:
-        """Whether staging files can share extents with files such as `path`, of `size` bytes: tried once, on
-        a file without a name."""
+        """Whether staging files can share extents with files such as `path`, of `size` bytes. Tries it once,
+        with a file without a name."""
         if self.shares is None:
             try:
                 with regular(path, size) as (source, found), Closing(self._open_unnamed()) as to:
                     share_extents(source, to, found, 0)
                     self.shares = True
             except OSError as exc:
-                if exc.errno not in NOT_SHARED:  # the file is gone, the disk is full: the next one tells
+                if exc.errno not in NOT_SHARED:  # the file is gone, or the disk is full: try the next file
                     return False
                 self.shares = False
         return self.shares
@@ -406,8 +407,8 @@ class Staging:
     def write(
         self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]
     ) -> tuple[int, OSError | None]:
-        """By how many bytes it grew on disk, and why no more of `parts` could be written from `offset` on.
-        Raises Removed."""
+        """Writes `parts` from `offset` on. Returns by how many bytes the file grew on disk, and the error if
+        not everything could be written. Raises Removed."""
         with entry.lock:
             if entry.dead:
                 raise Removed
@@ -430,7 +431,7 @@ class Staging:
                 os.close(file)
 
     def finish(self, entry: Entry) -> int:
-        """Onto the disk, then to its final name; returns by how many bytes it grew there."""
+        """Syncs the file, then gives it its final name. Returns by how many bytes it grew on disk."""
         with entry.lock:
             if entry.gone() or entry.complete:
                 return 0
@@ -446,11 +447,11 @@ class Staging:
                 return _grown(entry, file)
 
     def remove(self, entry: Entry) -> int | None:
-        """Gives its space back at once, though threads may be reading it: they find it short.
+        """Removes the file and frees its space at once. Threads that are reading it get short reads.
 
-        The name goes first: a crash never leaves an empty file under a name that says it is whole. Where the
-        kernel may still read it for others, nothing but the name goes. Then this returns the open file: its
-        space is free once `is_free` and it is closed."""
+        The name is removed first, so that a crash never leaves an empty file with a final name. If the kernel
+        may still read the file for others, only the name is removed. Then this returns the open file: its
+        space is freed when it `is_free` and closed."""
         with entry.lock:
             entry.dead = True
             try:
@@ -469,8 +470,8 @@ class Staging:
             return file if still_read else None
 
     def _is_ours_alone(self, entry: Entry, file: int) -> bool:
-        """Whether nobody but us reads `entry`, which is open as `file`. Readers of a mount that has died may
-        still read what an earlier run left."""
+        """Whether only we read `entry`, which is open as `file`. The kernel may still read a file of an
+        earlier run for readers of a mount that was killed."""
         if not entry.read_by_kernel and (entry.fresh or not entry.complete):
             return True
         try:
@@ -479,18 +480,17 @@ class Staging:
             return True
 
     def punch(self, entry: Entry, start: int, end: int) -> int:
-        """Gives back the space of [start, end); returns by how many bytes it grew on disk, which is not
-        positive."""
+        """Frees the space of [start, end). Returns by how many bytes the file grew on disk: 0 or less."""
         with entry.lock:
             if entry.dead:
                 return 0
             with Closing(self.folder.open(_name(entry), os.O_RDWR)) as file:
-                if self._is_ours_alone(entry, file):  # else what is fetched again is written over it
+                if self._is_ours_alone(entry, file):  # otherwise it is overwritten when it is fetched again
                     punch_hole(file, start, end - start)
                 return _grown(entry, file)
 
     def note_use(self, entry: Entry) -> None:
-        """What was used last is known after a restart by the files' times."""
+        """Writes the time of last use as the file's times, for the next start."""
         when = to_wall(entry.last_used)
         with entry.lock:
             name, folder = _name(entry), self.folder.fd
@@ -505,8 +505,8 @@ class Staging:
             return _stamp(os.fstat(file))
 
     def open_verified(self, entry: Entry) -> int | None:
-        """The file, open for reading, if it is as it was when it was verified whole, and nobody else has it
-        open for writing. Raises OSError."""
+        """The file, opened for reading, if it is unchanged since it was verified as a whole, and no one has
+        it open for writing. Otherwise None. Raises OSError."""
         file = self._open_to_read(entry)
         if entry.verified and entry.stamp == _stamp(os.fstat(file)) and not _has_writer(file):
             return file
@@ -516,7 +516,7 @@ class Staging:
     def _open_to_read(self, entry: Entry) -> int:
         try:
             return self.folder.open(_name(entry), os.O_RDONLY)
-        except FileNotFoundError:  # under the lock: between its renaming and `complete` neither name is right
+        except FileNotFoundError:  # `finish` has just renamed it, and sets `complete` before it unlocks
             with entry.lock:
                 return self.folder.open(_name(entry), os.O_RDONLY)
 
@@ -526,12 +526,12 @@ def _name(entry: Entry) -> str:
 
 
 def _recognise(name: str, info: os.stat_result | Status) -> Entry | None:
-    """The entry of what has the name of a staging file; None for any other name."""
+    """The entry of a file with the name of a staging file; None for any other name."""
     matched = _NAME.fullmatch(name)
     if matched is None:
         return None
     try:
-        cid = cids.parse(matched[1])  # which takes no two spellings in base32 for one CID
+        cid = cids.parse(matched[1])  # accepts only one base32 spelling of a CID
     except NotACid:
         return None
     disk = info.st_blocks * 512
@@ -553,20 +553,21 @@ def _stamp(info: os.stat_result) -> Stamp:
 
 
 def _has_writer(file: int) -> bool:
-    """Whether anybody has the file open for writing, or mapped so: what is stored through a mapping may
-    change no time. `file` is open for reading; the kernel grants a read lease only if there is no writer."""
+    """Whether anyone has the file open for writing, or mapped for writing: stores through a mapping may not
+    change the file's times. `file` is open for reading. The kernel grants a read lease only if there is no
+    writer."""
     return not _is_granted(file, fcntl.F_RDLCK)
 
 
 def is_free(file: int) -> bool:
-    """Whether nobody but the owner of the open file `file` has that file open or mapped. The kernel grants a
-    write lease only then (fcntl(2)). Raises OSError where the file system has no leases."""
+    """Whether no one else has the file open or mapped that is open as `file`. The kernel grants a write lease
+    only then (fcntl(2)). Raises OSError if the file system has no leases."""
     return _is_granted(file, fcntl.F_WRLCK)
 
 
 def _is_granted(file: int, lease: int) -> bool:
-    """Whether the kernel grants a lease, which is given back at once. Raises OSError where the file system
-    has none."""
+    """Whether the kernel grants a lease, which is released at once. Raises OSError if the file system has
+    none."""
     try:
         fcntl.fcntl(file, fcntl.F_SETLEASE, lease)
     except BlockingIOError:

@@ -1,9 +1,9 @@
-"""The store: what lies on the disk, within the budget. Leaves of files go into staging files here, and
-blocks in packs (`packs.BlockStore`).
+"""The store: the cache on disk, within the budget. It keeps leaves in staging files, and blocks in packs
+(`packs.BlockStore`).
 
-What can't be read is not there, what can't be written is not stored, and `backoff` says why. Whatever is
-given was hashed after it was read. Concurrency: the event loop's; files are read, hashed and written in
-worker threads."""
+What can't be read counts as missing, and what can't be written is not stored; `backoff` says why. Everything
+is verified when it is read. Concurrency: on the event loop; files are read, hashed and written in worker
+threads."""
 
 import contextlib
 import logging
@@ -39,17 +39,17 @@ Ts = TypeVarTuple("Ts")
 log = logging.getLogger(__name__)
 
 MAX_PACKED = 64 << 10
-"""Files of up to so many bytes lie in packs."""
+"""Files of up to so many bytes are stored in packs."""
 NOTE_USE = 60.0
-"""Seconds between two notes on disk of one file's use."""
+"""Seconds after which the time of a file's last use is written to the disk again."""
 MAX_TAGS = 16 << 20
-"""Bytes of tags that are kept in memory: those of 7 GiB in leaves of 1 MiB."""
+"""Bytes of tags that are kept in memory, enough for 7 GiB in leaves of 1 MiB."""
 LOOP_PIECES = 8
-"""Pieces that are read from the page cache and hashed on the event loop: some 15 us."""
+"""Pieces that are read from the page cache and hashed on the event loop, which takes about 15 us."""
 TAGS_OVERHEAD = 300
-"""Bytes of memory that one leaf's tags take besides themselves."""
+"""Bytes of memory for one leaf's tags in addition to the tags themselves."""
 LISTED_TOGETHER = 500
-"""Staging files that are listed before other calls have their turn: some milliseconds."""
+"""Staging files that are listed before other tasks run, which takes some milliseconds."""
 
 
 class Store:
@@ -63,14 +63,15 @@ class Store:
         pins: Pins | None = None,
         reserve: int | None = None,
     ) -> None:
-        """`budget` and `reserve` in bytes; see `FreeSpace`. Raises StoreFailed or OSError where the folder
+        """`budget` and `reserve` are in bytes; see `FreeSpace`. Raises StoreFailed or OSError if the folder
         can't be used at all."""
         self.folder = folder
         self.nursery = nursery
         self.pins: Pins = pins or NoPins()
         self.space = FreeSpace(folder, reserve)
         self.small_budget = min(budget, self.space.total or budget)
-        """What the sizes of packs, of the index's write-ahead log and of its margin are derived from."""
+        """The budget from which the sizes of packs, of the index's write-ahead log and of its margin are
+        computed."""
         self.budget = Budget(budget, self._evict, self.space.spare)
         self.backoff = WriteBackoff()
         self.io = IoLimits()
@@ -85,47 +86,46 @@ class Store:
             packs = Packs(folder / PACKS, index, max(MAX_PACKED, min(1 << 20, self.small_budget // 64)))
             opened.pop_all()
         self.pinned: dict[Cid, PinRecord] = {}
-        """What was pinned when the store was opened."""
+        """The pins when the store was opened."""
         self.order_until: float | None = None
-        """The latest use, in seconds since 1970, that the index has of what an earlier run left; None where
-        it does not have all of them."""
+        """The time of the latest use of an earlier run, in seconds since 1970, if the index has all uses of
+        that run; otherwise None."""
         self.blocks = BlockStore(packs, index, self.budget, self.backoff, self.io, self.staging.unit)
         self._full = False
         self.arriving: Counter[Cid] = Counter()
-        """What readers have already, and what is still being staged: it counts as here."""
+        """Blocks and files that readers have got and that are still being staged. They count as staged."""
         self.completed: Callable[[Entry], None] = lambda _entry: None
-        """Called when a staging file got its final name."""
+        """Called when a staging file has got its final name."""
         self._lingering: dict[int, int] = {}
-        """Bytes of files that have left while the kernel still reads them for others, by descriptor."""
+        """Bytes of evicted files that the kernel still reads, by descriptor."""
         self._tags: Lru[Cid, bytes] = Lru(MAX_TAGS)
-        """Those of the pieces of leaves that were verified, by the CIDs of the leaves."""
+        """The tags of the pieces of verified leaves, by the leaf's CID."""
 
     # -- leaves ----------------------------------------------------------------------------------------------
 
     async def has_leaf(self, file: FileRef, leaf: Leaf) -> bool:
-        """Whether it seems to be there: only its hash will tell."""
+        """Whether the leaf seems to be staged. Only its hash can prove it."""
         return await self._entry_with(file, leaf.offset, leaf.offset + leaf.size) is not None
 
     async def leaf(self, file: FileRef, leaf: Leaf) -> bytes | None:
-        """The leaf's content, hashed after it was read; None where it is not there or not right (then it is
-        given up)."""
+        """The leaf's verified content; None if it is missing or wrong (then it is set aside)."""
         entry = await self._entry_with(file, leaf.offset, leaf.offset + leaf.size)
         if entry is None or (found := await self._read(self.staging.read, entry, leaf)) is None:
             return None
         data, right, tags = found
         if right:
             self._tags.put(leaf.cid, tags, len(tags) + TAGS_OVERHEAD)
-        return await self._looked_at(entry, leaf, data, right)
+        return await self._checked(entry, leaf, data, right)
 
     async def part(self, file: FileRef, leaf: Leaf, start: int, stop: int) -> LeafPart | None:
-        """The bytes [start, stop) of the leaf, if they can be proved without the rest of it: it was verified
-        before. None where that is not so, or they are not right."""
+        """The bytes [start, stop) of a leaf that was verified before, so that they can be verified without
+        the rest. None if it was not, or if they are wrong."""
         pieces, entry = self.pieces(file, leaf), self.staging.find(file.cid)
         if pieces is None or entry is None:
             return None
         data, arguments = None, (entry, leaf, start, stop, pieces.tags)
         try:
-            if stop - start <= LOOP_PIECES * PIECE:  # what is in the page cache costs less than a thread
+            if stop - start <= LOOP_PIECES * PIECE:  # reading the page cache costs less than a thread
                 data = self.staging.read_pieces(*arguments, os.RWF_NOWAIT)
             if data is None:
                 data = await threads.run_sync(
@@ -136,12 +136,12 @@ class Store:
         if data is None:
             return None
         self.budget.arc.refresh(entry.cid)
-        if stop - start == leaf.size:  # another file may have verified the leaf, and not this one
+        if stop - start == leaf.size:  # the leaf may have been verified in another file only
             self._proved(entry, leaf.offset, leaf.offset + leaf.size)
         return LeafPart(data, pieces)
 
     def pieces(self, file: FileRef, leaf: Leaf) -> Pieces | None:
-        """How a leaf that is staged and was verified may be read without us; None for any other."""
+        """How the C thread can read a leaf that is staged and was verified; None for other leaves."""
         entry, tags = self.staging.find(file.cid), self._tags.get(leaf.cid)
         if tags is None or entry is None or entry.dead or entry.extents is None:
             return None
@@ -150,15 +150,15 @@ class Store:
         return Pieces(*self.staging.place(entry), tags)
 
     async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
-        """Reads leaves that follow each other without a gap, at least one. Gives None for a leaf that is
-        not staged or not right."""
+        """Reads leaves that follow each other without a gap, at least one. Returns None for a leaf that is
+        missing or wrong."""
         entry = await self._entry_with(file, leaves[0].offset, leaves[-1].offset + leaves[-1].size)
         if entry is None or (found := await self._read(self.staging.read_each, entry, leaves)) is None:
             return [None] * len(leaves)
-        return [await self._looked_at(entry, leaf, *each) for leaf, each in zip(leaves, found, strict=True)]
+        return [await self._checked(entry, leaf, *each) for leaf, each in zip(leaves, found, strict=True)]
 
-    async def _looked_at(self, entry: Entry, leaf: Leaf, data: T, right: bool) -> T | None:
-        """What was read of a leaf, if that is right."""
+    async def _checked(self, entry: Entry, leaf: Leaf, data: T, right: bool) -> T | None:
+        """Returns `data` if it is right; otherwise sets the leaf aside."""
         if right:
             self.budget.arc.refresh(entry.cid)
             self._proved(entry, leaf.offset, leaf.offset + leaf.size)
@@ -168,7 +168,7 @@ class Store:
         return None
 
     async def _entry_with(self, file: FileRef, start: int, end: int) -> Entry | None:
-        """The live entry of `file`, if [start, end) seems to be there."""
+        """The entry of `file`, if [start, end) seems to be staged."""
         entry = self.staging.find(file.cid)
         if entry is None:
             return None
@@ -181,9 +181,9 @@ class Store:
         return entry if not entry.dead and entry.extents.covers(start, end) else None
 
     async def _set_aside(self, entry: Entry, leaf: Leaf) -> None:
-        """A leaf that is not what its CID says: its space is given back."""
+        """Frees the space of a wrong leaf."""
         entry.verified = False
-        if entry.fresh or entry.complete:  # else a crash may well have cut it short
+        if entry.fresh or entry.complete:  # otherwise a crash may have cut it short, which is no fault
             log.warning("%s: wrong bytes in the cache at %d, set aside", cids.text(entry.cid), leaf.offset)
         if entry.extents is not None:
             entry.extents.remove(leaf.offset, leaf.offset + leaf.size)
@@ -198,11 +198,11 @@ class Store:
             self.backoff.failed(cids.text(entry.cid), exc)
         if entry.disk or entry.reserved or entry.dead:
             self._settle(entry)
-        else:  # nothing is left of it: the name goes too, before the leaves come back under another
+        else:  # nothing is left of it: remove the file too
             await self.budget.evict(entry.cid)
 
     async def _read(self, read: Callable[[Entry, *Ts], T], entry: Entry, *arguments: *Ts) -> T | None:
-        """What `read` gives, in a thread; None where the file can't be read."""
+        """Calls `read` in a thread. Returns None if the file can't be read."""
         try:
             return await threads.run_sync(read, entry, *arguments, limiter=self.io.reading)
         except OSError as exc:
@@ -210,8 +210,8 @@ class Store:
             return None
 
     async def _lost(self, entry: Entry, error: OSError) -> None:
-        """A staging file that can't be read: it is there no more. If somebody has removed it, the disk may
-        well be right, and the next write tells."""
+        """Drops a staging file that can't be read. If it was removed by someone, the disk may be fine: the
+        next write will show that."""
         if not entry.dead:
             path = self.staging.path / cids.text(entry.cid)
             if isinstance(error, FileNotFoundError):
@@ -223,7 +223,7 @@ class Store:
     async def put_leaves(
         self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
     ) -> bool:
-        """Whether leaves that lie one behind the other, at least one, are staged now."""
+        """Stages adjacent leaves, at least one. Returns whether they are staged now."""
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size
         async with self._writing(file, start, end, source) as entry:
             if entry is None:
@@ -249,8 +249,8 @@ class Store:
 
     @asynccontextmanager
     async def _writing(self, file: FileRef, start: int, end: int, source: str) -> AsyncIterator[Entry | None]:
-        """The entry of `file`, with room in the budget for a write of [start, end); None where there is
-        none."""
+        """Reserves room in the budget for a write of [start, end), and yields the entry of `file`. Yields
+        None if there is no room."""
         cost = 0
         if not (self.backoff.reason and self.backoff.waiting) and file.size < self.staging.too_large:
             cost = await self.budget.reserve(file.cid, start, end)
@@ -274,12 +274,12 @@ class Store:
     async def clone_leaves(
         self, file: FileRef, leaves: Sequence[Leaf], files: Sequence[str], source: str
     ) -> Sequence[memoryview]:
-        """Stages leaves that lie one behind the other, at least one, by sharing the extents of `files`, which
-        may hold their blocks. What is there now of the first ones, as many as could be shared: unproved, and
-        hashed when it is read again, unless the caller verifies it and calls `note_proved`.
+        """Stages adjacent leaves, at least one, by sharing the extents of `files`, which may hold their
+        blocks. Returns the unverified bytes of the first leaves, as many as could be shared. They are
+        verified when they are read again, unless the caller verifies them and calls `note_proved`.
 
-        Extents are shared block by block of the file system: of raw leaves, which begin where a block
-        does."""
+        File systems share whole blocks, so this works for raw leaves that begin at a block of the file
+        system."""
         start, end, unit = leaves[0].offset, leaves[-1].offset + leaves[-1].size, self.staging.unit
         if self.staging.shares is False or any(
             cids.codec(leaf.cid) != cids.RAW
@@ -299,32 +299,33 @@ class Store:
                 grown, found = await threads.run_sync(
                     self.staging.clone, entry, leaves, files, limiter=self.io.writing
                 )
-            except (OSError, Removed):  # it is written then, and that reports it
+            except (OSError, Removed):  # the leaves are written instead, which reports errors
                 return []
             entry.disk += grown
             if found and entry.extents is not None:
-                if entry.proved is entry.extents:  # until now all that is there was proved
+                if entry.proved is entry.extents:  # until now every present byte was verified
                     entry.proved = Extents([*entry.extents.starts], [*entry.extents.ends])
                 last = leaves[len(found) - 1]
                 entry.extents.add(start, last.offset + last.size)
             return found
 
     def note_proved(self, file: FileRef, leaves: Sequence[Leaf]) -> None:
-        """What `clone_leaves` gave of leaves that lie one behind the other was found right."""
+        """Notes that the caller has verified adjacent leaves that `clone_leaves` returned."""
         entry = self.staging.entries.get(file.cid)
         if entry is not None and not entry.dead:
             self._proved(entry, leaves[0].offset, leaves[-1].offset + leaves[-1].size)
 
     def _proved(self, entry: Entry, start: int, end: int) -> None:
-        """The leaves in [start, end) were written or found right: the last one gives a file its name."""
+        """Notes that the leaves in [start, end) were written or verified. If every byte of the file is, gives
+        it its final name."""
         if not entry.complete and entry.proved is not None:
             whole = entry.proved.add(start, end) == (0, entry.size)
             if whole and not self.backoff.waiting:
                 self.nursery.start_soon(self.finish, entry)
 
     def _settle(self, entry: Entry, reserved: int = 0) -> None:
-        """Corrects what the budget counts for `entry`. `reserved` where a write has ended for which so many
-        bytes were reserved."""
+        """Corrects what the budget counts for `entry`. `reserved`: the bytes that were reserved for a write
+        that has ended."""
         entry.reserved -= reserved
         by = 0
         if not entry.dead:
@@ -336,7 +337,7 @@ class Store:
         self.budget.settle(entry.cid, by, reserved)
 
     async def finish(self, entry: Entry) -> None:
-        """Gives a whole file its final name, once it is on the disk."""
+        """Syncs a complete file and gives it its final name."""
         try:
             entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.io.background)
         except OSError as exc:
@@ -347,7 +348,7 @@ class Store:
             self.completed(entry)
 
     def note_use(self, file: FileRef) -> None:
-        """A new use of a file. Its time is written to the disk now and then."""
+        """Notes a new use of a file. Writes its time to the disk after NOTE_USE seconds."""
         entry = self.staging.find(file.cid)
         if entry is None:
             return
@@ -360,14 +361,14 @@ class Store:
     async def _note_use(self, entry: Entry) -> None:
         try:
             await threads.run_sync(self.staging.note_use, entry, limiter=self.io.background)
-        except OSError:  # read-only, or gone: then its order after a restart is a little off
+        except OSError:  # read-only or gone: its place in the order of use may be wrong after a restart
             pass
 
     # -- what is there ---------------------------------------------------------------------------------------
 
     async def listed(self) -> Sequence[CacheItem]:
-        """All staging files, last used first, once they are counted. Other calls go on meanwhile: 100,000
-        files take half a second."""
+        """All staging files, last used first. Waits until they are counted. Other tasks run meanwhile,
+        because 100,000 files take half a second."""
         await self.budget.counted.wait()
         entries = await threads.run_sync(
             partial(sorted, key=lambda entry: -entry.last_used), list(self.staging.entries.values())
@@ -381,7 +382,7 @@ class Store:
         return found
 
     def item_of(self, cid: Cid) -> CacheItem | None:
-        """A staging file, or a small block: of that its pack knows no use of its own."""
+        """The staging file or small block of `cid`. A small block has no time of use of its own."""
         entry = self.staging.find(cids.canonical(cid))
         if entry is not None:
             return self._item(entry)
@@ -405,12 +406,12 @@ class Store:
     # -- eviction --------------------------------------------------------------------------------------------
 
     async def _evict(self, key: Key) -> None:
-        """Off the disk; then the node may let go of it."""
+        """Removes a staging file or pack from the disk, and then its pins at the node."""
         size = self.blocks.packs.sizes.get(key, 0) if isinstance(key, int) else 0
         try:
             if isinstance(key, int):
                 for cid in await self.blocks.evict(key):
-                    # else it came back meanwhile, and may have been pinned anew; or its file is staged
+                    # it may have been staged again meanwhile, as a block or as a file
                     if not self.holds(cid):
                         self.pins.remove(cid)
                 return
@@ -431,11 +432,11 @@ class Store:
 
     @property
     def lingering(self) -> int:
-        """Bytes on disk of what has left while the kernel still reads it for others."""
+        """Bytes on disk of evicted files that the kernel still reads."""
         return sum(self._lingering.values())
 
     def free_lingering(self) -> None:
-        """Stops counting what nobody reads any more."""
+        """Frees evicted files that the kernel no longer reads."""
         for file, size in list(self._lingering.items()):
             if is_free(file):
                 os.close(file)
@@ -443,18 +444,19 @@ class Store:
                 self.budget.stuck(-size)
 
     def close_lingering(self) -> None:
-        """At the end."""
+        """Closes evicted files that the kernel may still read, at the end."""
         while self._lingering:
             os.close(self._lingering.popitem()[0])
 
     async def evict(self, cid: Cid | None = None) -> int:
-        """Removes a file or block, or all that is not pinned; returns the bytes freed on disk.
+        """Evicts a file or block, or everything that is not pinned. Returns the bytes freed on disk.
 
-        Where `cid` is a small block, the pack goes that holds it. Raises UsageError for what is pinned."""
+        If `cid` is a small block, its pack is evicted. Raises UsageError if it is pinned."""
         await self.budget.counted.wait()
         if cid is None:
             keys, is_pinned = self.budget.evictable(), self.budget.is_pinned
-            return sum([await self.budget.evict(key) for key in keys if not is_pinned(key)])  # nor meanwhile
+            # a key may have been pinned meanwhile
+            return sum([await self.budget.evict(key) for key in keys if not is_pinned(key)])
         key: Key = cids.canonical(cid)
         if key not in self.staging.entries:
             place = self.blocks.place(cid)
@@ -472,12 +474,12 @@ class Store:
         return here or self.blocks.place(cid) is not None
 
     def rest_on_disk(self) -> int:
-        """Bytes on disk of all that lies in the folder besides staging files and packs, the folders
-        themselves included. In any thread."""
+        """Bytes on disk of everything in the folder except staging files and packs. The folders themselves
+        count. In any thread."""
         return disk_usage(self.folder, but_in=(self.staging.path, self.blocks.packs.folder.path))
 
     def no_room(self) -> str:
-        """Why nothing new can be kept, "" where that is not so."""
+        """Why nothing new can be staged; "" if it can."""
         budget, space = self.budget, self.space
         if not budget.counted.is_set():
             count = len(self.staging.entries) + len(self.blocks.packs.sizes)
@@ -493,7 +495,7 @@ class Store:
         return f"{self.folder}: what is pinned, the index and the log leave nothing of the budget"
 
     def note_room(self) -> None:
-        """Logs when there is no room any more, and when there is again."""
+        """Logs when there is no room for new blocks, and when there is again."""
         reason = self.no_room() if self.budget.counted.is_set() else ""
         if bool(reason) != self._full:
             self._full = bool(reason)
