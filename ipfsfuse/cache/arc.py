@@ -144,7 +144,8 @@ class _Part(OrderedDict[K, int]):
 
 
 class Changes(Generic[K]):
-    """The differences from the order in which items were restored. An order on disk needs only these changes."""
+    """The differences from the order in which items were restored. An order on disk needs only these
+    changes."""
 
     def __init__(self, count: int) -> None:
         """`count`: the number of restored items."""
@@ -156,7 +157,8 @@ class Changes(Generic[K]):
         self.left: set[K] = set()
         """Restored keys that are no longer cached."""
         self.too_many = False
-        """Set when more than half as many keys have changed as were restored. From then on nothing is recorded."""
+        """Set when more than half as many keys have changed as were restored. From then on nothing is
+        recorded."""
 
     def note_moved(self, key: K, was_there: bool = True) -> None:
         if self.too_many:
@@ -240,8 +242,8 @@ class Arc(Generic[K]):
         self.changes = Changes(len(self))
 
     def moved(self) -> tuple[list[K], list[K]]:
-        """The keys that moved since `follow` (`changes`): those that were used once, and those that were used again,
-        least recently used first in each."""
+        """The keys that moved since `follow` (`changes`): those that were used once, and those that were used
+        again, least recently used first in each."""
         moved = self.changes.moved
         once = list(takewhile(moved.__contains__, reversed(self._once)))
         again = list(takewhile(moved.__contains__, reversed(self._again)))

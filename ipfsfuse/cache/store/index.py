@@ -278,7 +278,7 @@ class Index:
                 self._writer.executemany(sql, arguments)
 
     def has_uses(self) -> bool:
-        """Whether it says of anything when that was used. In any thread. Raises Damaged or StoreFailed."""
+        """Whether there is any row of uses. In any thread. Raises Damaged or StoreFailed."""
         return bool(self._ask("SELECT 1 FROM uses LIMIT 1"))
 
     def clear_uses(self) -> int:
