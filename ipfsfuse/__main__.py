@@ -1,7 +1,18 @@
-"""`python -m ipfsfuse`."""
+"""`ipfsfuse`, and `python -m ipfsfuse`."""
 
 import sys
+from signal import SIG_DFL, SIGINT, default_int_handler, getsignal, signal
 
-from ipfsfuse.cli.main import main
 
-sys.exit(main())
+def main() -> int:
+    """Runs one command (`cli.main`). While modules are imported, Ctrl-C ends the process at once: as an
+    exception it would be a traceback, or a failure of whatever was being imported."""
+    if getsignal(SIGINT) is default_int_handler:
+        signal(SIGINT, SIG_DFL)
+    from ipfsfuse.cli.main import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,8 +43,11 @@ def _run(argv: Sequence[str] | None) -> int:
     try:
         arguments = parser.parse(argv)
         module, function = arguments.run.split(":")
+        run = getattr(import_module(f"ipfsfuse.cli.{module}"), function)
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # `__main__` has set it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with nullcontext() if arguments.command in ("mount", "serve") else _terminated_as_interrupted():
-            code: int = getattr(import_module(f"ipfsfuse.cli.{module}"), function)(arguments)
+            code: int = run(arguments)
         console.flush()
         return code
     except (Exception, KeyboardInterrupt, BaseExceptionGroup) as exc:

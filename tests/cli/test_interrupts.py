@@ -83,3 +83,30 @@ def test_a_cat_ends_whose_reader_reads_nothing(user: Home, number: signal.Signal
         assert process.wait(PATIENCE) == -number
         assert process.stderr
         assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("program", "module"),
+    [
+        ("ipfsfuse", "argparse"), ("ipfsfuse", "ipfsfuse.errors"), ("ipfsfuse", "trio"),
+        ("ipfsfuse_run", "argparse"), ("ipfsfuse_run", "ipfsfuse.errors"), ("ipfsfuse_run", "ipfsfuse_run.options"),
+    ],
+)  # fmt: skip
+def test_ctrl_c_while_modules_are_imported_says_nothing(user: Home, program: str, module: str) -> None:
+    code = f"""if True:
+        import os, runpy, signal, sys
+
+        def hook(event, arguments):
+            if event == "import" and arguments[0] == {module!r}:
+                print("interrupted", flush=True)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        sys.addaudithook(hook)
+        sys.argv[1:] = ["cat", "bafkqaaa"] if {program!r} == "ipfsfuse" else ["run", "guest.wasm"]
+        runpy.run_module({program!r}, run_name="__main__", alter_sys=True)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=user.env, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert (done.stdout, done.stderr) == ("interrupted\n", "")
+    assert done.returncode in (128 + signal.SIGINT, -signal.SIGINT)  # the same to a shell
