@@ -63,11 +63,18 @@ static struct file *files[BUCKETS];
 static struct file *newest, *oldest; /* by when they were read last */
 static size_t held;
 static uint8_t key[TAG_KEY];
+/* A thread of ours. */
+struct reader {
+	pthread_t thread;
+	struct job *job; /* the one that it has taken */
+	int reads;       /* it waits for the disk */
+	int abandoned;   /* nobody knows it any more: what it has read is dropped */
+};
+
 static struct job *first, **last = &first; /* those that wait for the disk */
-static struct job *current[READERS];       /* those that are being read */
-static unsigned waiting, idle, readers;
+static struct reader *readers[READERS];
+static unsigned waiting, idle, started;
 static int stopping;
-static pthread_t threads[READERS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
 
@@ -322,8 +329,9 @@ static int reply(const struct job *job, const char *room)
 
 static void *read_from_disk(void *place)
 {
-	struct job **ours = place;
+	struct reader *ours = place;
 	char *room = malloc(PIECES * PIECE);
+	enum outcome outcome;
 	struct job *job;
 
 	pthread_mutex_lock(&lock);
@@ -339,17 +347,42 @@ static void *read_from_disk(void *place)
 		if (!first)
 			last = &first;
 		waiting--;
-		*ours = job;
+		ours->job = job;
+		ours->reads = 1;
 		pthread_mutex_unlock(&lock);
-		if (!room || read_pieces(job, room, 0) != RIGHT || !reply(job, room))
+		outcome = room ? read_pieces(job, room, 0) : WRONG;
+		pthread_mutex_lock(&lock);
+		ours->reads = 0;
+		if (ours->abandoned) { /* the device is closed, and its descriptor may be another file's */
+			pthread_mutex_unlock(&lock);
+			free(job);
+			free(ours);
+			free(room);
+			return NULL;
+		}
+		pthread_mutex_unlock(&lock);
+		if (outcome != RIGHT || !reply(job, room))
 			device_pass_on((const char *)&job->request, sizeof job->request, &job->interrupted);
 		pthread_mutex_lock(&lock);
-		*ours = NULL;
+		ours->job = NULL;
 		free(job);
 	}
 	pthread_mutex_unlock(&lock);
 	free(room);
 	return NULL;
+}
+
+/* One more thread, if there may be one. */
+static void start_reader(void)
+{
+	struct reader *one;
+
+	if (started == READERS || !(one = calloc(1, sizeof *one)))
+		return;
+	if (pthread_create(&one->thread, NULL, read_from_disk, one))
+		free(one);
+	else
+		readers[started++] = one;
 }
 
 /* Has `job` done by a thread. Returns 0 where there is none. */
@@ -358,10 +391,9 @@ static int hand_over(struct job *job)
 	int done = 0;
 
 	pthread_mutex_lock(&lock);
-	if (waiting >= idle && readers < READERS &&
-	    !pthread_create(&threads[readers], NULL, read_from_disk, &current[readers]))
-		readers++;
-	if (readers && waiting < WAITING) {
+	if (waiting >= idle)
+		start_reader();
+	if (started && waiting < WAITING) {
 		job->next = NULL;
 		*last = job;
 		last = &job->next;
@@ -382,9 +414,9 @@ void pieces_interrupt(uint64_t unique)
 	pthread_mutex_lock(&lock);
 	for (job = first; job; job = job->next)
 		job->interrupted |= job->request.header.unique == unique;
-	for (each = 0; each < READERS; each++)
-		if (current[each])
-			current[each]->interrupted |= current[each]->request.header.unique == unique;
+	for (each = 0; each < started; each++)
+		if ((job = readers[each]->job))
+			job->interrupted |= job->request.header.unique == unique;
 	pthread_mutex_unlock(&lock);
 }
 
@@ -413,12 +445,31 @@ int pieces_answer(int device, const struct fuse_in_header *request, size_t size)
 	return done;
 }
 
+/* Waits for the end of a thread, until `until` if it waits for the disk: then it is left to itself, and does nothing more. */
+static void end_reader(struct reader *one, const struct timespec *until)
+{
+	int abandoned = 0;
+
+	if (pthread_timedjoin_np(one->thread, NULL, until)) {
+		pthread_mutex_lock(&lock);
+		abandoned = one->abandoned = one->reads;
+		if (abandoned)
+			pthread_detach(one->thread);
+		pthread_mutex_unlock(&lock);
+		if (!abandoned) /* it is replying, which takes no longer than reply_send says */
+			pthread_join(one->thread, NULL);
+	}
+	if (!abandoned)
+		free(one);
+}
+
 /* Ends the threads. What waits for them is dropped. A thread that waits for a disk which does not answer is left to itself.
  * Call this when the device's thread has stopped. */
 void pieces_stop(void)
 {
 	struct timespec until;
 	struct job *job;
+	unsigned each;
 
 	pthread_mutex_lock(&lock);
 	stopping = 1;
@@ -426,9 +477,10 @@ void pieces_stop(void)
 	pthread_mutex_unlock(&lock);
 	clock_gettime(CLOCK_REALTIME, &until);
 	until.tv_sec += STOP_SECONDS;
-	while (readers)
-		pthread_timedjoin_np(threads[--readers], NULL, &until);
+	for (each = 0; each < started; each++)
+		end_reader(readers[each], &until);
 	pthread_mutex_lock(&lock);
+	started = 0;
 	while ((job = first)) {
 		first = job->next;
 		free(job);

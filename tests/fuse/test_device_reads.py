@@ -5,6 +5,8 @@ import errno
 import os
 import random
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -318,3 +320,70 @@ def test_a_read_that_is_interrupted_while_it_waits_for_the_disk_is_interrupted_i
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+ONE_HANGING_READ = """
+import ipfsfuse.fuse.device  # before pyfuse3
+import ctypes, os, socket, sys, time
+from pathlib import Path
+import trio
+from tests.cache.standin import random_bytes
+from tests.fuse.kernel_side import kernel
+from tests.fuse.test_device_reads import LEAF, allow, leave_page_cache, staging
+
+reads = ctypes.CDLL(os.environ["HANGING_READ_LIBRARY"]).hanging_reads
+content, folder = random_bytes(LEAF, 1), Path(sys.argv[1])
+
+
+async def session(folder, answers):
+    async with kernel() as asking:
+        descriptors = set(os.listdir("/proc/self/fd"))
+        allow(folder, content, 0)
+        asking.send_read(3, 9, 100)
+        if answers:
+            await asking.answer()
+            return descriptors
+        with trio.fail_after(20):
+            while not reads():
+                await trio.sleep(0.01)
+    return descriptors
+
+
+with staging(folder, content) as (opened, path):
+    leave_page_cache(path)
+    gone = trio.run(session, opened, False) - set(os.listdir("/proc/self/fd"))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for number in map(int, gone - {str(ours.fileno()), str(theirs.fileno())}):
+        os.dup2(theirs.fileno(), number)
+    Path(os.environ["HANGING_READ"]).touch()
+    while reads():
+        time.sleep(0.01)
+    ours.settimeout(0.5)
+    try:
+        print("written:", ours.recv(1000))
+    except TimeoutError:
+        print("nothing was written")
+    trio.run(session, opened, True)
+"""
+
+
+def test_a_read_that_hangs_longer_than_its_mount_writes_to_no_other_file(tmp_path: Path) -> None:
+    """The descriptor of the device may be another file's by then."""
+    source, library = Path(__file__).with_name("hanging_read.c"), tmp_path / "hanging_read.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-o", library, source, "-ldl"], check=True)
+    preload = ":".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
+    env = os.environ | {
+        "LD_PRELOAD": preload,
+        "HANGING_READ": str(tmp_path / "go"),
+        "HANGING_READ_LIBRARY": str(library),
+        "PYTHONPATH": os.getcwd(),
+    }
+    (tmp_path / "staging").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_HANGING_READ, tmp_path / "staging"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.returncode) == ("nothing was written\n", 0), done.stderr
