@@ -1,13 +1,13 @@
-"""The Python side of our C code: the thread that reads /dev/fuse, and what it may answer without Python.
+"""The Python side of our C code: a thread that reads /dev/fuse and answers some requests without Python.
 
 The library must be loaded before pyfuse3 is imported, because the dynamic linker takes a function from the
 library that was loaded first: pyfuse3 then calls our `fuse_session_mount` (`device.c`).
 
-The thread answers four kinds of requests. Reads of leaves that wait in memory (`ReadWindows`, `reads.c`);
-small reads of staged leaves that were verified before (`pieces.c`); opens and releases, for reading, of small
-files and directories that were allowed here; and the end and the release of a listing that Python has given
-whole (`opens.c`). It counts those opens, and `drain` tells Python of them afterwards. After 32 opens that
-were not drained, the next open goes to Python.
+The thread answers four kinds of requests: reads of leaves that are in memory (`ReadWindows`, `reads.c`);
+small reads of staged leaves that were verified before (`pieces.c`); opens for reading, and releases, of small
+files and directories that Python allowed; and the end and the release of a listing that Python has given
+completely (`opens.c`). It counts those opens, and `drain` returns them later. After 32 opens that were not
+drained, the next open goes to Python.
 
 Concurrency: any thread may call the functions and `ReadWindows`. `Device` belongs to the event loop.
 """
@@ -30,7 +30,7 @@ from ipfsfuse.fileio import tags
 from ipfsfuse.fileio.files import load_library
 
 NAME_ONLY = (1 << 64) - 1
-"""The generation that marks a directory entry which goes out with node id 0. As in `replies.c`."""
+"""The generation of a directory entry that is sent with node id 0. As in `replies.c`."""
 _CACHE_LISTING = 1 << 62
 _PASSTHROUGH = 1 << 61
 _INIT_PARALLEL, _INIT_PASSTHROUGH = 2, 4
@@ -43,8 +43,8 @@ _Drained = ctypes.c_uint64 * _UNDRAINED
 
 _LIBRARY = load_library("ipfsfuse.fuse._native", ctypes.RTLD_GLOBAL)
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
-"""The same library, for calls that use Python objects, and for short ones: PyDLL keeps Python's lock during a
-call, for which another thread may make us wait."""
+"""The same library, for calls that use Python objects and for short calls: PyDLL keeps Python's lock during a
+call, so that we need not wait for it again afterwards."""
 _INT, _NUMBER, _TEXT, _OBJECT = ctypes.c_int, ctypes.c_uint64, ctypes.c_char_p, ctypes.py_object
 _SIGNATURES: dict[str, Sequence[Any]] = {
     "device_prepare": (None, _INT, _INT, _INT),
@@ -55,7 +55,7 @@ _SIGNATURES: dict[str, Sequence[Any]] = {
     "device_backing_close": (None, _INT),
     "pieces_key": (None, _TEXT),
 }
-"""By the names of functions: what they return, and what they take."""
+"""The result and argument types of each function."""
 _SIGNATURES_WITH_LOCK: dict[str, Sequence[Any]] = {
     "opens_allow": (None, _NUMBER),
     "opens_revoke": (ctypes.c_uint32, _NUMBER, _INT),
@@ -75,24 +75,24 @@ for _library, _signatures in ((_LIBRARY, _SIGNATURES), (_WITH_LOCK, _SIGNATURES_
         _function = getattr(_library, _name)
         _function.restype, _function.argtypes = _result, _arguments
 REQUEST_NUMBER = ctypes.c_uint64.in_dll(_LIBRARY, "device_current")
-"""The kernel's number of the request whose handler runs. Only in a handler that has not waited yet."""
+"""The kernel's number of the request whose handler runs. Valid only in a handler that has not awaited yet."""
 NANOSECONDS_WAITED = ctypes.c_int64.in_dll(_LIBRARY, "device_waited")
-"""How long that request had waited for Python. Only in a handler that has not waited yet."""
+"""How long that request has waited for Python. Valid only in a handler that has not awaited yet."""
 
 
 class Device:
     """The thread of one session. Make it before pyfuse3.init, which starts it."""
 
     def __init__(self, readahead: bool, passthrough: bool = False) -> None:
-        """Without `readahead` the kernel asks for nothing that was not read. With `passthrough` it is asked
-        to read backing files itself. Raises OSError."""
+        """Without `readahead` the kernel requests only what programs read. With `passthrough` it is asked to
+        read backing files itself. Raises OSError."""
         self._notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         _LIBRARY.device_prepare(self._notify_fd, readahead, passthrough)
         _LIBRARY.pieces_key(tags.KEY)
 
     @property
     def started(self) -> bool:
-        """Whether the thread runs. It does not after pyfuse3.init if pyfuse3 was imported before this
+        """Whether the thread runs. After pyfuse3.init it does, unless pyfuse3 was imported before this
         module."""
         return bool(_LIBRARY.device_started())
 
@@ -108,8 +108,8 @@ class Device:
 
     async def initialized(self) -> bool:
         """Waits until INIT is answered. Returns whether the kernel offered parallel directory operations.
-        Raises MountFailed if libfuse refused. Where the mount went before that, nobody waits for the answer:
-        then it never returns, and ends with the session."""
+        Raises MountFailed if libfuse refused. If the mount ends before that, INIT is never answered, and this
+        waits until it is cancelled."""
         while (result := _LIBRARY.reply_init_result()) in (0, -errno.ENOENT):
             await self._notified()
         if result < 0:
@@ -136,7 +136,7 @@ class Device:
 
 
 class ReadWindows:
-    """Verified bytes of one open file that the thread may give to its reader: a
+    """The verified bytes of one open file from which the thread may answer reads. Implements
     `vfs.open_file.ReadWindows`."""
 
     __slots__ = ("add", "allow", "remove")
@@ -151,8 +151,8 @@ class ReadWindows:
 
 @contextmanager
 def listening(listener: tuple[int, int] | None) -> Iterator[None]:
-    """A session within this block calls `listener` with each name that is looked up in its root, before
-    Python gets the request. `listener` is a function in C, and its first argument
+    """Within this block, a session calls `listener` with each name that is looked up in its root, before
+    Python gets the request. `listener` is a C function and its first argument
     (`fileio.flatfs.BlockFiles.name_listener`)."""
     _LIBRARY.device_listen(*(listener or (None, None)))
     try:
@@ -162,25 +162,25 @@ def listening(listener: tuple[int, int] | None) -> Iterator[None]:
 
 
 def allow(inode: int) -> None:
-    """From now on the thread opens `inode`: a regular file whose attributes the kernel has correctly, or a
-    directory that never changes."""
+    """Lets the thread answer opens of `inode`, which must be a regular file whose attributes the kernel has
+    correctly, or a directory that never changes."""
     _WITH_LOCK.opens_allow(inode)
 
 
 def revoke(inode: int) -> int:
-    """From now on opens of `inode` go to Python. Returns how many opens the thread had counted; their
+    """Makes opens of `inode` go to Python again. Returns how many files the thread has open of it; their
     releases will go to Python too."""
     return int(_WITH_LOCK.opens_revoke(inode, 1))
 
 
 def revoke_if_closed(inode: int) -> bool:
-    """Stops the thread from opening `inode`, unless it has counted opens of it. Returns whether that was
+    """Makes opens of `inode` go to Python again, unless the thread has it open. Returns whether that was
     done."""
     return not _WITH_LOCK.opens_revoke(inode, 0)
 
 
 def revoke_idle() -> None:
-    """Stops the thread from opening any inode that it has counted no open of."""
+    """Makes opens go to Python again for every inode that the thread does not have open."""
     _WITH_LOCK.opens_revoke_idle()
 
 
@@ -190,13 +190,13 @@ def drain() -> Sequence[int]:
 
 
 def listing_ends(handle: int, offset: int) -> None:
-    """Python has given the last entry of an open directory, which has this offset: the thread answers what is
-    asked for behind it, and the release, which `released_listings` tells."""
+    """Python has given the last entry of an open directory, at this offset. From now on the thread answers
+    reads after it, and the release. `released_listings` returns the release later."""
     _WITH_LOCK.opens_end(handle, offset)
 
 
 def released_listings() -> Sequence[int]:
-    """The handles of directories that the thread has released since the last call."""
+    """The handles of directories whose release the thread has answered since the last call."""
     return _drained(_WITH_LOCK.opens_released)
 
 
@@ -211,8 +211,8 @@ def inode_of(handle: int) -> int | None:
 
 
 def open_backing(file: int) -> int:
-    """Lets the kernel read the open file `file` itself, which stays open there until `close_backing` and the
-    last release. Returns its backing id. Raises OSError; EPERM without CAP_SYS_ADMIN."""
+    """Lets the kernel read the open file `file` itself. It stays open in the kernel until `close_backing` and
+    the last release. Returns its backing id. Raises OSError; EPERM without CAP_SYS_ADMIN."""
     backing = int(_LIBRARY.device_backing_open(file))
     if backing < 0:
         raise OSError(-backing, os.strerror(-backing))
@@ -225,11 +225,11 @@ def close_backing(backing: int) -> None:
 
 
 def passthrough_handle(backing: int) -> int:
-    """The file handle whose opens the kernel serves from the backing file: the same for all opens of it."""
+    """The file handle that makes the kernel read the backing file. All opens of a file have the same."""
     return _PASSTHROUGH | backing
 
 
 def with_cached_listing(handle: int) -> int:
-    """A directory handle that lets the kernel keep the listing and give it without asking again: 10,000 names
-    in 6 ms instead of 53. Only for a directory that never changes."""
+    """A directory handle that lets the kernel cache the listing: 10,000 names take 6 ms instead of 53. Only
+    for a directory that never changes."""
     return handle | _CACHE_LISTING

@@ -1,7 +1,7 @@
-"""The one table of errnos: a domain exception in, what the kernel gets out. And the log of calls that
-failed: each kind with its cause, at a bounded rate.
+"""The table that maps domain exceptions to errnos. Also the log of failed calls: each kind of failure with
+its cause, at a bounded rate.
 
-Concurrency: the event loop's.
+Concurrency: on the event loop.
 """
 
 import errno
@@ -43,7 +43,7 @@ TABLE: dict[type[errors.IpfsFuseError], int] = {
 
 
 EVERY = 10.0
-"""Seconds in which one kind of failure is logged once."""
+"""Seconds between two log lines about one kind of failure."""
 LONGEST = 2000
 """Characters of one line."""
 
@@ -51,7 +51,7 @@ ORDINARY = (
     errors.NotFound, errors.NotACid, errors.NotADirectory, errors.IsADirectory, errors.NotALink,
     errors.NameTooLong, errors.ReadOnly, errors.Interrupted,
 )  # fmt: skip
-"""What callers do every day and nobody need look into."""
+"""Errors that programs cause in normal use. They are not logged."""
 
 
 class FailureLog:
@@ -61,8 +61,8 @@ class FailureLog:
         self._limiter = LogLimiter(EVERY, clock)
 
     def note(self, exc: BaseException, number: int, *, expected: bool = True) -> None:
-        """A call is answered with the errno `number` because of `exc`. What was not `expected` is logged with
-        its traceback."""
+        """Logs that a call is answered with the errno `number` because of `exc`; with its traceback if it was
+        not `expected`."""
         if isinstance(exc, ORDINARY):
             return
         more = self._limiter.admit(type(exc))
@@ -76,13 +76,13 @@ class FailureLog:
 
 
 failures = FailureLog()
-"""Of this process, which serves one mount."""
+"""The log of this process, which serves one mount."""
 
 
 def of(exc: BaseException) -> int:
-    """The errno for anything that a handler raised, which goes to the log (see `FailureLog`). What was not
-    expected is EIO."""
-    if isinstance(exc, BaseExceptionGroup):  # of a nursery: its first error that is not a cancellation
+    """The errno for an exception of a handler, which is logged (`FailureLog`). EIO for unexpected
+    exceptions."""
+    if isinstance(exc, BaseExceptionGroup):  # from a nursery: use its first error that is not a cancellation
         real = [each for each in exc.exceptions if not isinstance(each, trio.Cancelled)]
         return of(real[0]) if real else errno.EINTR
     no_memory = errno.ENOMEM if isinstance(exc, MemoryError) else 0
@@ -92,8 +92,8 @@ def of(exc: BaseException) -> int:
 
 
 class Translated:
-    """Errors leave the block as FUSEError: pyfuse3 would end the mount for any other exception. A class,
-    because each request pays for it: a generator takes 1 us more."""
+    """A context manager that turns errors into FUSEError: pyfuse3 would end the mount for any other
+    exception. It is a class because it is used for each request, and a generator takes 1 us more."""
 
     def __enter__(self) -> None:
         pass
@@ -109,5 +109,5 @@ translated = Translated()
 
 
 def fuse_error(exc: BaseException) -> pyfuse3.FUSEError:
-    """What to raise to pyfuse3 for `exc`."""
+    """The exception to raise to pyfuse3 for `exc`."""
     return exc if isinstance(exc, pyfuse3.FUSEError) else pyfuse3.FUSEError(of(exc))

@@ -1,26 +1,25 @@
-"""Inode numbers: which number stands for what, for as long as the kernel remembers it. Pure: no FUSE, no
-clock.
+"""The table of inodes that the kernel knows, and their numbers. Pure: no FUSE, no clock.
 
-A file or symlink has one inode for each CID, whatever path or spelling led to it: all its paths share the
-page cache. A directory has one inode for each path, because the kernel moves a directory's dentry that
-appears at a second name.
+A file or symlink has one inode for each CID, for all its paths and spellings, so that they share the page
+cache. A directory has one inode for each path, because the kernel moves a directory's dentry that appears at
+a second name.
 
-A number is a keyed hash (RFC 7693) of the CID, or for a directory of its path. The key is random and stays in
-the cache folder: numbers are the same after a restart, and nobody can make content whose numbers collide on
-purpose. If something else holds the number, the hash is taken again with a counter in it.
+A number is a keyed hash (RFC 7693) of the CID, or of a directory's path. The key is random and stored in the
+cache folder. So numbers are the same after a restart, and no one can make content whose numbers collide on
+purpose. If another inode has the number, the hash is computed again with a counter in it.
 
-Reference counts: the kernel counts one reference for each answer that gives it a node id (LOOKUP, and each
-entry of READDIRPLUS but "." and ".."), and gives references back by FORGET. `refer` must be called exactly
-once for each such answer, and not for an answer that is an error, nor for an entry that did not fit into the
-reply. A caller who is killed changes nothing: once the kernel has handed a request to us, it waits for the
-answer and counts it (fs/fuse/dev.c, request_wait_answer). The kernel never forgets an inode that it has open,
-since it holds the inode until RELEASE is answered (fs/fuse/file.c, fuse_file_release). Generation numbers
-stay 0: a number is only given to something else after the kernel has forgotten it. After an unmount no FORGET
-comes; the table goes with the mount.
+Reference counts: the kernel counts one reference for each reply that gives it a node id (LOOKUP, and each
+entry of READDIRPLUS except "." and ".."), and returns references by FORGET. `refer` must be called exactly
+once for each such reply, but not for a reply that is an error, nor for an entry that did not fit into the
+reply. A caller that is killed makes no difference: after the kernel has sent a request to us, it waits for
+the reply and counts it (fs/fuse/dev.c, request_wait_answer). The kernel does not forget an inode that is
+open: it keeps the inode until RELEASE is answered (fs/fuse/file.c, fuse_file_release). Generation numbers
+stay 0, because a number is used again only after the kernel has forgotten it. After an unmount no FORGET
+comes; the table ends with the mount.
 
-Bound: an inode takes some 450 bytes here, and more in the kernel, which forgets only when memory is short.
-Beyond `MAX_INODES` a listing gives names alone (`full`), and the kernel is asked to forget what nobody uses
-(`surplus`).
+Bound: an inode takes about 450 bytes here, and more in the kernel, which forgets inodes only when memory is
+short. With more than `MAX_INODES`, a listing has names only (`full`), and the kernel is asked to forget
+unused inodes (`surplus`).
 """
 
 import hashlib
@@ -38,14 +37,14 @@ ROOT = 1
 KEY_BYTES = 32
 MAX_INODES = 250_000
 BITS = 63
-"""Of a number: `opens.c` makes a file handle of a number and the highest bit."""
+"""Bits of a number: `opens.c` makes a file handle of a number and the highest bit."""
 
 _FILE, _DIRECTORY = b"file", b"directory"
 
 
 @dataclass(slots=True)
 class Inode:
-    """One number, and what it stands for."""
+    """An inode that the kernel knows."""
 
     number: int
     cid: Cid
@@ -53,9 +52,9 @@ class Inode:
     key: Hashable
     attributes: Attributes
     parent: int = ROOT
-    """Of a directory: the number of the directory that it is in."""
+    """For a directory: the number of its parent directory."""
     lookups: int = 0
-    """References that the kernel holds."""
+    """References that the kernel has."""
     opens: int = 0
     """Open files, and files that are being opened."""
     cached_opens: int = 0
@@ -63,7 +62,7 @@ class Inode:
 
 
 class Inodes:
-    """The table of all inodes that the kernel holds."""
+    """The table of all inodes that the kernel has references to."""
 
     def __init__(self, key: bytes, bits: int = BITS, limit: int = MAX_INODES) -> None:
         """`key` has 32 bytes. Fewer `bits` make collisions likely: for tests."""
@@ -81,12 +80,12 @@ class Inodes:
 
     @property
     def full(self) -> bool:
-        """Whether a listing should give no more inodes. A lookup can't be answered without one."""
+        """Whether a listing should give no new inodes. A lookup must give one."""
         return len(self._by_number) >= self._limit
 
     def surplus(self) -> list[int]:
-        """The oldest numbers that the kernel should forget if it does not use them: enough to go an eighth
-        below the limit. The next call names others, since these may be in use."""
+        """The oldest numbers, to be forgotten by the kernel if they are unused: as many as are needed to go
+        an eighth below the limit. The next call returns others, because these may be in use."""
         count = len(self._by_number) - self._limit * 7 // 8 if self.full else 0
         numbers = list(islice(self._by_number, 1, 1 + count))  # the first is the root
         for number in numbers:
@@ -94,15 +93,15 @@ class Inodes:
         return numbers
 
     def get(self, number: int) -> Inode:
-        """The inode of a number that the kernel holds."""
+        """The inode `number`, which must be in the table."""
         return self._by_number[number]
 
     def known(self, number: int) -> Inode | None:
-        """The inode of a number, if the kernel holds it."""
+        """The inode `number`; None if it is not in the table."""
         return self._by_number.get(number)
 
     def find(self, cid: Cid) -> Inode | None:
-        """The inode of a file or symlink, if the kernel holds it."""
+        """The inode of a file or symlink; None if it is not in the table."""
         return self._by_key.get(canonical(cid))
 
     def file(self, cid: Cid, found: Attributes) -> Inode:
@@ -116,7 +115,7 @@ class Inodes:
         return inode
 
     def directory(self, parent: int, name: bytes, cid: Cid, found: Attributes) -> Inode:
-        """The inode of the directory `name` in `parent`: of that path alone."""
+        """The inode of the directory `name` in `parent`. Other paths of the directory have others."""
         key = (parent, name, canonical(cid))
         inode = self._by_key.get(key)
         if inode is None:
@@ -125,19 +124,19 @@ class Inodes:
         return inode
 
     def likely(self, parent: int, name: bytes, cid: Cid) -> int:
-        """The number to show for the entry `name` of a listing whose type is not known (d_ino). The number
-        that it has, if the kernel holds it; else the number that it will have if it is a file."""
+        """The number to show for the entry `name` of a listing if its type is not known (d_ino): its number
+        if it is in the table, otherwise the number that it will have if it is a file."""
         key = canonical(cid)
         held = self._by_key.get(key) or self._by_key.get((parent, name, key))
         return held.number if held is not None else self._hash(_FILE, key, 0)
 
     def refer(self, inode: Inode) -> None:
-        """The kernel is about to be given one reference to `inode`."""
+        """Counts a reference to `inode` that a reply gives to the kernel."""
         inode.lookups += 1
 
     def forget(self, number: int, count: int) -> Inode | None:
-        """The kernel gives `count` references back. Returns the inode if that was the last one: its number is
-        free."""
+        """The kernel returns `count` references. Returns the inode if that was the last one: its number is
+        free then."""
         if number == ROOT:
             return None
         inode = self._by_number.get(number)
@@ -154,7 +153,7 @@ class Inodes:
         return self.drop_unused(inode)
 
     def drop_unused(self, inode: Inode) -> Inode | None:
-        """Takes `inode` out of the table, and returns it, if the kernel has no reference to it."""
+        """If the kernel has no reference to `inode`, removes it from the table and returns it."""
         if inode.lookups > 0 or inode.number == ROOT:
             return None
         del self._by_number[inode.number], self._by_key[inode.key]

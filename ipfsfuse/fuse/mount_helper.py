@@ -1,17 +1,17 @@
-"""Mounts and unmounts by the system calls themselves, called as fusermount3 is:
+"""A program that mounts and unmounts by the system calls, with the arguments of fusermount3:
 
     mount_helper.py -o OPTIONS -- DIRECTORY
     mount_helper.py [-o user_id=N] -u [-q] [-z] -- DIRECTORY
 
-It stands in for fusermount3 where root has none (a small container), and where root's mount is to belong to
-another user, which fusermount3 can't do: `user_id=` and `group_id=` among OPTIONS name that user. As there,
-the device goes out over the socket that _FUSE_COMMFD names, and what is mounted is taken away when that
-closes and nobody answers any more.
+It replaces fusermount3 if root has none (a small container), and if root makes a mount for another user,
+which fusermount3 can't do: `user_id=` and `group_id=` in OPTIONS name that user. Like fusermount3, it sends
+the device over the socket that _FUSE_COMMFD names. When that socket closes and the mount no longer answers,
+it unmounts.
 
-The daemon of such a mount is that user's, and may ask for anything: symlinks are not followed, and with
-`user_id=` nothing is unmounted but that user's mounts of ipfsfuse.
+The daemon of such a mount runs as that user and may ask for anything. So symlinks are not followed, and with
+`user_id=` only that user's mounts of ipfsfuse are unmounted.
 
-A program of its own, run by its path: it takes from the standard library alone, and starts in 15 ms.
+It is run by its path and imports only the standard library, so it starts in 15 ms.
 """
 
 import ctypes
@@ -45,16 +45,16 @@ def main(words: Sequence[str]) -> int:
 
 
 def mount_and_wait(directory: str, options: Sequence[str]) -> None:
-    """Raises OSError where it can't be mounted."""
+    """Mounts, and waits for the end of the daemon. Raises OSError if it can't be mounted."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # what ends the daemon must leave it somebody to clean up
+        signal.signal(number, signal.SIG_IGN)  # a signal to the daemon's group must not end this process
     with socket.socket(fileno=int(os.environ["_FUSE_COMMFD"])) as daemon:
         device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         mount(directory, device, options)
         socket.send_fds(daemon, [b"\0"], [device])
         os.close(device)
         raise_readahead(directory, options)
-        os.close(2)  # the daemon reads it up to its end
+        os.close(2)  # the daemon reads it until its end
         daemon.recv(1)
     if is_dead(directory):
         unmount(directory, lazy=True, owner="")
@@ -68,7 +68,7 @@ def mount(directory: str, device: int, options: Sequence[str]) -> None:
         given = [each for each in options if each.startswith(PASSED_ON)]
         missing = [f"{name}={number}" for name, number in owner.items() if f"{name}=" not in ",".join(given)]
         data = ",".join([f"fd={device}", "rootmode=40000", *given, *missing]).encode()
-        target = f"/proc/self/fd/{place}".encode()  # this folder, whatever its path leads to by now
+        target = f"/proc/self/fd/{place}".encode()  # this folder, even if its path was changed meanwhile
         done = libc.mount(b"ipfsfuse", target, b"fuse.ipfsfuse", MS_NOSUID | MS_NODEV, data)
         if done != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
@@ -77,7 +77,7 @@ def mount(directory: str, device: int, options: Sequence[str]) -> None:
 
 
 def opened(directory: str) -> int:
-    """The folder as it is now, reached without following a symlink. Raises OSError."""
+    """Opens the folder without following a symlink in its path. Raises OSError."""
     place = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in filter(None, directory.split("/")):
         below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
@@ -87,18 +87,18 @@ def opened(directory: str) -> int:
 
 
 def raise_readahead(directory: str, options: Sequence[str]) -> None:
-    """The daemon may not, when it is another user's by then. `readahead=` is in KiB."""
+    """Sets the kernel's read-ahead to `readahead=`, in KiB. A daemon of another user may not do that."""
     wanted = [each.partition("=")[2] for each in options if each.startswith("readahead=")]
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         devices = [line.split(" ")[2] for line in lines if line.split(" ")[4] == directory]
     for kib in wanted[:1] if devices else ():
-        # where that fails, reads are slower, and no less right
+        # if it fails, reads are only slower
         with suppress(OSError), open(f"/sys/class/bdi/{devices[-1]}/read_ahead_kb", "w") as setting:
             setting.write(kib)
 
 
 def is_dead(directory: str) -> bool:
-    """Opened, not asked for its attributes: those may be cached."""
+    """Whether the mount's daemon is gone. Opens the directory, because its attributes may be cached."""
     try:
         os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as exc:
@@ -107,7 +107,7 @@ def is_dead(directory: str) -> bool:
 
 
 def unmount(directory: str, lazy: bool, owner: str) -> None:
-    """Of `owner` (`user_id=N`) alone, where it is given; then always lazily. Raises OSError."""
+    """Unmounts. With `owner` (`user_id=N`), only a mount of that user, and always lazily. Raises OSError."""
     place = opened(directory)
     try:
         if owner and not belongs(place, owner):

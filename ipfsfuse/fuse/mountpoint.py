@@ -1,6 +1,5 @@
-"""Mountpoints: what is mounted where, and whether a folder can take a mount. Touches no live mount: the
-kernel's own table tells, and a mount whose daemon may be gone is tried by a child process that can be left
-behind."""
+"""Mountpoints: reads the kernel's table of mounts, and checks whether a folder can be mounted on. Never
+touches a live mount: a child process, which may be left behind, tries whether a mount's daemon answers."""
 
 import os
 import shutil
@@ -22,7 +21,7 @@ class Mounted(NamedTuple):
     """One line of /proc/self/mountinfo (proc_pid_mountinfo(5))."""
 
     number: int
-    """No other mount that exists has it."""
+    """The kernel's number, unique among existing mounts."""
     device: str
     """major:minor"""
     mountpoint: str
@@ -30,7 +29,7 @@ class Mounted(NamedTuple):
     owner: int | None = None
     """The user who mounted it, if it is a FUSE mount."""
     root: str = "/"
-    """What of the file system is mounted there: of a bind mount a directory in it."""
+    """The directory of the file system that is mounted there; not / for some bind mounts."""
 
 
 def table() -> list[Mounted]:
@@ -63,9 +62,9 @@ def ours_at(mountpoint: Path) -> Mounted | None:
 
 
 def prepare(mountpoint: Path) -> None:
-    """Makes sure that `mountpoint` can take a mount: frees it of a mount whose daemon is dead.
+    """Checks that `mountpoint` can be mounted on. Unmounts a dead mount of ipfsfuse there.
 
-    Raises MountFailed, naming it, where it is missing, no folder, not empty, or a live mount."""
+    Raises MountFailed, which names it, if it is missing, not a folder, not empty, or a live mount."""
     if ours_at(mountpoint) is not None:
         if answers(mountpoint):
             raise MountFailed(f"{mountpoint} is mounted already: ipfsfuse unmount {mountpoint} first")
@@ -84,14 +83,14 @@ def prepare(mountpoint: Path) -> None:
 
 
 class MountTarget:
-    """The folder that a mount is to be made at, whatever its path leads to meanwhile.
+    """Ensures that a mount is made at the folder that was meant, even if its path is changed meanwhile.
 
-    For an ordinary user fusermount3 changes into the folder, checks it there, and mounts at "."; for root it
-    resolves the path and mounts at that, so whoever may rename a folder above it can lead the mount
-    elsewhere. So what root mounts is looked at before anything is served. Use it as a context manager."""
+    For an ordinary user fusermount3 changes into the folder, checks it there, and mounts at ".". For root it
+    resolves the path again, so anyone who may rename a folder above it can redirect the mount. So the mount
+    is checked before it is served. Use it as a context manager."""
 
     def __init__(self, mountpoint: Path) -> None:
-        """Raises MountFailed where everyone may replace a folder above it, or a link is among them."""
+        """Raises MountFailed if anyone may replace a folder in the path, or if one of them is a symlink."""
         self._path = mountpoint
         self._fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -119,19 +118,19 @@ class MountTarget:
         os.close(self._fd)
 
     def check(self) -> None:
-        """Raises MountFailed unless a new mount of ours is where it should be."""
+        """Raises MountFailed unless a new mount of ours is at the folder."""
         new = [mounted.mountpoint for mounted in self._new()]
         if str(self._path) not in new or os.readlink(f"/proc/self/fd/{self._fd}") != str(self._path):
             todo = "choose a folder whose path only you can change"
             raise MountFailed(f"{self._path} was replaced while it was being mounted: {todo}")
 
     def made(self) -> list[str]:
-        """Where something was mounted since."""
+        """The mountpoints of new mounts of ours."""
         return [mounted.mountpoint for mounted in self._new()]
 
     def _new(self) -> list[Mounted]:
-        """Mounts of ours that were not there before. The kernel gives the number of a mount that is gone to
-        the next one."""
+        """New mounts of ours. They are compared by number and mountpoint, because the kernel uses the number
+        of a mount again after its end."""
         ours = [mounted for mounted in table() if mounted.type == TYPE]
         return [mounted for mounted in ours if (mounted.number, mounted.mountpoint) not in self._before]
 
@@ -141,7 +140,7 @@ HELPER = (sys.executable, "-I", str(Path(__file__).with_name("mount_helper.py"))
 
 
 def fusermount() -> Sequence[str]:
-    """The command fusermount3, or what stands in for it where root has none. Raises MountFailed."""
+    """The command fusermount3, or for root HELPER if it is missing. Raises MountFailed."""
     found = shutil.which("fusermount3") or shutil.which("fusermount3", path="/usr/bin:/bin:/usr/local/bin")
     if found:
         return [found]
@@ -151,8 +150,8 @@ def fusermount() -> Sequence[str]:
 
 
 def answers(mountpoint: Path) -> bool:
-    """True unless the mount's daemon is gone; one that does not answer in time counts as alive."""
-    # opened, not asked for its attributes: those may be cached
+    """Whether the mount's daemon lives. A daemon that does not answer in time counts as alive."""
+    # opens the directory, because its attributes may be cached
     script = "import os, sys; os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)"
     command = [sys.executable, "-I", "-S", "-c", script, str(mountpoint)]
     try:
@@ -163,7 +162,7 @@ def answers(mountpoint: Path) -> bool:
 
 
 def raise_readahead(mountpoint: Path, kib: int) -> None:
-    """Lets the kernel read ahead further than its 128 KiB, where we may: as root."""
+    """Lets the kernel read ahead further than its default of 128 KiB. Works only for root."""
     mounted = ours_at(mountpoint)
     if mounted is not None:
         with (
@@ -175,16 +174,16 @@ def raise_readahead(mountpoint: Path, kib: int) -> None:
 
 # -- how long the kernel waits for an answer -----------------------------------------------------------------
 #
-# An administrator may have it end a whole mount that does not answer in time. Linux,
-# Documentation/admin-guide/sysctl/fs.rst: `default_request_timeout` holds for servers that ask for none in
-# INIT, as we don't; `max_request_timeout` bounds every server's; 0 means no limit. Both are in seconds, and
-# read by the kernel when a mount begins. The kernel looks every 15 s (FUSE_TIMEOUT_TIMER_FREQ), and takes
-# smaller numbers for 15. That is not documented, so nothing here depends on it.
+# An administrator can make the kernel end a mount that does not answer in time. Linux,
+# Documentation/admin-guide/sysctl/fs.rst: `default_request_timeout` is for servers that set none in INIT, as
+# we don't. `max_request_timeout` bounds that of every server. 0 means no limit. Both are in seconds, and read
+# by the kernel when a mount begins. The kernel checks every 15 s (FUSE_TIMEOUT_TIMER_FREQ), and treats
+# smaller numbers as 15. That is not documented, so nothing here depends on it.
 
 SYSCTLS = Path("/proc/sys/fs/fuse")
 MARGIN = 2.0
-"""Seconds before the kernel's limit by which a call must have failed: it is answered up to a second after its
-deadline."""
+"""Seconds by which our deadline must be shorter than the kernel's limit: a call is answered up to a second
+after its deadline."""
 
 
 class RequestTimeout(NamedTuple):
@@ -193,7 +192,8 @@ class RequestTimeout(NamedTuple):
 
 
 def request_timeout(folder: Path = SYSCTLS) -> RequestTimeout | None:
-    """What a mount that begins now will be held to; None for no limit, and where the kernel knows none."""
+    """The kernel's limit for a mount that begins now; None if there is none, or the kernel has no such
+    limit."""
     default, most = (
         RequestTimeout(_number(path), path)
         for path in (folder / "default_request_timeout", folder / "max_request_timeout")
@@ -209,8 +209,8 @@ def _number(path: Path) -> int:
 
 
 def fitting_deadline(deadline: float, folder: Path = SYSCTLS) -> tuple[float, str]:
-    """`deadline` in seconds, or a shorter one, with which the kernel does not end the mount; and why it is
-    shorter, in a line, else "". Raises MountFailed where none would do."""
+    """`deadline` in seconds, or a shorter one with which the kernel does not end the mount; and one line that
+    says why it is shorter, else "". Raises MountFailed if none is short enough."""
     timeout = request_timeout(folder)
     if timeout is None or deadline <= timeout.seconds - MARGIN:
         return deadline, ""

@@ -1,11 +1,11 @@
-"""The directory of names: a mount of its own, in which each name is a symlink.
+"""The directory of IPNS names (/ipns): a mount of its own, in which each name is a symlink.
 
-pyfuse3 and libfuse serve one mount a process. This directory needs few of the kernel's requests, so it
-speaks the protocol itself (linux/fuse.h, version 7.31) beside them, on the same event loop. The kernel is not
-asked to cache symlinks: it asks for a target each time, and keeps an entry as long as the name's value holds.
+pyfuse3 and libfuse serve one mount per process. This directory needs only a few kinds of requests, so this
+module implements the protocol itself (linux/fuse.h, version 7.31), on the same event loop. The kernel does
+not cache symlinks: it asks for a target each time, and caches an entry as long as the name's value is valid.
 
-Concurrency: requests that resolve a name run as tasks of their own, any number side by side; all others are
-answered at once.
+Concurrency: requests that resolve a name run as tasks, any number in parallel. All others are answered at
+once.
 """
 
 import contextlib
@@ -28,7 +28,8 @@ from ipfsfuse.fuse.session import INIT_SECONDS, MountedDevice, MountHelper, clos
 log = logging.getLogger("ipfsfuse.fuse")
 
 Target = Callable[[bytes], Awaitable[tuple[bytes, float]]]
-"""The target of the symlink of a name, and until when it holds on trio's clock. Raises domain errors."""
+"""Returns the target of a name's symlink, and until when it is valid, on trio's clock. Raises domain
+errors."""
 Listed = Callable[[], Sequence[bytes]]
 """The names that a listing shows."""
 
@@ -37,7 +38,7 @@ NAME_MAX = 255
 BUFFER = 64 << 10
 """Bytes of the largest request: a setxattr's value has at most 64 KiB."""
 MAX_WRITE = 4096
-"""The least that the kernel takes; nothing is ever written."""
+"""The least that the kernel accepts; nothing is ever written."""
 MINOR = 31
 MAX_BACKGROUND, CONGESTION = 4096, 3072
 PARALLEL_DIROPS = 1 << 18
@@ -95,7 +96,7 @@ UNANSWERED = frozenset({Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT})
 class _Link:
     name: bytes
     size: int = 0
-    """Of its target, when it was looked up last."""
+    """Bytes of its target at the last lookup."""
     until: float = 0.0
     references: int = 0
 
@@ -110,10 +111,10 @@ class NameLinks:
         self._last = ROOT
         self._listings: dict[int, list[bytes]] = {}
         self._waiting: dict[int, trio.CancelScope] = {}
-        """By the request's number: what an interrupt cancels."""
+        """What an interrupt cancels, by the request's number."""
 
     async def serve(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Returns when the mount is gone. Raises MountFailed where the kernel speaks another protocol."""
+        """Returns when the mount is gone. Raises MountFailed if the kernel speaks another version of FUSE."""
         os.set_blocking(self._fd, False)
         async with trio.open_nursery() as nursery:
             while (request := await self._receive()) is not None:
@@ -141,14 +142,14 @@ class NameLinks:
             self._take_note(opcode, node, body)
         elif opcode in (Op.LOOKUP, Op.READLINK):
             nursery.start_soon(self._resolve, opcode, unique, node, body)
-        elif opcode == Op.ACCESS:  # as in the mount itself: nobody may write
+        elif opcode == Op.ACCESS:  # as in the mount itself: no user may write
             self._refuse(unique, errno.EACCES if struct.unpack_from("<I", body)[0] & os.W_OK else 0)
         else:
             try:
                 self._reply(unique, self._answer(opcode, node, body))
             except NotImplementedError:
                 self._refuse(unique, errno.ENOSYS)
-            except Exception as exc:  # whatever one request meets, the mount goes on
+            except Exception as exc:  # a failure of one request must not end the mount
                 self._refuse(unique, errnos.of(exc))
 
     def _take_note(self, opcode: int, node: int, body: bytes) -> None:
@@ -266,7 +267,7 @@ class NameLinks:
         self._write(_OUT_HEADER.pack(_OUT_HEADER.size, -number, unique))
 
     def _write(self, message: bytes) -> bool:
-        """Whether the kernel took it: whoever asked may have gone, and the mount too."""
+        """Returns whether the kernel accepted the reply. It does not if the caller or the mount is gone."""
         try:
             os.write(self._fd, message)
         except OSError as exc:
@@ -277,7 +278,7 @@ class NameLinks:
 
 
 def _left(until: float) -> tuple[int, int]:
-    """Seconds and nanoseconds from now."""
+    """The time from now until `until`, in seconds and nanoseconds."""
     left = max(0.0, min(until - trio.current_time(), 1e9))
     return int(left), int(left % 1 * 1e9)
 
@@ -292,7 +293,7 @@ def _link_attr(link: _Link) -> bytes:
 
 
 def _inode(name: bytes) -> int:
-    """What stat shows as the inode's number: the same after a restart."""
+    """The inode number that stat shows. It is the same after a restart."""
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) | 2
 
 
@@ -304,8 +305,8 @@ async def mounted(
     deadline: float,
     ended: Callable[[], Awaitable[None]],
 ) -> AsyncIterator[None]:
-    """The directory of names at the mountpoint of `helper` for the length of the block. `ended` is awaited
-    when somebody else unmounts it. Raises MountFailed."""
+    """Mounts the directory of names at the mountpoint of `helper` while the block runs. Calls `ended` if
+    someone else unmounts it. Raises MountFailed."""
     mount = helper.mount()
     links = NameLinks(mount, target, listed, deadline)
     ending = False

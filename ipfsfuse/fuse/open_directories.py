@@ -1,11 +1,11 @@
-"""Open directories: their handles, and what they list, which is given to the kernel a buffer at a time.
+"""Open directories: their handles and their listings, which the kernel gets one buffer at a time.
 
-An entry's offset is its place plus two, for "." and "..", so that any reader resumes exactly. An entry whose
-attributes are known carries them, and is a reference for the kernel to count; of any other, and where the
-table of inodes is full, the kernel is given the name alone, and the type where that is known.
+An entry's offset is its place plus two, for "." and "..", so that any reader resumes exactly. If an entry's
+attributes are known, the reply contains them, and the kernel counts a reference. If they are not known, or
+the table of inodes is full, the kernel gets only the name, and the type if that is known.
 
-Once the kernel has a whole listing, it asks for it again only after it has dropped it to free memory. Until
-then the directory is opened and released in C, without Python (`device`).
+When the kernel has a complete listing, it asks for it again only after it has dropped it to free memory.
+Until then, the C thread answers opens and releases of the directory (`device`).
 
 Concurrency: the kernel asks for one buffer of an open directory at a time.
 """
@@ -29,13 +29,13 @@ _DIRECTORY = 0o040000
 DOTS = 2
 NAME_MAX = 255
 ENTRIES_AT_A_TIME = 500
-"""Entries that are put into a reply before other requests get their turn: about 10 ms."""
+"""Entries that are put into a reply before other tasks run, which takes about 10 ms."""
 ROOTS_AT_A_TIME = 128
-"""Entries of the root that are made at a time: a reply holds some hundred at most."""
+"""Entries of the root that are made at a time: a reply has room for about a hundred."""
 
 
 class _Reply:
-    """One buffer that is being filled with entries of the directory `directory`."""
+    """One reply that is being filled with entries of `directory`."""
 
     def __init__(
         self, directory: Inode, tree: Tree, inodes: Inodes, replies: Replies, token: ReaddirToken
@@ -49,10 +49,11 @@ class _Reply:
         )
         self._referred: list[Inode] = []
         self.entries = 0
-        """How many are in it, "." and ".." not counted."""
+        """The number of entries in it, without "." and ".."."""
 
     def dots(self, start: int) -> bool:
-        """Puts in those of "." and ".." that stand behind `start`. False if the buffer is full."""
+        """Adds "." and "..", as far as they come after the offset `start`. Returns False if the buffer is
+        full."""
         for place, (name, number) in enumerate(
             ((b".", self._directory.number), (b"..", self._directory.parent)), 1
         ):
@@ -64,7 +65,7 @@ class _Reply:
         return readdir_reply(self._token, FileNameT(name), self._replies.name_only(number, mode), place)
 
     async def fill(self, entries: Sequence[Entry], first: int) -> int:
-        """Puts in `entries` from index `first` on. Returns the index of the first that found no room."""
+        """Adds `entries` from index `first` on. Returns the index of the first that did not fit."""
         for index in range(first, len(entries)):
             if not self._add(entries[index]):
                 return index
@@ -91,7 +92,8 @@ class _Reply:
                 self._inodes.drop_unused(inode)
 
     def _inode(self, entry: Entry) -> Inode | None:
-        """None where nothing tells its attributes, or the table of inodes is full."""
+        """The inode of an entry. If its attributes are not known, or the table of inodes is full: its inode
+        if the kernel has one, else None."""
         attributes = self._tree.claimed_attributes(entry.cid, entry.tsize)
         if attributes is None or self._inodes.full:
             return self._inodes.find(entry.cid)
@@ -100,14 +102,14 @@ class _Reply:
         return self._inodes.file(entry.cid, attributes)
 
     def undo(self) -> None:
-        """The reply will not be sent: its references don't count."""
+        """The reply will not be sent: takes back its references."""
         for inode in self._referred:
-            if self._inodes.forget(inode.number, 1) is not None:  # the kernel gave back its own meanwhile
+            if self._inodes.forget(inode.number, 1) is not None:  # the kernel has returned its own meanwhile
                 device.revoke(inode.number)
 
 
 class Listing:
-    """Of a directory that is not the root."""
+    """The listing of a directory other than the root, for one reader."""
 
     def __init__(self, directory: Inode, tree: Tree, inodes: Inodes, replies: Replies) -> None:
         self.directory, self._tree, self._inodes, self._replies = directory, tree, inodes, replies
@@ -115,17 +117,19 @@ class Listing:
         self._end = False
         self._index = 0
         self._place = -1
-        """Where the kernel goes on if it reads in order: then `_index` of `_page` is next."""
+        """The place of the last entry that was given. A reader that goes on from there gets `_index` of
+        `_page` next."""
 
     def is_at(self, start: int) -> bool:
-        """Whether a reader who goes on behind the offset `start` needs no other page first."""
+        """Whether the next entry after the offset `start` is the next one of this listing."""
         return self._place == max(start - DOTS, 0)
 
     async def reply(self, start: int, token: ReaddirToken) -> int | None:
-        """The offset of the directory's last entry, if the kernel is given that now, or has it.
+        """Fills a reply. Returns the offset of the directory's last entry if the kernel has that now, else
+        None.
 
-        Raises what the walk raises, if that prevents the first entry; what comes later ends the reply, and
-        the kernel meets the failure when it goes on from there."""
+        Raises what the walk raises if there is no entry before it. Otherwise the reply ends there, and the
+        error is raised when the kernel goes on from there."""
         reply = _Reply(self.directory, self._tree, self._inodes, self._replies, token)
         try:
             return await self._fill(start, reply)
@@ -157,7 +161,7 @@ class Listing:
 
 
 class RootListing:
-    """Of the root: what was there when the reader began."""
+    """The listing of the root, as it was when the reader began."""
 
     def __init__(self, roots: Roots, tree: Tree, inodes: Inodes, replies: Replies) -> None:
         self._roots, self._tree, self._inodes, self._replies = roots, tree, inodes, replies
@@ -179,8 +183,8 @@ class RootListing:
             raise
 
     def _page(self, listed: Sequence[Listed], first: int) -> Sequence[Entry]:
-        """The entries of `listed`, which begins at index `first`, without names that no file system can
-        hold."""
+        """The entries of `listed`, which begins at index `first`, without names that are too long for a file
+        system."""
         named = [(place, item[0], name_of(item)) for place, item in enumerate(listed, first + 1)]
         return [Entry(name, cid, -1, place) for place, cid, name in named if len(name) <= NAME_MAX]
 
@@ -190,18 +194,18 @@ class RootListing:
 
 @dataclass(slots=True)
 class _Shared:
-    """Of a handle that was given in C: all opens of the directory have the same there."""
+    """The state of a handle that the C thread gave: all opens of a directory there have the same handle."""
 
     directory: Inode
     opens: int
     idle: list[Listing] = field(default_factory=list)
-    """Those that nobody waits for now, the last used first. Each reader goes on with the one that is at his
-    place, and waits for no other reader."""
+    """Listings that no read uses now, the last used first. Each reader goes on with the one at its offset, so
+    that no reader waits for another."""
 
 
 class OpenDirectories:
     def __init__(self, roots: Roots, tree: Tree, inodes: Inodes, replies: Replies, push: bool) -> None:
-        """Without `push` Python answers each open."""
+        """Without `push`, Python answers every open."""
         self._roots, self._tree, self._inodes, self._replies, self._push = roots, tree, inodes, replies, push
         self._last_handle = 0
         self._listings: dict[int, Listing | RootListing] = {}
@@ -228,11 +232,11 @@ class OpenDirectories:
         return Listing(inode, self._tree, self._inodes, self._replies)
 
     def opener(self, handle: int) -> Caller:
-        """The user who opened it, which a read does not tell; None where it was opened in C."""
+        """The user who opened it, which a read request does not contain; None if the C thread opened it."""
         return self._openers.get(handle)
 
     async def read(self, handle: int, start: int, token: ReaddirToken) -> None:
-        """Fills a reply with the entries behind the offset `start`. Raises as `Listing.reply`."""
+        """Fills a reply with the entries after the offset `start`. Raises what `Listing.reply` raises."""
         if device.inode_of(handle) is not None:
             await self._read_shared(handle, start, token)
             return
@@ -243,7 +247,7 @@ class OpenDirectories:
             self._allow(listing)
 
     async def _read_shared(self, handle: int, start: int, token: ReaddirToken) -> None:
-        """The kernel had the listing when it opened the directory, and has dropped it."""
+        """Reads a directory that the C thread opened: the kernel had its listing then, and has dropped it."""
         shared = self._shared.get(handle) or self._take_over(handle)
         listing = next((one for one in shared.idle if one.is_at(start)), None)
         if listing is None:
@@ -256,12 +260,13 @@ class OpenDirectories:
             self._allow(listing)
 
     def _allow(self, listing: Listing | RootListing) -> None:
-        """The kernel has all of `listing`. That of the root changes."""
+        """Lets the C thread open the directory, because the kernel has all of `listing`. Not the root, which
+        changes."""
         if self._push and isinstance(listing, Listing):
             device.allow(listing.directory.number)
 
     def _take_over(self, handle: int) -> _Shared:
-        """From now on Python is asked to open the directory, until the kernel has its listing again."""
+        """Makes opens of the directory go to Python until the kernel has its listing again."""
         number = device.inode_of(handle)
         assert number is not None
         found = _Shared(self._inodes.get(number), device.revoke(number))
@@ -272,7 +277,7 @@ class OpenDirectories:
         shared = self._shared.get(handle)
         if shared is not None:
             shared.opens -= 1
-            if shared.opens < 1:  # C may have counted a release that it could not answer
+            if shared.opens < 1:  # the C thread may have counted a release that it could not answer
                 del self._shared[handle]
         self._listings.pop(handle, None)
         self._openers.pop(handle, None)

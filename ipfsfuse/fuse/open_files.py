@@ -1,13 +1,12 @@
-"""Open files, and all that the kernel has of a file between the listing that names it and the FORGET that
-ends it.
+"""Open files, and the state of a file in the kernel between the listing that names it and its FORGET:
 
     listed -> pushed into the page cache -> allowed to be opened in C -> open -> released -> forgotten
 
-A small file's bytes are pushed to the kernel before its reader comes (`PageCachePusher`). Whoever opens it
-then is answered in C, without Python (`device`), and Python learns of it by `drain`. Each step must take back
-what the one before it began, so one class has them all.
+A small file's bytes are pushed to the kernel before a program reads it (`PageCachePusher`). The C thread then
+answers its open without Python (`device`), and `drain` tells Python later. Each step must undo the step
+before it, so one class has them all.
 
-Concurrency: the event loop's; between two awaits the tables are consistent.
+Concurrency: on the event loop; between two awaits the tables are consistent.
 """
 
 import errno
@@ -37,24 +36,25 @@ from ipfsfuse.vfs.tree import Attributes, Tree, attributes_of
 log = logging.getLogger("ipfsfuse.fuse")
 
 MAX_WAITING = 256
-"""Files that may wait for the thread. More are dropped: the kernel will ask for them."""
+"""Files that may wait for the thread. Further ones are dropped: the kernel will read them."""
 END_SECONDS = 5.0
-"""How long the end waits for a store that is under way."""
+"""How long to wait at the end for a store that is under way."""
 DRAIN_SECONDS = 1.0
-"""How late the cache and the pins learn of an open at most."""
+"""The longest time until the cache and the pins are told of an open in C."""
 
 
-# -- files that the kernel reads from their staging files itself --------------------------------------------
+# -- passthrough: files whose staging files the kernel reads itself -----------------------------------------
 
-# The kernel's rules (fs/fuse/iomode.c, Linux 6.9 and later): of one inode all open files are passed through,
-# by one backing id, or none is; any other answer fails the open with EIO. So an inode that has a cached open
-# stays cached until its last release. It counts an open before we see the next request for that inode, and
-# stops to count it before it sends the RELEASE. So our counts are never behind its own.
+# The kernel's rules (fs/fuse/iomode.c, Linux 6.9 and later): either all open files of an inode are passed
+# through, with one backing id, or none is. Any other reply makes the open fail with EIO. So an inode with a
+# cached open stays cached until its last release. The kernel counts an open before we see the next request
+# for that inode, and stops counting it before it sends the RELEASE. So our counts are never lower than the
+# kernel's.
 
 
 @dataclass(slots=True)
 class _Backing:
-    """What one inode is open with."""
+    """The backing file with which an inode is open."""
 
     inode: Inode
     entry: Entry
@@ -69,7 +69,8 @@ class Passthrough:
         self._by_handle: dict[int, _Backing] = {}
 
     def check(self, agreed: bool) -> None:
-        """Whether it works here; `agreed`: whether the kernel did. Raises MountFailed with what to do."""
+        """Raises MountFailed, which says what to do, unless passthrough works here. `agreed`: whether the
+        kernel agreed to it in INIT."""
         if not agreed:
             raise MountFailed(
                 "--passthrough: this kernel has no FUSE passthrough: Linux 6.9 or newer is needed"
@@ -88,8 +89,8 @@ class Passthrough:
                 raise MountFailed(f"--passthrough: {_why(exc)}") from exc
 
     def open(self, inode: Inode) -> int | None:
-        """A handle with which the kernel reads the file itself; None where it must be read through the
-        daemon. Nothing may wait between this and the answer."""
+        """A handle with which the kernel reads the file itself; None if it must be read through the daemon.
+        There must be no await between this and the reply."""
         found = self._by_inode.get(inode.number)
         if found is None:
             found = None if inode.cached_opens else self._open(inode)
@@ -114,7 +115,7 @@ class Passthrough:
         return found
 
     def release(self, handle: int) -> Inode | None:
-        """The inode of a handle that `open` gave; None for any other handle."""
+        """Counts a release. Returns the inode of a handle that `open` returned; None for other handles."""
         found = self._by_handle.get(handle)
         if found is None:
             return None
@@ -139,14 +140,15 @@ def _why(exc: OSError) -> str:
 
 @dataclass(slots=True)
 class Handle:
-    """One file handle of the kernel's."""
+    """A file handle that Python answers for."""
 
     file: OpenFile
     inode: Inode
     opener: Caller = None
-    """The user id of who opened it, which a read does not tell; None where it was opened in C."""
+    """The user who opened it, which a read request does not contain; None if the C thread opened it."""
     opens: int = 1
-    """More than one only for a handle that was given in C: all opens of an inode have the same there."""
+    """More than one only for a handle that the C thread gave: all opens of an inode there have the same
+    handle."""
     in_one_block: bool = True
 
 
@@ -154,22 +156,23 @@ class OpenFiles:
     def __init__(
         self, tree: Tree, inodes: Inodes, push: bool, passthrough: Passthrough | None = None
     ) -> None:
-        """Without `push` no data is pushed to the kernel, and Python answers each open and read."""
+        """Without `push`, no data is pushed to the kernel, and Python answers every open and read."""
         self._tree, self._inodes, self._push, self._passthrough = tree, inodes, push, passthrough
         self._buffer_budget = BufferBudget()
         self._pusher = PageCachePusher()
         self.handles: dict[int, Handle] = {}
-        """Those that Python answers for."""
+        """The handles that Python answers for."""
         self._last_handle = 0
         if push:
             tree.cache.when_blocks_leave(device.revoke_idle)
 
     def pushing(self) -> AbstractContextManager[None]:
-        """While the session serves, what nobody asked for yet goes to the page cache."""
+        """A context manager in which small files are pushed into the page cache. It must lie within the
+        session."""
         return self._pusher.running() if self._push else nullcontext()
 
     async def run(self) -> None:
-        """Drains the last opens of a series too. Runs as long as the mount serves."""
+        """Drains every DRAIN_SECONDS, until it is cancelled."""
         while True:
             await trio.sleep(DRAIN_SECONDS)
             self.drain()
@@ -178,7 +181,7 @@ class OpenFiles:
 
     async def open(self, inode: Inode, opener: Caller) -> int:
         """A handle for reading `inode`, for the user `opener`. Raises what the walk of its blocks raises."""
-        self.drain()  # first: what was opened before this counts as used before it
+        self.drain()  # first, so that earlier opens count as earlier uses
         self._pusher.remove(inode.number)
         inode.opens += 1
         try:
@@ -187,7 +190,7 @@ class OpenFiles:
             inode.opens -= 1
             raise
         self._correct(inode, attributes_of(file))
-        in_one_block = file.inline == file.size  # the thread may open it, and its pages may be pushed
+        in_one_block = file.inline == file.size  # the C thread may open it, and its pages may be pushed
         if self._passthrough is not None and not in_one_block:
             handle = self._passthrough.open(inode)
             if handle is not None:
@@ -209,7 +212,8 @@ class OpenFiles:
         return OpenFile(self._tree, file, self._buffer_budget, windows)
 
     def _correct(self, inode: Inode, true: Attributes) -> None:
-        """If a link lied about the size, the kernel must ask for the attributes again before it reads."""
+        """If a link has claimed a wrong size, makes the kernel ask for the attributes again before it
+        reads."""
         lied = inode.attributes.size != true.size
         inode.attributes = true
         if lied:
@@ -217,15 +221,17 @@ class OpenFiles:
                 pyfuse3.invalidate_inode(InodeT(inode.number), attr_only=True)
 
     async def take_over(self, handle: int) -> Handle:
-        """A file that was opened in C is being read: the kernel has not kept its pages."""
+        """Makes a handle of a file that the C thread opened. It is read because the kernel has dropped its
+        pages."""
         number = device.inode_of(handle)
         if number is None:
             raise KeyError(f"a read of handle {handle}, which is not open")
         inode = self._inodes.get(number)
         file = await self._tree.file(inode.cid)
-        if handle not in self.handles:  # no other read was faster
-            # Before the revoke: while C counts the file as open, nothing is stored into it. The kernel waits
-            # for our answer with its page locked, and a store would wait for that page.
+        if handle not in self.handles:  # unless another read has made it meanwhile
+            # `remove` comes before `revoke`: while the C thread counts the file as open, nothing is stored
+            # into it. The kernel waits for our reply with a page locked, and a store would wait for that
+            # page.
             self._pusher.remove(number)
             opens = device.revoke(number)
             inode.opens += opens
@@ -238,19 +244,19 @@ class OpenFiles:
             return
         found = self.handles.get(handle)
         if found is None and device.inode_of(handle) is not None:
-            return  # C has counted it, but could not answer it
+            return  # the C thread has counted the release, but could not answer it
         if found is None:
             raise KeyError(f"a release of handle {handle}, which is not open")
         found.inode.opens -= 1
         found.opens -= 1
-        if found.opens < 1:  # C may have counted a release that it could not answer
+        if found.opens < 1:  # the C thread may have counted a release that it could not answer
             del self.handles[handle]
             found.inode.cached_opens -= not found.in_one_block
             found.file.close()
 
     def forget(self, number: int, count: int) -> None:
-        """The kernel gives `count` references to an inode back. After the last one nothing of it is left
-        anywhere."""
+        """The kernel returns `count` references to an inode. After the last one, removes everything about
+        it."""
         if self._inodes.forget(number, count) is not None:
             self._pusher.remove(number)
             device.revoke(number)
@@ -258,7 +264,7 @@ class OpenFiles:
     # -- data pushed to the kernel ---------------------------------------------------------------------------
 
     def drain(self) -> None:
-        """Takes note of what was opened in C."""
+        """Tells the cache and the prefetcher what the C thread has opened."""
         if not self._push:
             return
         last = None
@@ -275,8 +281,8 @@ class OpenFiles:
             self._push_following(last.cid)
 
     def _push_following(self, cid: Cid) -> None:
-        """Pushes the small files that come next in the directory of `cid`. The kernel then asks neither for
-        their bytes nor, after a read, for their access times."""
+        """Pushes the small files that come next in the directory of `cid`. The kernel then does not ask for
+        their bytes, nor for their access times after a read."""
         given = []
         for following, content in self._tree.coming(cid):
             inode, true = self._inodes.find(following), self._tree.known(following)
@@ -288,28 +294,28 @@ class OpenFiles:
 
 
 class PageCachePusher:
-    """Stores small files into the kernel's page cache before their reader asks for them.
+    """Stores small files into the kernel's page cache before programs read them.
 
-    Only files that nobody has open. The kernel locks a page while it waits for our answer to a read of it,
-    and a store into that page waits for the lock. If the daemon is killed in that moment, nothing ever ends:
-    the waiting thread keeps the connection alive, and nobody is left to answer. So an inode has either a
-    store under way or open files, never both: whoever opens one calls `remove` first, and C opens none
-    meanwhile. What is stored the C thread may open.
+    Only files that are not open are stored. The kernel locks a page while it waits for our reply to a read of
+    it, and a store into that page waits for the lock. If the daemon is killed at that moment, both wait
+    forever: the storing thread keeps the connection alive, and no process is left to reply. So an inode has
+    either a store under way or open files, never both. `remove` must be called before a file is opened, and
+    the C thread does not open a file while it is stored. After that it may.
 
-    One thread stores; everything else belongs to the event loop."""
+    One thread stores; everything else runs on the event loop."""
 
     def __init__(self) -> None:
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        """For the next two."""
+        """Protects `_waiting` and `_storing`."""
         self._waiting: dict[int, bytes] = {}
-        """By inode numbers."""
+        """Contents by inode number."""
         self._storing: int | None = None
         self._busy = threading.Lock()
-        """Held while the kernel takes one file's bytes."""
+        """Held while one file is stored."""
 
     def push(self, files: Iterable[tuple[int, bytes]]) -> None:
-        """Soon gives the kernel the whole contents of inodes, by their numbers, that nobody has open."""
+        """Queues files (inode number, whole content) that are not open to be stored."""
         with self._lock:
             for number, content in files:
                 if len(self._waiting) < MAX_WAITING:
@@ -317,8 +323,8 @@ class PageCachePusher:
         self._wake.put(True)
 
     def remove(self, number: int) -> None:
-        """From now on nothing is stored into inode `number`. Waits for a store under way: some 20 us, since
-        no page of it is locked."""
+        """Ensures that nothing is stored into inode `number`. Waits for a store under way, about 20 us,
+        because no page of it is locked."""
         with self._lock:
             self._waiting.pop(number, None)
             storing = self._storing == number
@@ -351,8 +357,8 @@ class PageCachePusher:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The thread lives as long as this block, which must lie within the session. What waits at its end is
-        dropped."""
+        """Runs the thread while the block runs, which must lie within the session. Drops what is queued at
+        the end."""
         thread = threading.Thread(target=self._work, name="page-cache-pusher", daemon=True)
         thread.start()
         try:

@@ -1,8 +1,8 @@
-"""pyfuse3's calls to nodes and back, and nothing else: what to answer is decided below, which errno in
-`errnos`.
+"""The handlers of pyfuse3. They only translate: the layers below decide what to answer, and `errnos` chooses
+the errno.
 
-Concurrency: pyfuse3 runs each call as a task of its own; any number of them may wait. The inode table is
-touched only between two awaits.
+Concurrency: pyfuse3 runs each call as a task of its own; any number of them may wait. The inode table is used
+only between two awaits.
 """
 
 import errno
@@ -44,14 +44,15 @@ log = logging.getLogger("ipfsfuse.fuse")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND | os.O_CREAT
 NAME_MAX = 255
 GRACE = 0.5
-"""Seconds beyond its deadline after which a call is answered in any case. Before that, who waits for a block
-says which."""
+"""Seconds after its deadline at which a call is answered in any case. Usually the wait for a block fails
+before that, with a message that names the block."""
 LEAST = 0.5
-"""Seconds that a call has in any case, however long its request waited for us: the cache answers within
+"""The least seconds that a call has, even if its request has waited long for us. The cache answers within
 them."""
 SPREAD, APART = 2.0, 0.0004
-"""Seconds. Calls that wait together end so far apart, and so long before their deadlines at most (and at most
-a quarter of the deadline): the ends of thousands at one moment would hold the event loop for a second."""
+"""Seconds. Calls that wait at the same time end APART seconds from each other, up to SPREAD seconds (at most
+a quarter of the deadline) before their deadlines. If thousands ended at the same moment, they would block the
+event loop for a second."""
 
 
 class Operations(pyfuse3.Operations):
@@ -70,8 +71,8 @@ class Operations(pyfuse3.Operations):
         umask: int = 0,
         passthrough: Passthrough | None = None,
     ) -> None:
-        """`deadline`: seconds in which each call is answered. Without `push` the kernel is given nothing that
-        it did not ask for, and asks for everything: a recording mount."""
+        """`deadline`: the seconds in which each call is answered. Without `push`, the kernel gets nothing
+        that it did not ask for, so that a recording mount sees every read."""
         super().__init__()
         self._deadline = deadline
         self._tree, self._roots, self.inodes, self._budget = tree, roots, inodes, budget
@@ -79,19 +80,19 @@ class Operations(pyfuse3.Operations):
         self.files = OpenFiles(tree, inodes, push, passthrough)
         self.directories = OpenDirectories(roots, tree, inodes, self._replies, push)
         self._calls: dict[int, trio.CancelScope] = {}
-        """Those that wait, by the kernel's number."""
+        """The calls that wait, by the kernel's request number."""
         self.latencies: defaultdict[str, Histogram] = defaultdict(Histogram)
-        """Of the calls that Python answers, by their names."""
+        """Latencies of the calls that Python answers, by name."""
         self.bytes: defaultdict[str, int] = defaultdict(int)
-        """What those calls gave, by their names."""
+        """Bytes that those calls returned, by name."""
 
     @contextmanager
     def _call(self, caller: Caller, what: str, about: object = "") -> Iterator[None]:
-        """A call of the user `caller`. It is answered soon after its deadline whatever it waits for, or when
-        its caller gets a signal. Begin it before anything waits. `what` it asks, of which node or handle, is
-        for the log.
+        """Wraps a call of the user `caller`. Ends it soon after its deadline, or when the caller gets a
+        signal. Use it before the first await of the handler. `what` and `about` (the node or handle) are for
+        the log.
 
-        The deadline is counted from when the request was read. Any error leaves as FUSEError (`errnos`)."""
+        The deadline is counted from when the request was read. Turns any error into FUSEError (`errnos`)."""
         number, waited = device.REQUEST_NUMBER.value, device.NANOSECONDS_WAITED.value * 1e-9
         began = trio.current_time()
         early = len(self._calls) * APART % min(SPREAD, self._deadline / 4)
@@ -176,7 +177,7 @@ class Operations(pyfuse3.Operations):
             return FileNameT(await self._tree.readlink(self.inodes.get(inode).cid))
 
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
-        """Nobody may write, whoever asks; a file runs only if its stored mode says so."""
+        """No user may write. A file may be executed only if its stored mode says so."""
         with translated:
             held = self.inodes.get(inode).attributes
         return not mode & os.W_OK and not (mode & os.X_OK and not held.mode & 0o111 and not held.is_directory)
@@ -200,7 +201,7 @@ class Operations(pyfuse3.Operations):
             return content
 
     async def flush(self, fh: FileHandleT) -> None:
-        raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again: one request less for each close
+        raise pyfuse3.FUSEError(errno.ENOSYS)  # the kernel never asks again, which saves a request per close
 
     async def release(self, fh: FileHandleT) -> None:
         with translated:
@@ -226,10 +227,10 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         return None
 
-    # -- what would change something -------------------------------------------------------------------------
+    # -- calls that would change something -------------------------------------------------------------------
 
     async def _refuse(self, *_arguments: Any, **_options: Any) -> Never:
-        """EPERM, whoever calls, root included."""
+        """Raises EPERM, for root too."""
         raise pyfuse3.FUSEError(errno.EPERM)
 
     setattr = mknod = mkdir = unlink = rmdir = symlink = rename = link = create = write = _refuse

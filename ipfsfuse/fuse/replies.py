@@ -1,4 +1,4 @@
-"""pyfuse3's structures, filled: attributes, entries, statfs, extended attributes."""
+"""Fills pyfuse3's structures: attributes, entries, statfs, extended attributes."""
 
 import errno
 import os
@@ -13,23 +13,23 @@ from ipfsfuse.fuse.device import NAME_ONLY
 from ipfsfuse.fuse.inodes import Inode
 
 FOREVER = 365 * 86400
-"""Seconds for which the kernel may keep what a CID fixes."""
+"""Seconds for which the kernel may cache what can't change."""
 BLOCK = 1 << 20
 """st_blksize: how much programs should read at a time."""
 
 MIN_TIME, MAX_TIME = -(1 << 63), (1 << 63) - 1
-"""pyfuse3 holds times as signed 64-bit nanoseconds since 1970: from the year 1677 to 2262."""
+"""pyfuse3 stores times as signed 64-bit nanoseconds since 1970: from the year 1677 to 2262."""
 
 
 class Replies:
     """Fills replies for one mount.
 
-    It costs more to make an EntryAttributes than to fill it, so one is reused for each kind of reply. That is
-    safe because pyfuse3 copies it before anything else runs."""
+    Making an EntryAttributes costs more than filling it, so one is reused for each kind of reply. That is
+    safe because pyfuse3 copies it before other code runs."""
 
     def __init__(self, owner: tuple[int | None, int | None] = (None, None), umask: int = 0) -> None:
-        """`owner`: the user and group that everything is shown with; None for those who mount. `umask`:
-        permission bits that nothing is shown with."""
+        """`owner`: the user and group of everything; None for those of this process. `umask`: permission bits
+        that are removed from every mode."""
         uid, gid = owner
         self._uid, self._gid = os.getuid() if uid is None else uid, os.getgid() if gid is None else gid
         self._mask = ~(umask & 0o777)
@@ -51,7 +51,8 @@ class Replies:
         return made
 
     def entry(self, inode: Inode) -> pyfuse3.EntryAttributes:
-        """A node id with its attributes: the reply to lookup and getattr, and a whole entry of a listing."""
+        """A node id with its attributes: the reply to lookup and getattr, or an entry of a listing with
+        attributes."""
         out, shown = self._entry, inode.attributes
         out.st_ino = pyfuse3.InodeT(inode.number)
         out.st_mode = pyfuse3.ModeT(shown.mode & self._mask)
@@ -61,7 +62,7 @@ class Replies:
         return out
 
     def name_only(self, number: int, mode: int) -> pyfuse3.EntryAttributes:
-        """An entry of a listing without a node id: the kernel takes the name, the type in `mode` (0 if it is
+        """An entry of a listing without a node id. The kernel takes the name, the type in `mode` (0 if it is
         not known) and the `number` to show, and counts no reference."""
         out = self._name_only
         out.st_ino = pyfuse3.InodeT(number)
@@ -69,7 +70,7 @@ class Replies:
         return out
 
     def absent(self) -> pyfuse3.EntryAttributes:
-        """Proved absent: the kernel need not ask for this name again."""
+        """The reply for a name that is proved absent. The kernel need not ask for it again."""
         return self._absent
 
 
@@ -101,9 +102,9 @@ def xattr_names() -> list[bytes]:
 
 
 def xattr(name: bytes, cid: Cid, find: Find) -> bytes:
-    """The value of `name`. Raises FUSEError: ENODATA for an attribute that is not there (the mount's root,
-    whose CID is empty, has none), ENOTSUP for namespaces that are not kept at all, so that `ls -l` asks for
-    access lists once and not for each file."""
+    """The value of the attribute `name`. Raises FUSEError: ENODATA if there is no such attribute (the mount's
+    root, whose CID is empty, has none); ENOTSUP for namespaces without any, so that `ls -l` asks for access
+    lists once and not for each file."""
     if not cid or name not in _XATTRS:
         raise pyfuse3.FUSEError(
             errno.ENOTSUP if name.startswith((b"system.", b"security.")) else pyfuse3.ENOATTR

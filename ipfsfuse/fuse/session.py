@@ -1,8 +1,8 @@
 """The FUSE session: mounting, serving, unmounting.
 
-pyfuse3 holds one session per process in module globals, so this module serves one mount per process.
-fusermount3 mounts and gives us the device (`MountHelper`). libfuse never touches it: `device` reads and
-writes it.
+pyfuse3 has one session per process in module globals, so this module serves one mount per process.
+fusermount3 mounts and sends us the device (`MountHelper`). libfuse does not use it: `device` reads and writes
+it.
 """
 
 import contextlib
@@ -30,23 +30,25 @@ log = logging.getLogger("ipfsfuse.mount")
 
 OPTIONS = "rw,nosuid,nodev,fsname=ipfsfuse,subtype=ipfsfuse"
 MAX_TASKS = 100_000
-"""Waiting calls are bounded by memory, not by number: pyfuse3's default of 99 would stop the whole mount."""
+"""Waiting calls are bounded by memory only: with pyfuse3's default, 99 stalled calls would stop the whole
+mount."""
 
 INIT_SECONDS = 10
 
 PRUNE_SECONDS = 0.5
-"""Between two looks at how many inodes the kernel holds: it looks up some thousands in that time."""
+"""Seconds between two checks of how many inodes the kernel has: it can look up some thousands in that
+time."""
 _NOTIFY_PRUNE, _PRUNED_AT_ONCE = 9, 4096
-"""The code of the notification (linux/fuse.h of 6.18), and the node ids in one of them."""
+"""The code of the notification (linux/fuse.h of 6.18), and the node ids that one notification may have."""
 
 
 @dataclass
 class MountedDevice:
-    """/dev/fuse as fusermount3 opened it for one mountpoint."""
+    """The device (/dev/fuse) that fusermount3 opened for one mountpoint."""
 
     fd: int
     helper: socket.socket
-    """Held open: fusermount3 unmounts when it closes, however this process ends."""
+    """Kept open: fusermount3 unmounts when it closes, even if this process is killed."""
 
 
 @dataclass
@@ -59,8 +61,8 @@ class Session:
 
 
 class MountHelper:
-    """Mounts and unmounts at one mountpoint, by shells that were started before this process gave up the
-    right to start programs. They wait for a line, and end with this process."""
+    """Mounts and unmounts at one mountpoint. Two shells do it that are started early, because the confined
+    daemon can't start programs. They wait for a line on their standard input, and end with this process."""
 
     _MOUNT = 'trap "" INT TERM HUP; read -r go && exec "$@"'
     _UNMOUNT = """
@@ -84,8 +86,8 @@ class MountHelper:
     def __init__(
         self, mountpoint: Path, allow_other: bool, owner: tuple[int, int] | None = None, readahead: int = 0
     ) -> None:
-        """The mount belongs to the user and group `owner`, by default to who calls; then root's helper sets
-        `readahead` in KiB too. Raises MountFailed."""
+        """`owner`: the user and group of the mount, by default those of this process. With `owner`, our own
+        helper is used, which also sets `readahead` in KiB. Raises MountFailed."""
         if not os.path.exists("/dev/fuse"):
             raise MountFailed(
                 "/dev/fuse is missing: load the kernel module (modprobe fuse), or give the container the "
@@ -121,7 +123,7 @@ class MountHelper:
         return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, cwd="/", **more)
 
     def mount(self) -> MountedDevice:
-        """Mounts, with nobody answering yet. Raises MountFailed, with fusermount3's own reason where it has
+        """Mounts. No request is answered yet. Raises MountFailed, with fusermount3's reason if it gave
         one."""
         with MountTarget(self.mountpoint) as place:
             mount = self._mount()
@@ -151,14 +153,15 @@ class MountHelper:
         return MountedDevice(fds[0], self._ours)
 
     async def unmount(self) -> None:
-        """Unmounts, lazily where it is busy, while the loop goes on answering."""
+        """Unmounts, lazily if the mount is busy. The event loop goes on answering meanwhile."""
         answer = self._ask_to_unmount("")
         await trio.lowlevel.wait_readable(answer)
         answer.readline()
 
     def _ask_to_unmount(self, mountpoint: str, wanted: str = "any") -> IO[bytes]:
-        """Where a line says that it is done. `wanted` is "dead" for a mount that nobody answers, or "any" for
-        the one at `self.mountpoint`: whoever takes this process over can have no other unmounted."""
+        """Returns the file on which a line says that it is done. `wanted` is "any" for the mount at
+        `self.mountpoint`, or "dead" for another mount, which is unmounted only if its daemon is gone. So an
+        attacker in this process can't unmount other live mounts."""
         assert self._unmounting.stdin is not None
         assert self._unmounting.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # the shell was killed: stdout ends then too
@@ -168,7 +171,7 @@ class MountHelper:
         return self._unmounting.stdout
 
     def close(self) -> None:
-        """Ends the shells. What is mounted stays until `close_mount`."""
+        """Ends the shells. The mount stays until `close_mount`."""
         for process in (self._mounting, self._unmounting):
             if process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -194,9 +197,9 @@ def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
 def opened(
     operations: Operations, helper: MountHelper, readahead: bool, passthrough: bool = False
 ) -> Iterator[Session]:
-    """Mounts, and starts to read the device; nothing is answered yet. The mount is gone after the block.
+    """Mounts, and starts to read the device. No request is answered yet. The mount is gone after the block.
 
-    Without `readahead` the kernel asks for nothing that was not read. Raises MountFailed."""
+    Without `readahead`, the kernel requests only what programs read. Raises MountFailed."""
     with contextlib.ExitStack() as stack:
         mount, mountpoint = helper.mount(), helper.mountpoint
         stack.callback(close_mount, mount)
@@ -228,8 +231,8 @@ def opened(
 
 
 async def serve(session: Session, *, task_status: trio.TaskStatus[bool] = trio.TASK_STATUS_IGNORED) -> None:
-    """Answers the kernel until the mount is gone. `task_status.started(True)` once it does, False where the
-    mount was gone before. Raises MountFailed."""
+    """Answers the kernel until the mount is gone. Calls `task_status.started(True)` when it has begun, or
+    with False if the mount was gone before. Raises MountFailed."""
     answers = False
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_main, nursery.cancel_scope)
@@ -256,7 +259,8 @@ async def _interrupt(session: Session) -> None:
 
 
 async def _prune(session: Session) -> None:
-    """Asks the kernel to forget what no program uses, while it holds too many inodes."""
+    """Asks the kernel to forget unused inodes while it has too many. Runs until it is cancelled, or the
+    kernel does not support that."""
     while True:
         await trio.sleep(PRUNE_SECONDS)
         surplus = session.operations.inodes.surplus()
@@ -267,9 +271,9 @@ async def _prune(session: Session) -> None:
 
 
 def prune(fd: int, numbers: Sequence[int]) -> bool:
-    """Asks the kernel to drop the names of `numbers` that nothing uses. It then forgets the inodes that have
-    no names left. Returns whether it knows this: Linux 6.18 and later do. The others forget when memory is
-    short."""
+    """Asks the kernel to drop the unused names of the inodes `numbers`. It then forgets inodes without names.
+    Returns whether the kernel supports that: Linux 6.18 and later do. Older kernels forget only when memory
+    is short."""
     body = struct.pack(f"=IIQ{len(numbers)}Q", len(numbers), 0, 0, *numbers)
     try:
         os.write(fd, struct.pack("=IiQ", 16 + len(body), _NOTIFY_PRUNE, 0) + body)
@@ -284,7 +288,7 @@ async def _main(scope: trio.CancelScope) -> None:
 
 
 def close_mount(mount: MountedDevice) -> None:
-    """Lets go of the device; what fusermount3 still holds mounted is unmounted by it."""
+    """Closes the device. fusermount3 unmounts if the mount still exists."""
     with contextlib.suppress(OSError):
         os.close(mount.fd)
     mount.helper.close()
