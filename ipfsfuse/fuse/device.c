@@ -1,14 +1,14 @@
-/* A thread that reads the kernel's requests from /dev/fuse, answers some (opens.c, reads.c, pieces.c) and queues the rest
- * for Python.
+/* A thread that reads the kernel's requests from /dev/fuse, answers some (opens.c, reads.c, pieces.c) and
+ * queues the rest for Python.
  *
  * device.py loads this library into the global scope before pyfuse3 is imported. So pyfuse3 calls this
  * fuse_session_mount instead of libfuse's. It starts the thread, and gives libfuse our read and writev
- * (fuse_session_custom_io). libfuse reads from the queue, and takes an eventfd for its device: pyfuse3 is woken for
- * what it must answer and for nothing else, since a turn of its event loop costs 0.1 ms.
+ * (fuse_session_custom_io). libfuse reads from the queue, and is given an eventfd as its device. So pyfuse3
+ * is woken only for requests that it must answer: a turn of its event loop costs 0.1 ms.
  *
- * Users take turns (round robin): the oldest request of each is taken before the second of any, so that thousands
- * of requests of one user delay another's by one turn each.
- * Concurrency: one lock for all queues. The thread uses nothing of Python's.
+ * Users take turns (round robin): one request of each user is taken, then the next of each. So thousands of
+ * requests of one user delay each request of another by one request only. Concurrency: one lock for all
+ * queues. The thread does not use Python.
  */
 #define _GNU_SOURCE
 #define FUSE_USE_VERSION 314
@@ -32,18 +32,18 @@
 
 #define REQUEST (132U << 10) /* bytes of the largest request: libfuse's buffer is larger. See MAX_WRITE in replies.c */
 #define QUEUED (16U << 20)   /* bytes of requests that may wait for Python: a lookup has about 100 */
-#define FORGETS (1U << 20)   /* bytes of them that may be FORGETs: nobody waits for these */
-#define KERNEL UINT32_MAX    /* in the place of a user id: FORGETs. The kernel gives them no user of their own */
-#define BUCKETS 4096         /* of the table by which an INTERRUPT finds its request */
-#define SPIN_NS 20000        /* who goes through small files is back in 1 to 5 us, and falling asleep costs more */
+#define FORGETS (1U << 20)   /* bytes of FORGETs among them, for which no process waits */
+#define KERNEL UINT32_MAX    /* the user id of FORGETs, which the kernel sends for no user */
+#define BUCKETS 4096         /* of the table in which an INTERRUPT finds its request */
+#define SPIN_NS 20000        /* a program that reads small files sends its next request after 1 to 5 us; sleeping costs more */
 
-/* Of Linux 6.9 and later; headers may be older. */
+/* From Linux 6.9; headers may be older. */
 struct backing_map { int32_t fd; uint32_t flags; uint64_t padding; };
 #define BACKING_OPEN _IOW(229, 1, struct backing_map)
 #define BACKING_CLOSE _IOW(229, 2, uint32_t)
 
 struct request {
-	struct request *next;    /* of the same user */
+	struct request *next;    /* the next one of the same user */
 	struct request *in_bucket;
 	size_t size;
 	struct fuse_in_header *bytes;
@@ -52,21 +52,23 @@ struct request {
 };
 struct user { struct user *next; uint32_t id; struct request *first, **last; };
 
-static struct user *users, **last_user = &users; /* those who have requests waiting for libfuse; the first is next */
-static size_t queued, queued_forgets;            /* bytes of those requests, and of the FORGETs among them */
-static struct request *buckets[BUCKETS];         /* those requests by their numbers */
-static struct { uint64_t *numbers; size_t count, room; } interrupted; /* of requests, for device_interrupted */
-static int over;                /* 1 when no more requests come, -errno when reading failed */
+static struct user *users, **last_user = &users; /* users with requests in the queue, in the order of their turns */
+static size_t queued, queued_forgets;            /* bytes of queued requests, and of the FORGETs among them */
+static struct request *buckets[BUCKETS];         /* queued requests by number */
+static struct { uint64_t *numbers; size_t count, room; } interrupted; /* numbers of requests, for device_interrupted */
+static int over;                /* 1 when no more requests come, -errno when reading has failed */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t taken = PTHREAD_COND_INITIALIZER;
 
-/* The number (`unique`) of the request that pyfuse3 took last. A handler that has not waited yet is serving it. */
+/* The number (`unique`) of the request that pyfuse3 took last. A handler that has not awaited yet is serving
+ * it. */
 uint64_t device_current;
 
 /* How long that request had waited for pyfuse3, in nanoseconds. */
 int64_t device_waited;
 
-/* Called with each name that is looked up in the mount's root, before Python gets the request. It does not wait. */
+/* Called with each name that is looked up in the mount's root, before Python gets the request. It must not
+ * wait. */
 static void (*listener)(void *, const char *, size_t);
 static void *listeners_own;
 
@@ -91,7 +93,8 @@ static void discard(struct request *one)
 	free(one);
 }
 
-/* Leaves the value of a SETXATTR out, which is refused whatever it is: up to 64 KiB each would soon fill QUEUED. */
+/* Leaves out the value of a SETXATTR, which is refused in any case: values of up to 64 KiB would soon fill
+ * QUEUED. */
 static struct request *copy_of(const char *bytes, size_t size)
 {
 	static const size_t longest = sizeof(struct fuse_in_header) + sizeof(struct fuse_setxattr_in) + 256;
@@ -147,7 +150,7 @@ static int append(struct request *one)
 	return 1;
 }
 
-/* The next user's oldest request; the user goes to the end of the line. NULL if there is none. */
+/* Takes the oldest request of the next user, who then comes last. NULL if there is none. */
 static struct request *pop(void)
 {
 	struct user *user = users;
@@ -174,8 +177,8 @@ static struct request *pop(void)
 	return one;
 }
 
-/* The request `unique` is to be interrupted; its handler waits by now. Without memory it is answered all the same,
- * when it has what it waits for. */
+/* Tells Python to interrupt the request `unique`, whose handler waits by now. Without memory it is not
+ * interrupted, and answered when its handler has what it waits for. */
 static void interrupt(uint64_t unique)
 {
 	size_t room = interrupted.room ? 2 * interrupted.room : 64;
@@ -191,7 +194,8 @@ static void interrupt(uint64_t unique)
 	eventfd_write(notify_fd, 1);
 }
 
-/* The caller of a request got a signal. One that still waits here is interrupted after it has been taken. */
+/* The caller of a request got a signal. A request that is still queued is interrupted after it has been
+ * taken. */
 static void note_interrupt(const char *bytes, size_t size)
 {
 	const struct fuse_interrupt_in *what = (const void *)(bytes + sizeof(struct fuse_in_header));
@@ -218,7 +222,7 @@ static int is_full(const struct request *one)
 	return user_of(one) == KERNEL ? queued_forgets > FORGETS : queued > QUEUED;
 }
 
-/* A caller waits for it, so it can't be dropped. */
+/* Waits for memory and for room in the queue: a caller waits for the request, so it can't be dropped. */
 void device_pass_on(const char *bytes, size_t size, const int *was_interrupted)
 {
 	struct request *one;
@@ -261,10 +265,10 @@ static ssize_t receive(void)
 
 	for (;;) {
 		size = read(device, buffer, REQUEST);
-		/* ECONNABORTED: the mount went while the kernel handed out a request (fuse_dev_do_read) */
+		/* ECONNABORTED: the mount ended while the kernel handed out a request (fuse_dev_do_read) */
 		if (size >= 0 || errno == ENODEV || errno == ECONNABORTED)
 			return size > 0 ? size : 0;
-		if (errno == EINTR || errno == ENOENT) /* ENOENT: the request was taken back */
+		if (errno == EINTR || errno == ENOENT) /* ENOENT: the request was withdrawn */
 			continue;
 		if (errno != EAGAIN)
 			return -errno;
@@ -312,7 +316,7 @@ static struct request *take(int *how)
 	pthread_mutex_lock(&lock);
 	one = pop();
 	if (one && one->interrupted)
-		interrupt(one->bytes->unique); /* which reaches Python after its handler has begun */
+		interrupt(one->bytes->unique); /* Python gets this after the request's handler has begun */
 	*how = over;
 	pthread_cond_signal(&taken);
 	if (!users && !over)
@@ -321,7 +325,7 @@ static struct request *take(int *how)
 	return one;
 }
 
-/* As read(2), for libfuse. At EINTR pyfuse3 waits for the next request, and at ENODEV the session ends. */
+/* read(2) for libfuse. After EINTR pyfuse3 waits for the next request; after ENODEV the session ends. */
 static ssize_t read_for_libfuse(int unused, void *out, size_t room, void *session)
 {
 	int how;
@@ -377,7 +381,8 @@ static int start(int from)
 	return failed;
 }
 
-/* In the place of libfuse's. `mountpoint` is /dev/fd/N, where N is a device that is mounted already. Returns 0 or -1. */
+/* Replaces libfuse's function. `mountpoint` is /dev/fd/N, where N is a device that is mounted already.
+ * Returns 0 or -1. */
 int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 {
 	static const struct fuse_custom_io io = {.read = read_for_libfuse, .writev = write_for_libfuse};
@@ -386,21 +391,21 @@ int fuse_session_mount(struct fuse_session *session, const char *mountpoint)
 	if (sscanf(mountpoint, "/dev/fd/%d", &from) != 1)
 		return -1;
 	wakeup_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (wakeup_fd < 0 || fuse_session_custom_io(session, &io, wakeup_fd)) /* which closes it at the end */
+	if (wakeup_fd < 0 || fuse_session_custom_io(session, &io, wakeup_fd)) /* libfuse closes wakeup_fd at the end */
 		return -1;
 	start_error = start(from);
 	return start_error ? -1 : 0;
 }
 
-/* errno of what prevented the thread's start, 0 if nothing did. */
+/* The errno of the failure that prevented the thread's start; 0 if there was none. */
 int device_start_error(void) { return start_error; }
 
-/* Whether the thread runs. If not, pyfuse3 has called libfuse's fuse_session_mount: it was imported before this
- * library was loaded. */
+/* Whether the thread runs. If not, pyfuse3 has called libfuse's fuse_session_mount: it was imported before
+ * this library was loaded. */
 int device_started(void) { return device >= 0; }
 
-/* Call this before a session. The eventfd `notify` will say when there is something new from device_interrupted or
- * reply_init_result. */
+/* Call this before a session. The eventfd `notify` will say when there is something new from
+ * device_interrupted or reply_init_result. */
 void device_prepare(int notify, int readahead, int passthrough)
 {
 	notify_fd = notify;
@@ -424,7 +429,7 @@ int device_backing_open(int file)
 	return id < 0 ? -errno : id;
 }
 
-/* Files that are open with this backing id stay so. */
+/* Files that are open with this backing id stay open. */
 void device_backing_close(int id)
 {
 	uint32_t backing = id;

@@ -1,4 +1,5 @@
-/* What the parts of this library use of each other: device.c calls opens.c, reads.c and pieces.c, and all call replies.c. */
+/* The functions that the files of this library call in each other: device.c calls opens.c, reads.c and
+ * pieces.c, and all call replies.c. */
 #ifndef IPFSFUSE_DEVICE_H
 #define IPFSFUSE_DEVICE_H
 
@@ -11,29 +12,30 @@
 /* replies.c */
 
 enum reply {
-	REPLY_SENT,   /* The kernel has the answer. */
-	REPLY_GONE,   /* Nobody waits for the answer any more. */
-	REPLY_FAILED, /* The answer could not be sent, and the request still waits: pass it on to Python. */
+	REPLY_SENT,   /* The kernel has the reply. */
+	REPLY_GONE,   /* The request is over: no process waits for the reply. */
+	REPLY_FAILED, /* The reply could not be sent, and the request still waits: pass it on to Python. */
 };
 
 /* Answers the request `unique` with `size` bytes of `body`. Waits at most about 0.1 s. */
 enum reply reply_send(int device, uint64_t unique, const void *body, size_t size);
 
-/* Sends a reply or notification that libfuse made, extended. Returns as writev does. */
+/* Extends and sends a reply or notification of libfuse. Returns what writev returns. */
 ssize_t reply_from_libfuse(int device, struct iovec *parts, int count);
 
-/* Prepares a request for libfuse, so that the reply to it can be recognized. Returns its size. */
+/* Prepares a request for libfuse, so that the reply says which opcode it answers. Returns its size. */
 size_t reply_expect(struct fuse_in_header *request, size_t size);
 
-/* Call this before a session. Without `readahead` the kernel asks only for what was read. With `passthrough` it is asked
- * to let files be opened with a backing file. */
+/* Call this before a session. Without `readahead` the kernel requests only what programs read. With
+ * `passthrough` it is asked to let files be opened with a backing file. */
 void reply_prepare(int readahead, int passthrough);
 
-/* What became of INIT: 0 if it has not been answered yet, -errno if it was refused, else INIT_DONE and what else is on. */
+/* The result of INIT: 0 if it has not been answered yet, -errno if it was refused, else INIT_DONE and the
+ * INIT_ flags of what is on. */
 int reply_init_result(void);
 
-/* opens.c, reads.c and pieces.c: each `answer` returns whether it has dealt with the request, which has `size` bytes. If not,
- * Python must. */
+/* opens.c, reads.c and pieces.c: each `answer` returns whether it has answered the request, which has `size`
+ * bytes. If not, Python must. */
 
 int opens_answer(int device, const struct fuse_in_header *request, size_t size);
 void opens_clear(void);
@@ -46,7 +48,7 @@ void pieces_stop(void);
 
 /* device.c */
 
-/* Has Python answer a request. It is interrupted if `*was_interrupted`. */
+/* Queues a request for Python. It is interrupted if `*was_interrupted`. */
 void device_pass_on(const char *request, size_t size, const int *was_interrupted);
 
 #endif

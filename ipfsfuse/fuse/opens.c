@@ -1,10 +1,10 @@
-/* Opens and releases that Python is not asked about: those of inodes that Python allowed (device.py), for
- * reading. And what a directory's reader asks for after Python has given the last entry: whether there are
- * more, and the release.
+/* Answers opens for reading, and releases, of inodes that Python allowed (device.py). Also answers the last
+ * two requests of a directory's reader after Python has given the last entry: whether there are more entries,
+ * and the release.
  *
- * A request costs pyfuse3 45 us and more. A small file in the page cache needs two of them, and nothing
- * else; so does a directory whose listing is there. One that is listed for the first time needs four.
- * Concurrency: one lock for the table; any thread may call.
+ * A request costs pyfuse3 45 us and more. Reading a small file from the page cache takes only an open and a
+ * release; so does reading a directory whose listing is cached. Listing a directory for the first time takes
+ * four requests. Concurrency: one lock for the table; any thread may call.
  */
 #define _GNU_SOURCE
 #include "device.h"
@@ -13,19 +13,19 @@
 #include <pthread.h>
 #include <string.h>
 
-#define ANSWERED_HERE (1ULL << 63) /* in a handle that was given here; the other bits are the inode's number */
+#define ANSWERED_HERE (1ULL << 63) /* set in a handle that was given here; the other bits are the inode's number */
 #define SLOTS (1U << 16)
 #define FULL (SLOTS / 2)
-#define UNDRAINED 32               /* opens that Python does not know of yet; the next open is passed on to it. So with releases */
+#define UNDRAINED 32               /* opens that Python has not drained; the next open goes to Python. Releases alike */
 #define LISTINGS 1024
 #define WRITING (O_WRONLY | O_RDWR | O_TRUNC | O_APPEND | O_CREAT)
 
 static struct { uint64_t inode; uint32_t opens; } table[SLOTS];
 static uint32_t used_slots;
-static struct { uint64_t handle, end; } listings[LISTINGS]; /* whose end is known; at the place that the handle gives */
+static struct { uint64_t handle, end; } listings[LISTINGS]; /* listings with a known end, at handle % LISTINGS */
 static struct undrained { uint64_t numbers[UNDRAINED]; uint32_t count; }
-	opened,   /* inodes that were opened here, */
-	released; /* and directories that were released here: Python does not know of it yet */
+	opened,   /* inodes that were opened here, and that Python has not drained */
+	released; /* handles of directories that were released here, and that Python has not drained */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static uint32_t home(uint64_t inode) { return (uint32_t)((inode * 0x9E3779B97F4A7C15ULL) >> 48); }
@@ -40,7 +40,7 @@ static uint32_t slot_of(uint64_t inode)
 	return slot;
 }
 
-/* Frees `slot`, and moves up the entries that were pushed behind it. */
+/* Frees `slot`, and moves up the entries after it that would have been there. */
 static void drop(uint32_t slot)
 {
 	uint32_t next = slot;
@@ -69,8 +69,8 @@ static void drop_idle(void)
 			slot++;
 }
 
-/* From now on `inode` is opened for everyone who wants to read it. It must be a regular file whose attributes
- * the kernel already has as they are, or a directory that never changes. */
+/* From now on, opens of `inode` for reading are answered here. It must be a regular file whose attributes the
+ * kernel has correctly, or a directory that never changes. */
 void opens_allow(uint64_t inode)
 {
 	uint32_t slot;
@@ -87,8 +87,8 @@ void opens_allow(uint64_t inode)
 	pthread_mutex_unlock(&lock);
 }
 
-/* From now on Python is asked about `inode` again. Returns how many opens of it stand here; their releases go
- * to Python too. If there are any and `even_open` is 0, nothing changes. */
+/* From now on, opens of `inode` go to Python again. Returns how often it is open here; those releases go to
+ * Python too. If it is open and `even_open` is 0, nothing changes. */
 uint32_t opens_revoke(uint64_t inode, int even_open)
 {
 	uint32_t slot, opens = 0;
@@ -104,7 +104,7 @@ uint32_t opens_revoke(uint64_t inode, int even_open)
 	return opens;
 }
 
-/* As opens_revoke for every inode that is not open. */
+/* Calls opens_revoke for every inode that is not open. */
 void opens_revoke_idle(void)
 {
 	pthread_mutex_lock(&lock);
@@ -132,10 +132,11 @@ static uint32_t drain(struct undrained *list, uint64_t *out)
 	return count;
 }
 
-/* Writes the inodes opened since the last call to `out`, which has room for UNDRAINED; returns how many. */
+/* Writes the inodes that were opened since the last call to `out`, which has room for UNDRAINED. Returns
+ * their number. */
 uint32_t opens_drain(uint64_t *out) { return drain(&opened, out); }
 
-/* The same with the handles of directories that were released. */
+/* The same for the handles of directories that were released. */
 uint32_t opens_released(uint64_t *out) { return drain(&released, out); }
 
 static int answer_open(int device, const struct fuse_in_header *request, const struct fuse_open_in *how)
@@ -162,11 +163,11 @@ static int answer_release(int device, const struct fuse_in_header *request, cons
 
 	if (!(what->fh & ANSWERED_HERE) || !table[slot].inode || !table[slot].opens)
 		return 0;
-	table[slot].opens--; /* the file is closed, whatever becomes of the answer */
+	table[slot].opens--; /* the file is closed, even if the reply fails */
 	return reply_send(device, request->unique, NULL, 0) != REPLY_FAILED;
 }
 
-/* The last entry of the open directory `handle` has the offset `end`. That may be forgotten. */
+/* The last entry of the open directory `handle` has the offset `end`. Another handle may overwrite this. */
 void opens_end(uint64_t handle, uint64_t end)
 {
 	pthread_mutex_lock(&lock);

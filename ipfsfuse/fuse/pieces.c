@@ -1,13 +1,13 @@
-/* Small reads of staged leaves that Python is not asked about: pieces of leaves that were verified once, read from their
- * staging file and proved by their tags (tags.h). device.py says which.
+/* Answers small reads of staged leaves without Python: reads pieces of leaves that were verified once from
+ * their staging file, and verifies them by their tags (tags.h). Python says which leaves (device.py).
  *
- * What is in the page cache is answered in the device's thread. What must come from the disk is read in threads of
- * ours, up to READERS of them, which begin when they are needed. What can't be read, or is not right, goes to Python,
- * which knows what to do. The staging file is opened for each read, by its name: so no descriptor keeps what
- * was evicted on the disk. One read in PASSED_ON of a file goes to Python, so that it knows that the file is in use.
- * What is known of a file outlives its close. When too much is known, the file goes that was read least recently.
- * Concurrency: one lock for the table of leaves and for what waits; it is not held while a file is read. Call pieces_allow
- * and pieces_open with Python's lock held.
+ * Reads from the page cache are answered in the device's thread. Reads from the disk run in up to READERS
+ * threads, which are started when they are needed. Reads that fail, or whose bytes are wrong, go to Python,
+ * which handles that. The staging file is opened by its name for each read, so that no descriptor keeps an
+ * evicted file on the disk. One read in PASSED_ON of a file goes to Python, so that Python knows that the
+ * file is in use. The leaves of a file stay in the table after it is closed. When the table is full, the file
+ * that was read least recently is removed. Concurrency: one lock for the table of leaves and for the queue;
+ * it is not held while a file is read. Call pieces_allow and pieces_open with Python's lock held.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN
@@ -26,13 +26,13 @@
 #include <unistd.h>
 
 #define PIECE 8192U           /* bytes of a piece, as in staging.py */
-#define MOST (64U << 10)      /* bytes of the largest read that is answered here: who reads more is read ahead for */
+#define MOST (64U << 10)      /* bytes of the largest read that is answered here: for larger ones Python reads ahead */
 #define PIECES (MOST / PIECE + 1)
-#define HELD (16U << 20)      /* bytes of tags, and of what they are held in, for all files */
-#define NAME 300              /* bytes of the name of a staging file, the last 0 included */
+#define HELD (16U << 20)      /* bytes of tags and of the structures around them, for all files */
+#define NAME 300              /* bytes of the name of a staging file, with the last 0 */
 #define READERS 8
 #define STOP_SECONDS 5
-#define WAITING 64            /* reads that may wait for those threads; more go to Python */
+#define WAITING 64            /* reads that may wait for those threads; further ones go to Python */
 #define PASSED_ON 128
 #define BUCKETS 1024
 
@@ -44,34 +44,34 @@ struct file {
 	int folder;
 	char name[NAME];
 	size_t count, room;
-	struct leaf **leaves; /* by where they start */
+	struct leaf **leaves; /* sorted by their starts */
 };
 
-/* One read: what it needs, copied from the table. */
+/* One read, with everything that it needs, copied from the table. */
 struct job {
 	struct job *next;
 	int device, folder;
 	int interrupted;      /* its caller got a signal meanwhile */
-	uint64_t start, skip; /* where its first piece starts in the file, and how much of that was not asked for */
-	size_t size, wanted;  /* bytes of its pieces, and those that were asked for */
+	uint64_t start, skip; /* offset of its first piece in the file; bytes of that piece before the read */
+	size_t size, wanted;  /* bytes of its pieces; bytes of the read */
 	uint8_t tags[PIECES * TAG];
 	char name[NAME];
 	struct { struct fuse_in_header header; struct fuse_read_in what; } request;
 };
 
 static struct file *files[BUCKETS];
-static struct file *newest, *oldest; /* by when they were read last */
+static struct file *newest, *oldest; /* ends of the list by last use */
 static size_t held;
 static uint8_t key[TAG_KEY];
-/* A thread of ours. */
+/* A reading thread. */
 struct reader {
 	pthread_t thread;
-	struct job *job; /* the one that it has taken */
+	struct job *job; /* the job that it works on */
 	int reads;       /* it waits for the disk */
-	int abandoned;   /* nobody knows it any more: what it has read is dropped */
+	int abandoned;   /* it was left behind: it drops what it has read and frees itself */
 };
 
-static struct job *first, **last = &first; /* those that wait for the disk */
+static struct job *first, **last = &first; /* the queue for the reading threads */
 static struct reader *readers[READERS];
 static unsigned waiting, idle, started;
 static int stopping;
@@ -126,7 +126,8 @@ static size_t before(const struct file *one, uint64_t offset)
 	return low;
 }
 
-/* Bytes of memory: its tags are a Python object of their own, and its place in the array may be empty beside another. */
+/* Bytes of memory: with the Python object of the tags, and two places in the array, which may be half empty.
+ * */
 static size_t cost(const struct leaf *leaf) { return leaf->tags.len + sizeof *leaf + 2 * sizeof leaf + 64; }
 
 static void discard(struct leaf *leaf)
@@ -136,7 +137,8 @@ static void discard(struct leaf *leaf)
 	PyMem_Free(leaf);
 }
 
-/* Of files that are out of the table, or NULL. Python code may run in it, so the caller must not hold our lock. */
+/* Frees files that are not in the table (a list, or NULL). This may run Python code, so the caller must not
+ * hold our lock. */
 static void discard_files(struct file *one)
 {
 	struct file *next;
@@ -150,7 +152,7 @@ static void discard_files(struct file *one)
 	}
 }
 
-/* Takes the file at `place` out of the table, and puts it before `gone`. */
+/* Removes the file at `place` from the table, and puts it in front of the list `gone`. */
 static struct file *take_out(struct file **place, struct file *gone)
 {
 	struct file *one = *place;
@@ -164,7 +166,8 @@ static struct file *take_out(struct file **place, struct file *gone)
 	return one;
 }
 
-/* The file of `inode`, which is made if need be, with room for one more leaf. NULL without memory. */
+/* The file of `inode`, with room for one more leaf; it is added to the table if it is missing. NULL without
+ * memory. */
 static struct file *file_of(uint64_t inode)
 {
 	struct file **place = place_of(inode), *one = *place;
@@ -190,8 +193,8 @@ static struct file *file_of(uint64_t inode)
 	return one;
 }
 
-/* Puts `leaf` into the table, and before that the files that must make room for it to `gone`. Returns what is to be
- * discarded: the leaf that was there, or `leaf` where there is no room. */
+/* Puts `leaf` into the table. Moves files that must make room for it to the list `gone`. Returns the leaf to
+ * discard: the one that was there before, or `leaf` if there is no room. */
 static struct leaf *put(uint64_t inode, int folder, const char *name, struct leaf *leaf, struct file **gone)
 {
 	struct file *one = file_of(inode);
@@ -219,9 +222,10 @@ static struct leaf *put(uint64_t inode, int folder, const char *name, struct lea
 	return NULL;
 }
 
-/* The bytes [start, start + size) of the file `inode` lie at the same place in the staging file `name` of the open folder
- * `folder`, as one leaf. `content` has the tags of its pieces. Does nothing where that does not fit. */
-void pieces_allow(uint64_t inode, int folder, const char *name, uint64_t start, uint64_t size, PyObject *content)
+/* Adds a leaf: the bytes [start, start + size) of the file `inode`, which are at the same offset in the
+ * staging file `name` in the open folder `folder`. `content` has the tags of its pieces. Does nothing if the
+ * sizes don't fit. */ void pieces_allow(uint64_t inode, int folder, const char *name, uint64_t start,
+ * uint64_t size, PyObject *content)
 {
 	struct leaf *leaf = PyMem_Malloc(sizeof *leaf);
 	struct file *gone = NULL;
@@ -242,8 +246,8 @@ void pieces_allow(uint64_t inode, int folder, const char *name, uint64_t start, 
 	discard_files(gone);
 }
 
-/* `inode` is opened: as the file whose staging file is called `name`, or so and .part. If it was another file before, nothing
- * more is known of it. */
+/* `inode` is opened. Its staging file is called `name` or `name`.part. If the inode was another file before,
+ * removes that file's leaves. */
 void pieces_open(uint64_t inode, const char *name)
 {
 	struct file **place, *gone = NULL;
@@ -256,10 +260,10 @@ void pieces_open(uint64_t inode, const char *name)
 	discard_files(gone);
 }
 
-/* The key by which all tags are made, TAG_KEY bytes. Call this before a session. */
+/* Sets the key of all tags, TAG_KEY bytes. Call this before a session. */
 void pieces_key(const uint8_t *bytes) { memcpy(key, bytes, TAG_KEY); }
 
-/* Fills `job` with what a read needs, if one leaf that is known holds all of it. */
+/* Fills `job` for a read, if one leaf in the table contains all of it. */
 static int find(uint64_t inode, const struct fuse_read_in *what, struct job *job)
 {
 	struct file *one = *place_of(inode);
@@ -291,7 +295,7 @@ static int find(uint64_t inode, const struct fuse_read_in *what, struct job *job
 
 enum outcome { RIGHT, NOT_AT_HAND, WRONG };
 
-/* Reads the pieces of `job` into `room`, without waiting for the disk if `now`. */
+/* Reads the pieces of `job` into `room`. With `now`, does not wait for the disk. */
 static enum outcome read_pieces(const struct job *job, char *room, int now)
 {
 	struct open_how how = {
@@ -372,7 +376,7 @@ static void *read_from_disk(void *place)
 	return NULL;
 }
 
-/* One more thread, if there may be one. */
+/* Starts one more thread, if there may be one. */
 static void start_reader(void)
 {
 	struct reader *one;
@@ -385,7 +389,7 @@ static void start_reader(void)
 		readers[started++] = one;
 }
 
-/* Has `job` done by a thread. Returns 0 where there is none. */
+/* Queues `job` for the reading threads. Returns 0 if there is none, or the queue is full. */
 static int hand_over(struct job *job)
 {
 	int done = 0;
@@ -405,7 +409,8 @@ static int hand_over(struct job *job)
 	return done;
 }
 
-/* The caller of the request `unique` got a signal. If that waits here, this is remembered for the case that it is passed on. */
+/* The caller of the request `unique` got a signal. If the request waits here, notes that for when it is
+ * passed on. */
 void pieces_interrupt(uint64_t unique)
 {
 	struct job *job;
@@ -445,7 +450,7 @@ int pieces_answer(int device, const struct fuse_in_header *request, size_t size)
 	return done;
 }
 
-/* Waits for the end of a thread, until `until` if it waits for the disk: then it is left to itself, and does nothing more. */
+/* Waits for the end of a thread. One that still waits for the disk at the time `until` is left behind. */
 static void end_reader(struct reader *one, const struct timespec *until)
 {
 	int abandoned = 0;
@@ -463,7 +468,7 @@ static void end_reader(struct reader *one, const struct timespec *until)
 		free(one);
 }
 
-/* Ends the threads. What waits for them is dropped. A thread that waits for a disk which does not answer is left to itself.
+/* Ends the threads and drops the queue. Leaves a thread behind that waits for a disk which does not answer.
  * Call this when the device's thread has stopped. */
 void pieces_stop(void)
 {

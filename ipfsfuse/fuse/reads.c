@@ -1,10 +1,9 @@
-/* Reads that Python is not asked about: of verified bytes that wait in memory for the reader of an open file
- * (device.py).
+/* Answers reads from memory without Python: read windows hold verified bytes of open files (device.py).
  *
- * An ordinary user's kernel asks for 128 KiB at a time, eight times for each leaf. A request costs pyfuse3
- * and Python 0.1 ms, and pyfuse3 copies its replies while it holds Python's lock. Some windows are marked
- * `passes_end_on`: the read that takes their last byte is passed on, so that Python knows how far the reader is.
- * Concurrency: one lock; a window is not removed while an answer is copied from it. Call reads_add,
+ * For an ordinary user's mount the kernel asks for 128 KiB at a time, eight times for each leaf. A request
+ * costs pyfuse3 and Python 0.1 ms, and pyfuse3 copies its replies while it holds Python's lock. With
+ * `passes_end_on`, the read of a window's last byte goes to Python, so that Python knows how far the reader
+ * is. Concurrency: one lock; a window is not removed while an answer is copied from it. Call reads_add,
  * reads_remove and reads_remove_all with Python's lock held.
  */
 #define PY_SSIZE_T_CLEAN
@@ -30,8 +29,8 @@ static void discard(struct window *one)
 	PyMem_Free(one);
 }
 
-/* `content` stands at offset `start` of the file that is open as `handle`. It is held until it is removed.
- * With `passes_end_on`, the read of its last byte goes to Python. Does nothing if there are too many windows already. */
+/* Adds a window: `content` is at offset `start` of the file that is open as `handle`. With `passes_end_on`,
+ * the read of its last byte goes to Python. Does nothing if there are too many windows. */
 void reads_add(uint64_t handle, uint64_t start, PyObject *content, int passes_end_on)
 {
 	struct window *one = PyMem_Malloc(sizeof *one);

@@ -1,8 +1,8 @@
-/* What is written to /dev/fuse: our own answers, and libfuse's replies, extended by what libfuse or pyfuse3 does not
- * offer.
+/* Writes replies to /dev/fuse: our own, and those of libfuse, extended by features that libfuse or pyfuse3
+ * does not offer.
  *
- * A reply says which request it answers, but not what that request asked for. So libfuse is given each request
- * with its opcode in the highest byte of `unique`. The kernel counts requests in the lower ones.
+ * A reply contains the number of its request, but not the opcode. So libfuse gets each request with its
+ * opcode in the highest byte of `unique`, which the kernel's numbers do not reach.
  */
 #include "device.h"
 
@@ -13,15 +13,15 @@
 
 #define OPCODE_SHIFT 56
 #define UNIQUE ((1ULL << OPCODE_SHIFT) - 1)
-#define OUR_TRIES 6                /* for memory, after 1, 2, 4, ... 32 ms: then Python may answer */
-#define LIBFUSE_TRIES 100          /* the same, up to 64 ms each: nobody else will answer */
+#define OUR_TRIES 6                /* tries to get memory, after 1, 2, 4, ... 32 ms; then Python may answer */
+#define LIBFUSE_TRIES 100          /* the same, with pauses of up to 64 ms: nothing else will answer */
 
 #define CACHE_LISTING (1ULL << 62) /* as in device.py: in a directory's handle */
 #define PASSTHROUGH (1ULL << 61)   /* as in device.py: in a file's handle, whose lower 31 bits are then a backing id */
 #define NAME_ONLY UINT64_MAX       /* as in device.py: in an entry's generation */
 
-/* INIT. With libfuse's 12 background requests, that many stalled reads would stop the mount. A request that
- * writes never gets here: the limit on its size only bounds how many FORGETs come together. */
+/* INIT. With libfuse's 12 background requests, 12 stalled reads would stop the mount. Writes never get here:
+ * their size limit only bounds how many FORGETs come in one request. */
 #define MAX_BACKGROUND 4096
 #define CONGESTION 3072
 #define MAX_WRITE (128U << 10)
@@ -31,9 +31,9 @@
 #define INIT_PARALLEL 2
 #define INIT_PASSTHROUGH 4
 
-/* Of protocol 7.40; headers may be older. max_stack_depth is the first unused word after flags2, and backing_id the padding
- * of struct fuse_open_out. With a depth of 1, backing files may not lie on an overlay, and an overlay may lie on this mount:
- * the kernel allows two in all. */
+/* From protocol 7.40; headers may be older. max_stack_depth is the first unused word after flags2, and
+ * backing_id is the padding of struct fuse_open_out. With a depth of 1, backing files may not be on an
+ * overlay, but an overlay may use this mount: the kernel allows a depth of two. */
 #define OPEN_PASSTHROUGH (1 << 7)
 #define FLAGS2_PASSTHROUGH (1U << 5)
 #define MAX_STACK_DEPTH 1
@@ -42,9 +42,10 @@ static uint32_t offered, offered2;
 static int with_readahead, with_passthrough;
 static atomic_int init_result;
 
-/* What a failed write means is in fs/fuse/dev.c, fuse_dev_do_write. It fails with ENOENT if the request is over.
- * It may fail with ENOMEM before it has looked for the request, which then still waits. Once it has found the
- * request and can't copy the answer, it ends the request with EIO: then another try finds no request. */
+/* For the meaning of a failed write see fs/fuse/dev.c, fuse_dev_do_write. It fails with ENOENT if the request
+ * is over. It may fail with ENOMEM before it has looked for the request, which then still waits. If it has
+ * found the request but can't copy the reply, it ends the request with EIO: then another try finds no
+ * request. */
 static ssize_t write_parts(int device, const struct iovec *parts, int count, int tries)
 {
 	ssize_t written;
@@ -92,15 +93,15 @@ size_t reply_expect(struct fuse_in_header *request, size_t size)
 	return size;
 }
 
-/* Sets the word behind `word`. The headers of Linux 6.9 and later have names for these words; in older ones they
+/* Sets the word after `word`. Headers of Linux 6.9 and later have names for these words; in older ones they
  * are padding or unused. */
 static void set_behind(uint32_t *word, uint32_t value)
 {
 	memcpy((char *)word + sizeof *word, &value, sizeof value);
 }
 
-/* libfuse before 3.17 does not ask for parallel directory operations, and none asks for cached symlinks unless
- * pyfuse3 does. */
+/* libfuse before 3.17 does not ask for parallel directory operations, and no libfuse asks for cached symlinks
+ * unless pyfuse3 does. */
 static void extend_init(struct fuse_init_out *out, size_t size)
 {
 	if (with_passthrough && size >= sizeof *out && offered2 & FLAGS2_PASSTHROUGH) {
@@ -119,12 +120,12 @@ static void extend_init(struct fuse_init_out *out, size_t size)
 		out->max_write = MAX_WRITE;
 }
 
-/* An entry whose generation is NAME_ONLY goes out with node id 0. pyfuse3 has one field for the node id and for
+/* Sends entries with the generation NAME_ONLY with node id 0. pyfuse3 has one field for the node id and for
  * d_ino, and d_ino must not be 0: the C library skips such entries.
  *
- * The kernel (fs/fuse/readdir.c, fuse_direntplus_link) takes an entry with node id 0 as a name and a type, and
- * counts no reference. If it gets a node id with attributes that it rejects, it sends a FORGET for a reference
- * that nobody counted. */
+ * The kernel (fs/fuse/readdir.c, fuse_direntplus_link) takes only name and type from an entry with node id 0,
+ * and counts no reference. If it gets a node id with attributes that it rejects, it sends a FORGET for a
+ * reference that was never counted. */
 static void extend_listing(char *bytes, size_t size)
 {
 	while (size >= FUSE_NAME_OFFSET_DIRENTPLUS) {
@@ -152,7 +153,7 @@ static void extend(uint32_t opcode, void *body, size_t size)
 		/* a directory that never changes: the kernel may keep its listing */
 		opened->open_flags |= FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE;
 	else if (opcode == FUSE_OPEN && size >= sizeof *opened && opened->fh & PASSTHROUGH) {
-		/* the kernel (fs/fuse/iomode.c) takes no other flag beside this one that we would want */
+		/* the kernel (fs/fuse/iomode.c) accepts none of our other flags together with this one */
 		opened->open_flags = OPEN_PASSTHROUGH;
 		set_behind(&opened->open_flags, opened->fh & INT32_MAX); /* backing_id */
 	}
