@@ -7,8 +7,8 @@
  * is woken only for requests that it must answer: a turn of its event loop costs 0.1 ms.
  *
  * Users take turns (round robin): one request of each user is taken, then the next of each. So thousands of
- * requests of one user delay each request of another by one request only. Concurrency: one lock for all
- * queues. The thread does not use Python.
+ * requests of one user delay each request of another by one request only.
+ * Concurrency: one lock for all queues. The thread does not use Python.
  */
 #define _GNU_SOURCE
 #define FUSE_USE_VERSION 314

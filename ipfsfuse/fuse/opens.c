@@ -4,7 +4,8 @@
  *
  * A request costs pyfuse3 45 us and more. Reading a small file from the page cache takes only an open and a
  * release; so does reading a directory whose listing is cached. Listing a directory for the first time takes
- * four requests. Concurrency: one lock for the table; any thread may call.
+ * four requests.
+ * Concurrency: one lock for the table; any thread may call.
  */
 #define _GNU_SOURCE
 #include "device.h"

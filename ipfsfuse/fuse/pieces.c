@@ -6,8 +6,9 @@
  * which handles that. The staging file is opened by its name for each read, so that no descriptor keeps an
  * evicted file on the disk. One read in PASSED_ON of a file goes to Python, so that Python knows that the
  * file is in use. The leaves of a file stay in the table after it is closed. When the table is full, the file
- * that was read least recently is removed. Concurrency: one lock for the table of leaves and for the queue;
- * it is not held while a file is read. Call pieces_allow and pieces_open with Python's lock held.
+ * that was read least recently is removed.
+ * Concurrency: one lock for the table of leaves and for the queue; it is not held while a file is read. Call
+ * pieces_allow and pieces_open with Python's lock held.
  */
 #define _GNU_SOURCE
 #define PY_SSIZE_T_CLEAN

@@ -3,7 +3,8 @@
  * For an ordinary user's mount the kernel asks for 128 KiB at a time, eight times for each leaf. A request
  * costs pyfuse3 and Python 0.1 ms, and pyfuse3 copies its replies while it holds Python's lock. With
  * `passes_end_on`, the read of a window's last byte goes to Python, so that Python knows how far the reader
- * is. Concurrency: one lock; a window is not removed while an answer is copied from it. Call reads_add,
+ * is.
+ * Concurrency: one lock; a window is not removed while an answer is copied from it. Call reads_add,
  * reads_remove and reads_remove_all with Python's lock held.
  */
 #define PY_SSIZE_T_CLEAN
