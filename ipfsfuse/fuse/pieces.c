@@ -225,8 +225,8 @@ static struct leaf *put(uint64_t inode, int folder, const char *name, struct lea
 
 /* Adds a leaf: the bytes [start, start + size) of the file `inode`, which are at the same offset in the
  * staging file `name` in the open folder `folder`. `content` has the tags of its pieces. Does nothing if the
- * sizes don't fit. */ void pieces_allow(uint64_t inode, int folder, const char *name, uint64_t start,
- * uint64_t size, PyObject *content)
+ * sizes don't fit. */
+void pieces_allow(uint64_t inode, int folder, const char *name, uint64_t start, uint64_t size, PyObject *content)
 {
 	struct leaf *leaf = PyMem_Malloc(sizeof *leaf);
 	struct file *gone = NULL;
