@@ -1,2 +1,2 @@
-"""Takes files, folders and CAR files into the library (`add`, `cars`), writes DAGs to CAR files and to nodes
-(`cars`, `push`), and checks what is there."""
+"""Adds files, folders and CAR files to the library (`add`, `cars`), writes DAGs to CAR files and nodes
+(`cars`, `push`), and checks the library and CAR files."""

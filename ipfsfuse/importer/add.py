@@ -1,7 +1,7 @@
-"""`ipfsfuse add`: imports local files and folders into the library, with the CIDs that `ipfs add` gives.
+"""`ipfsfuse add`: adds local files and folders to the library, with the same CIDs as `ipfs add`.
 
-Blocking, for one thread. Several adds at once, in any number of processes, are safe. The library changes only
-when everything has been added: an add that ends early leaves nothing behind.
+Blocking, for one thread. Any number of adds may run at once, in any number of processes. The library changes
+only when everything has been added, so an add that ends early leaves nothing.
 """
 
 import os
@@ -39,7 +39,7 @@ from ipfsfuse.sources.local.library import Library, NewRoot
 # -- walking local files -------------------------------------------------------------------------------------
 
 _MAX_OPEN = 128
-"""Directories held open at once. Those above them are opened again by `..`."""
+"""Directories that are open at a time. Those above them are opened again by `..`."""
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -89,11 +89,11 @@ class _Open:
     identity: tuple[int, int]
     names: Iterator[str]
     regular: frozenset[str]
-    """Those names that the folder says are regular files."""
+    """Those names that are regular files according to the folder."""
 
 
-class naming:  # noqa: N801 - used as a function; contextlib's takes as long as the system call in it
-    """The operating system's errors as AddFailed that names the path."""
+class naming:  # noqa: N801 - used like a function; one of contextlib's takes as long as the system call in it
+    """A context manager that turns OSError into AddFailed, which names the path."""
 
     __slots__ = ("_path",)
 
@@ -111,8 +111,8 @@ class naming:  # noqa: N801 - used as a function; contextlib's takes as long as 
 
 
 def walk(path: str, name: str, hidden: bool, contents: bool = True) -> Iterator[Event]:
-    """All of `path`, called `name`, without names below it that begin with a dot unless `hidden`. Without
-    `contents` no file is opened. Raises AddFailed."""
+    """Walks `path`, whose name is `name`, and everything below it. Names below it that begin with a dot are
+    left out unless `hidden`. Without `contents`, no file is opened. Raises AddFailed."""
     stack: list[_Open] = []
     try:
         yield from _visit(path, path, name, None, hidden, contents, stack)
@@ -122,7 +122,7 @@ def walk(path: str, name: str, hidden: bool, contents: bool = True) -> Iterator[
             if child is None:
                 _pop(stack)
                 yield LeaveFolder()
-            elif contents and child in top.regular:  # nearly all
+            elif contents and child in top.regular:  # a short cut for nearly all names
                 yield from _regular(f"{top.path}/{child}", child, child, top.fd)
             else:
                 below = os.path.join(top.path, child)
@@ -161,7 +161,7 @@ def _visit(
 
 
 def _regular(path: str, at: str, name: str, parent: int | None) -> Iterator[Event]:
-    """Visits what was a regular file a moment ago."""
+    """The event of a regular file. It may have been replaced since it was listed."""
     encoded = _encoded(path, name)
     with naming(path):
         fd = os.open(at, _FLAGS | os.O_NONBLOCK, dir_fd=parent)
@@ -173,7 +173,7 @@ def _regular(path: str, at: str, name: str, parent: int | None) -> Iterator[Even
 
 
 def _encoded(path: str, name: str) -> bytes:
-    encoded = os.fsencode(name)  # as the disk has it, whatever the locale's encoding is
+    encoded = os.fsencode(name)  # the bytes on disk, for any encoding of the locale
     try:
         encoded.decode()
     except UnicodeDecodeError as exc:
@@ -202,7 +202,7 @@ def _open_directory(path: str, at: str, parent: int | None, hidden: bool) -> _Op
 
 
 def _pop(stack: list[_Open]) -> None:
-    """Ends the directory on top of the stack, and makes sure that its parent is open."""
+    """Removes and closes the directory on top of the stack, and opens its parent if that is closed."""
     with Closing(stack.pop().fd) as done:
         if stack and stack[-1].fd < 0:
             parent = stack[-1]
@@ -218,9 +218,10 @@ def _pop(stack: list[_Open]) -> None:
 STANDARD_INPUT = "-"
 
 _CHUNKS_AHEAD = 8
-"""Chunks that are read while the ones before are hashed. More are never held in memory."""
+"""Chunks that are in memory at a time: some are hashed while the next ones are read."""
 _COUNT_AFTER = 1.0
-"""Seconds after which it is counted how much there is in all: that takes a tenth as long as adding it."""
+"""Seconds after which the bytes in all are counted for the progress, which takes a tenth of the time of
+adding them."""
 _HASH_THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -228,15 +229,15 @@ _HASH_THREADS = min(4, os.cpu_count() or 1)
 class AddOptions:
     profile: Profile = UNIXFS_V1_2025
     wrap: bool = False
-    """One directory around all PATHs."""
+    """Whether to make one directory around all PATHs."""
     hidden: bool = False
-    """Take names below PATH that begin with a dot too."""
+    """Whether to add names below PATH that begin with a dot."""
     preserve_mode: bool = False
     preserve_mtime: bool = False
 
 
 class Added(NamedTuple):
-    """One file, symlink or directory that was added; `name` as `ipfs add` shows it, relative, "" for a
+    """A file, symlink or directory that was added. `name` is relative, as `ipfs add` shows it; "" for a
     wrapping directory."""
 
     cid: Cid
@@ -246,19 +247,19 @@ class Added(NamedTuple):
 
 
 Steps = Generator[Added, None, tuple[str, Built]]
-"""Each thing that was added on the way, then the name and the root."""
+"""Yields each file, symlink and directory that was added. Returns the name and the root."""
 
 AddProgress = Callable[[int, int | None, str], None]
-"""Called with (bytes read, bytes in all or None where that is not known yet, the path that is being read)."""
+"""Called with (bytes read, bytes in all or None if they are not known yet, the path that is being read)."""
 
 
 def add(
     paths: Sequence[str], options: AddOptions, library: Library | None, progress: AddProgress | None = None
 ) -> Generator[Added, None, None]:
-    """Adds all `paths` ("-" is standard input). Yields each thing when it is done, and each root after all
-    below it. Without a library only the CIDs are computed.
+    """Adds all `paths` ("-" is standard input). Yields each file, symlink and directory when it is done, a
+    directory after everything in it. Without a library, only computes the CIDs.
 
-    The roots are in the library when the iterator has ended. Closing it earlier leaves the library as it was.
+    The roots are in the library when the iterator has ended. Closing it earlier leaves the library unchanged.
     Raises UsageError, AddFailed, StoreFailed.
     """
     _check(paths, options)
@@ -285,12 +286,12 @@ def _check(paths: Sequence[str], options: AddOptions) -> None:
 
 
 def _name(path: str) -> str:
-    """The name of a PATH, also of `.` and the like."""
+    """The name of the file at `path`, also for paths such as `.`."""
     return os.path.basename(os.path.abspath(path)) or "root"
 
 
 class _Adder:
-    """One add while it runs. Several threads hash while the next chunks are read."""
+    """One run of `add`. Several threads hash while the next chunks are read."""
 
     def __init__(
         self,
@@ -318,7 +319,7 @@ class _Adder:
         self.roots: list[NewRoot] = []
 
     def _count(self) -> int | None:
-        """Bytes in all, None if standard input is among the paths."""
+        """Bytes in all; None if standard input is one of the paths."""
         if STANDARD_INPUT in self._paths:
             return None
         walks = (walk(path, _name(path), self._options.hidden, contents=False) for path in self._paths)
@@ -359,7 +360,7 @@ class _Adder:
         return name, built
 
     def _tree(self, path: str) -> Steps:
-        """Everything below one PATH. A directory comes after everything in it."""
+        """Adds one PATH and everything below it."""
         open_dirs: list[_Directory] = []
         for event in walk(path, _name(path), self._options.hidden):
             if isinstance(event, EnterFolder):
@@ -392,8 +393,7 @@ class _Adder:
     # -- the file at `self._path` ----------------------------------------------------------------------------
 
     def _regular(self, fd: int, status: os.stat_result, stored: Stored) -> Built:
-        """An open file whose status was `status` before. Raises AddFailed if it has changed when all of it
-        was read."""
+        """Adds an open file, whose status was `status`. Raises AddFailed if it changed while it was read."""
         built = self._file(self._sized(fd, status.st_size), stored)
         after = os.fstat(fd)
         if built.size != status.st_size or (after.st_size, after.st_mtime_ns) != (
@@ -430,8 +430,8 @@ class _Adder:
         return block.built
 
     def _sized(self, fd: int, size: int) -> Iterator[bytes]:
-        """`size` bytes in chunks of the profile, fewer if the file ends earlier. Its end costs no extra
-        read."""
+        """`size` bytes in chunks of the profile; fewer if the file ends earlier. Needs no extra read to find
+        the end."""
         if size == 0 and self._chunk(fd, 1):
             raise AddFailed(
                 f"{self._path} has content but says it is empty, as files of /proc do: add a copy, or pipe "
@@ -442,7 +442,7 @@ class _Adder:
             yield chunk
 
     def _unsized(self, fd: int) -> Iterator[bytes]:
-        """All that a pipe, a terminal or a socket delivers."""
+        """Everything from a pipe, a terminal or a socket, in chunks."""
         while chunk := self._chunk(fd, self._profile.chunk_size):
             yield chunk
 
@@ -459,7 +459,7 @@ class _Adder:
 
 
 class _Directory(NamedTuple):
-    """A directory that was entered, and the children that are done."""
+    """A directory that was entered, and its children that are added."""
 
     event: EnterFolder
     shown: str

@@ -1,8 +1,8 @@
-"""DAGs as CAR files: `export` writes one, `import_car` takes one into the library, `car_damage` and
-`library_damage` check what is there. Every block is verified.
+"""CAR files of DAGs: `export` writes one, `import_car` adds one to the library, `car_damage` and
+`library_damage` check a CAR file or the library. Every block is verified.
 
-Concurrency: one task per export. Some blocks are fetched ahead, side by side, and all are written in one
-order. The file appears at the end, complete. The other functions block, for one thread each.
+Concurrency: one task per export. Some blocks are fetched ahead in parallel, and all are written in a fixed
+order. The file appears when it is complete. The other functions block, for one thread each.
 """
 
 import os
@@ -35,7 +35,7 @@ from ipfsfuse.sources.local.car_writer import CarWriter
 from ipfsfuse.sources.local.library import Library, NewRoot, damaged_roots, lost_packs, store_errors
 
 _FETCHED_AHEAD = 16
-"""Blocks fetched side by side."""
+"""Blocks that are fetched in parallel."""
 
 GetBlock = Callable[[Cid], Awaitable[bytes]]
 Progress = Callable[[int], None]
@@ -45,10 +45,10 @@ Progress = Callable[[int], None]
 async def export(
     root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: Progress | None = None
 ) -> int:
-    """Writes everything below `root` to `file`: a CARv1, or a CARv2 with its index if `indexed`.
+    """Writes the DAG `root` to `file`: a CARv1, or a CARv2 with its index if `indexed`.
 
     Each block is written once, parents first, and links in their order, as `ipfs dag export` does. Returns
-    the bytes of CAR data.
+    the number of bytes of CAR data.
 
     Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be known,
     StoreFailed.
@@ -58,10 +58,10 @@ async def export(
 
 
 async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: Progress | None = None) -> int:
-    """Writes a CARv1 to a descriptor, which may be a pipe. Its reader must look at how this process ends,
-    because a CAR that ends early can be a valid CAR.
+    """Writes a CARv1 to a descriptor, which may be a pipe. Its reader must check the exit code of this
+    process, because a CAR that ends early can be a valid CAR.
 
-    Raises BrokenPipeError if nobody reads any more, and what `export` raises."""
+    Raises BrokenPipeError if the reader is gone, and what `export` raises."""
     try:
         return await _fill(
             CarWriter(fd, Path(tempfile.gettempdir()), [root], indexed=False), root, get, progress
@@ -84,9 +84,9 @@ async def _fill(writer: CarWriter, root: Cid, get: GetBlock, progress: Progress 
 
 @contextmanager
 def _appearing(file: Path) -> Iterator[int]:
-    """A file to write to. It gets the name `file` at the end, if nothing failed."""
+    """A temporary file to write to. It is renamed to `file` at the end, unless something failed."""
     try:
-        if file.exists() and not file.is_file():  # else root would replace /dev/null itself
+        if file.exists() and not file.is_file():  # otherwise root would replace /dev/null
             raise StoreFailed(f"{file} exists and is not a file: name another")
         fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
         try:
@@ -126,15 +126,15 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: Progress
 
 
 def links(cid: Cid, block: bytes) -> list[Cid]:
-    """What a block links. Raises Unsupported for a codec whose links can't be known, Malformed."""
+    """The links of a block. Raises Malformed, and Unsupported for a codec whose links can't be read."""
     if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.CODECS):
         raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
     return nodes.links(cid, block)
 
 
 async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) -> None:
-    """Adds the verified blocks of `wanted` to `fetched`. Raises only for the first: the others are fetched
-    again when it is their turn."""
+    """Adds the verified blocks of `wanted` to `fetched`. Raises only for the first one: the others are
+    fetched again when they are needed."""
     failure: list[IpfsFuseError] = []
 
     async def one(cid: Cid) -> None:
@@ -194,10 +194,10 @@ async def content(path: IpfsPath, get: GetBlock) -> AsyncIterator[memoryview]:
 
 
 def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot]:
-    """Takes all that the roots of a CAR file reach into `library`. Returns the roots.
+    """Adds the DAGs of all roots of a CAR file to `library`. Returns the roots.
 
-    Blocks that the CAR lacks may be in the library already. If one is in neither, or is wrong, the library
-    stays as it was. Raises AddFailed, StoreFailed.
+    Blocks that the CAR lacks may be in the library already. If a block is in neither, or is wrong, the
+    library is unchanged. Raises AddFailed, StoreFailed.
     """
     with _opened_car(file) as car, library.open_writer() as writer:
         if not car.roots:
@@ -236,8 +236,7 @@ def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot
 
 @contextmanager
 def _opened_car(file: Path) -> Iterator[CarFile]:
-    """A CAR file with an index, which is built in a temporary folder where it brings none. Raises
-    AddFailed."""
+    """Opens a CAR file with its index. If it has none, builds one in a temporary folder. Raises AddFailed."""
     with tempfile.TemporaryDirectory(prefix="ipfsfuse-") as indexes:
         try:
             if not file.is_file():
@@ -269,8 +268,8 @@ def _verified(cid: Cid, get: Callable[[Cid], bytes]) -> bytes:
 def _damage(
     roots: Sequence[tuple[Cid, str]], get: Callable[[Cid], bytes], progress: Progress
 ) -> Iterator[tuple[str, str]]:
-    """Hashes every block below `roots`, each with the name to show. Yields (path, reason) of each block that
-    is missing or wrong. `get` returns an unverified block, and raises IpfsFuseError."""
+    """Verifies every block below `roots` (CID, name to show). Yields (path, reason) of each missing or wrong
+    block. `get` returns an unverified block, and raises IpfsFuseError."""
     walk = BlockWalk((), "")
     done = 0
     for root, name in roots:
@@ -289,7 +288,7 @@ def _damage(
 
 
 def _named_links(cid: Cid, block: bytes) -> list[tuple[Cid, str]]:
-    """What a block links, each with the name of its entry; "" where that is no entry."""
+    """The links of a block, each with the name of its entry; "" for a link that is not an entry."""
     try:
         node = parse(cid, block) if cids.codec(cid) == cids.DAG_PB else None
     except IpfsFuseError:
@@ -301,8 +300,8 @@ def _named_links(cid: Cid, block: bytes) -> list[tuple[Cid, str]]:
 
 
 def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, str]]:
-    """(path, reason) of each root that can't be read, and of each block that is missing or wrong below the
-    others. Hashes all."""
+    """(path, reason) of each root that can't be read, and of each missing or wrong block below the others.
+    Verifies every block."""
     entries = library.entries()
     for path in damaged_roots(library.folder, entries):
         yield path.name, f"{path} can't be read: add its content again, or remove that file"
@@ -316,7 +315,7 @@ def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, 
 
 
 def car_damage(file: Path, progress: Progress) -> Iterator[tuple[str, str]]:
-    """The same of what the roots of a CAR file reach. Raises AddFailed if it is not a CAR."""
+    """The same for the DAGs of all roots of a CAR file. Raises AddFailed if it is not a CAR."""
     with _opened_car(file) as car:
 
         def get(cid: Cid) -> bytes:

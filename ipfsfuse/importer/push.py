@@ -1,7 +1,7 @@
-"""`push`: a DAG to a Kubo node, in CARs of some blocks each, and a pin of it there.
+"""`push`: sends a DAG to a Kubo node, in CARs of some blocks each, and pins it there.
 
-Concurrency: one task per push. The node is asked for some blocks side by side, so that what an earlier push
-brought is not sent again.
+Concurrency: one task per push. It asks the node about some blocks in parallel, so that blocks of an earlier
+push are not sent again.
 """
 
 import json
@@ -19,22 +19,22 @@ from ipfsfuse.importer.cars import GetBlock, links, verified
 from ipfsfuse.sources.http.kubo import Rpc
 
 _TOGETHER = 32
-"""Blocks that the node is asked for together."""
+"""Blocks that the node is asked about together."""
 _ASKED_TOGETHER = 8
-"""Questions to the node at a time: with more it answers no faster."""
+"""Requests to the node at a time. With more it answers no faster."""
 _BATCH = 8 << 20
-"""Bytes of blocks after which they are sent."""
+"""Bytes of blocks that are sent in one CAR."""
 _ROUNDS = 3
-"""How often blocks are sent again that the node's garbage collection removed meanwhile."""
+"""How often blocks are sent, in case the node's garbage collection removes some meanwhile."""
 _ANSWER = 4 << 20
-"""Bytes of the answer to a pin: it says how far it is twice a second."""
+"""Bytes of the answer to a pin, which reports its progress twice a second."""
 
 PushProgress = Callable[[int, int | None], None]
-"""Called with the bytes done so far, and the bytes in all as the root's links claim them."""
+"""Called with the bytes done so far, and the bytes in all as the root's links claim."""
 
 
 class Pushed(NamedTuple):
-    """Blocks and bytes that were sent, and the blocks that were at the node already."""
+    """The numbers of blocks and bytes that were sent, and of blocks that the node had already."""
 
     blocks: int
     bytes: int
@@ -42,11 +42,11 @@ class Pushed(NamedTuple):
 
 
 async def push(root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> Pushed:
-    """Sends all below `root` that the node does not have, and pins `root` there, recursively.
+    """Sends the blocks of the DAG `root` that the node does not have, and pins `root` there recursively.
 
-    After a failure the next push goes on where this one ended, unless the node collects its garbage in
+    After a failure, the next push goes on where this one ended, unless the node collects its garbage in
     between. Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be
-    known, and SourceFailed."""
+    read, and SourceFailed."""
     job = _Pusher(root, get, node, progress)
     for last in [False] * (_ROUNDS - 1) + [True]:
         await job.send_all()
@@ -63,16 +63,16 @@ async def push(root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> P
 
 
 async def _pin(root: Cid, node: Rpc) -> None:
-    """Raises NotHere for a block that the node does not have."""
+    """Pins `root`. Raises NotHere if the node lacks a block."""
     text = cids.text(root)
     said = await node.call("pin/add", [("arg", text), ("progress", "true"), ("offline", "true")], _ANSWER)
     try:
         pins = [str(pin) for line in said.splitlines() for pin in json.loads(line).get("Pins") or ()]
         if [cids.canonical(cids.parse(pin)) for pin in pins] == [cids.canonical(root)]:
             return
-    except Exception as exc:  # whatever it sent
+    except Exception as exc:  # the node may send anything
         raise SourceFailed(f"{node.name} pin/add: its answer can't be understood", "node") from exc
-    raise NotHere(f"{node.name}: the pin of {text} was not made")  # it failed after the answer had begun
+    raise NotHere(f"{node.name}: the pin of {text} was not made")  # the pin failed after the answer had begun
 
 
 class _Pusher:
@@ -96,7 +96,7 @@ class _Pusher:
         await self._send()
 
     async def _one(self, item: Unexpanded[None], present: bool) -> list[Cid]:
-        """Handles one block. Returns what it links."""
+        """Sends one block if it is not `present`. Returns its links."""
         cid = item.cid
         if present and cids.codec(cid) == cids.RAW:
             self.present += 1
@@ -119,7 +119,7 @@ class _Pusher:
         return links(cid, block)
 
     async def _present(self, wanted: Sequence[Cid]) -> set[Cid]:
-        """Those that the node has itself."""
+        """Those of `wanted` that the node itself has."""
         found: set[Cid] = set()
         limit = trio.Semaphore(_ASKED_TOGETHER)
         failed: list[Exception] = []
@@ -153,7 +153,7 @@ class _Pusher:
 
 
 def _size(said: bytes) -> int:
-    """Bytes of a block, as the node says; 0 for what no block can have."""
+    """Bytes of a block according to the node; 0 if that is not a possible size."""
     try:
         size = json.loads(said)["Size"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -162,7 +162,7 @@ def _size(said: bytes) -> int:
 
 
 def _claimed(cid: Cid, block: bytes) -> int | None:
-    """Bytes of the whole DAG, as the links of its root claim."""
+    """Bytes of the whole DAG, as its root's links claim."""
     if cids.codec(cid) != cids.DAG_PB:
         return None
     return len(block) + sum(link.tsize for link in dagpb.decode(block).links)

@@ -1,2 +1,2 @@
-"""The tree as a file system sees it: child, entries, read, readlink over nodes. No FUSE, no errno, no disk,
-no URL."""
+"""The file system's operations on nodes: child, entries, read, readlink. No FUSE, no errno, no disk, no
+URL."""

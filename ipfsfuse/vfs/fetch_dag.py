@@ -1,8 +1,8 @@
-"""Fetches a whole DAG, for `ipfsfuse prefetch` and `ipfsfuse pin`. What is staged is not fetched again, so it
+"""Fetches a whole DAG, for `ipfsfuse prefetch` and `ipfsfuse pin`. Staged blocks are not fetched again, so it
 can be resumed.
 
-Concurrency: some files side by side. Memory holds the CID of everything that was seen, and the children that
-are still to come of each directory on the way down.
+Concurrency: some files in parallel. Memory holds all CIDs that were seen, and the remaining children of each
+directory on the current path.
 """
 
 from collections.abc import Awaitable, Callable
@@ -20,7 +20,7 @@ from ipfsfuse.errors import NotALeaf
 from ipfsfuse.vfs.tree import Tree
 
 FILES_TOGETHER = 8
-"""Files that are fetched side by side."""
+"""Files that are fetched in parallel."""
 WINDOW = 16 << 20
 """Bytes of one file that are requested together."""
 
@@ -33,7 +33,7 @@ class Totals:
     directories: int = 0
     bytes: int = 0
     expected: int = 0
-    """Bytes by the links' claims, 0 if nothing states them."""
+    """Bytes in all, as the links claim; 0 if they claim nothing."""
 
 
 OnProgress = Callable[[Totals], Awaitable[None]]
@@ -43,10 +43,9 @@ OnFile = Callable[[FileRef], Awaitable[None]]
 async def fetch_all(
     tree: Tree, root: Cid, depth: int | None, on_progress: OnProgress, on_file: OnFile | None = None
 ) -> Totals:
-    """Fetches `root` and everything below it, `depth` levels of directories down (None: all).
+    """Fetches `root` and everything below it, down to `depth` levels of directories (None: all).
 
-    `on_file` is awaited for each file before its leaves are fetched. Raises the first error that any block
-    meets."""
+    Calls `on_file` for each file before its leaves are fetched. Raises the first error of any block."""
     job = _Job(tree, on_progress, on_file)
     node = await tree.node(root)
     if isinstance(node, File):
@@ -82,7 +81,7 @@ class _Job:
                     await self._free.acquire()
                     nursery.start_soon(self._file, node, nursery.cancel_scope)
                 else:
-                    await trio.lowlevel.checkpoint()  # getting a node that its CID holds is none
+                    await trio.lowlevel.checkpoint()  # an inline node comes without a checkpoint
         if self._failed:
             raise self._failed[0]
 
@@ -97,7 +96,7 @@ class _Job:
 
     async def _file(self, file: File, scope: trio.CancelScope) -> None:
         try:
-            if nodes.holds_values(file.cid):  # it came with its block
+            if nodes.holds_values(file.cid):  # its content came with its block
                 self.totals.bytes += file.size
             else:
                 ref = FileRef(cids.canonical(file.cid), file.size)

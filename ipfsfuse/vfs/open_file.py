@@ -1,6 +1,6 @@
-"""An open file: which leaves lie under a read, and what to fetch ahead of it.
+"""An open file: finds the leaves under a read, and fetches ahead of a sequential reader.
 
-Concurrency: reads of one open file may overlap. What is fetched ahead ends when the file is closed.
+Concurrency: reads of one open file may overlap. Closing the file cancels what is being fetched ahead.
 """
 
 from bisect import bisect_left, bisect_right, insort
@@ -20,10 +20,10 @@ from ipfsfuse.sources.base import current_request
 from ipfsfuse.vfs.tree import Tree
 
 RECENT = 64
-"""Leaves that are remembered as asked for."""
+"""Requested leaves that are remembered."""
 STRETCHES = 4
-"""Walks whose leaves are remembered. With the last alone a reader and its read-ahead took turns in walking
-anew: 12 % of the CPU of a cold read."""
+"""Walks whose leaves are remembered. With only the last one, a reader and its read-ahead walked again in
+turns: 12 % of the CPU of a cold read."""
 
 MIN_WINDOW = 2 << 20
 MAX_WINDOW = 16 << 20
@@ -34,14 +34,14 @@ _OFFSET = attrgetter("offset")
 
 
 class Window(NamedTuple):
-    """Bytes to bring in: `size` from `start`."""
+    """Bytes to fetch: `size` from `start`."""
 
     start: int
     size: int
 
 
 class ReadAhead:
-    """The state of one open file."""
+    """Decides what to fetch ahead for one open file. Pure."""
 
     def __init__(self, file_size: int) -> None:
         self._file_size = file_size
@@ -52,7 +52,8 @@ class ReadAhead:
         """Whether the last read followed the one before it."""
 
     def note(self, offset: int, size: int) -> Window | None:
-        """A read of `size` bytes at `offset`; returns what should be fetched behind it, if anything."""
+        """Notes a read of `size` bytes at `offset`. Returns what should be fetched ahead of it, if
+        anything."""
         end = offset + size
         follows = self._next - SLACK <= offset <= self._next + max(SLACK, self._window)
         first, self._next = self._next < 0, max(end, self._next) if follows else end
@@ -69,16 +70,18 @@ class ReadAhead:
         return Window(start, size) if size > 0 else None
 
 
-# -- what was fetched ahead ----------------------------------------------------------------------------------
+# -- leaves that were fetched ahead --------------------------------------------------------------------------
 
-# It is in flight, not cached: each piece is given away once, and then dropped.
+# They are not cached here: each byte is given to the reader once, and then dropped.
 
 MAX_LEAVES = 64 << 20
-"""Bytes of leaves that may be in flight, for all open files together."""
+"""Bytes of leaves in the buffers of all open files together."""
 BEHIND = 4 << 20
-"""Bytes that a leaf may be behind the reader before it is dropped: the kernel asks a little out of order."""
+"""Bytes by which a leaf may be behind the reader before it is dropped: the kernel reads a little out of
+order."""
 UNSEEN = 4 << 20
-"""Bytes that a reader may take in C without a call to Python. The next fetch may begin so much later."""
+"""Bytes that the C thread may give to a reader without a call to Python. The next fetch may begin so much
+later."""
 
 
 class BufferBudget:
@@ -89,41 +92,41 @@ class BufferBudget:
 
 
 class ReadWindows(Protocol):
-    """Bytes of one open file that its reader gets without a call to Python."""
+    """The bytes of one open file that the C thread may give to its reader without Python."""
 
     def add(self, offset: int, content: Content, notify: bool) -> None:
-        """With `notify`, the read of the last byte still calls Python."""
+        """Adds bytes at `offset`. With `notify`, the read of the last byte still calls Python."""
         ...
 
     def remove(self, offset: int) -> None:
-        """Nobody reads what was added at `offset` once this has returned."""
+        """Removes the bytes that were added at `offset`. After this returns, they are not read any more."""
         ...
 
     def allow(self, folder: int, name: bytes, offset: int, size: int, tags: bytes) -> None:
-        """From now on small reads within the leaf at `offset`, of `size` bytes, may be given as a `Pieces`
-        says, to all who have the file open. Some still call Python."""
+        """Lets the C thread answer small reads within the leaf at `offset`, of `size` bytes, from its staging
+        file (`cache.base.Pieces`), for all that have the file open. Some reads still call Python."""
         ...
 
 
 class PrefetchBuffer:
-    """The leaves of one open file, by offset.
+    """Leaves of one open file, by offset.
 
-    A leaf is dropped when its last byte was read, when the reader has left it behind or reached the file's
-    end, or when the file is closed. It is not taken in when the budget is used up."""
+    A leaf is dropped when its last byte was read, when it is too far behind the reader, when the reader has
+    reached the file's end, or when the file is closed. It is not added if the budget is used up."""
 
     def __init__(self, budget: BufferBudget, size: int = 0, windows: ReadWindows | None = None) -> None:
-        """`size` is the file's. The read of its last byte always calls Python."""
+        """`size`: the file's bytes. The read of the last byte always calls Python."""
         self._budget = budget
         self._size = size
         self._windows = windows
         self._closed = False
         self.leaves: dict[int, Content] = {}
-        """By their offsets. `put` and `drop` change it."""
+        """The leaves by offset. Changed only by `put` and `drop`."""
         self._starts: list[int] = []
-        """Their offsets, sorted."""
+        """The offsets, sorted."""
 
     def put(self, offset: int, content: Content) -> None:
-        """Keeps a leaf for the reader, if the budget allows."""
+        """Adds a leaf for the reader, if the budget allows it."""
         if len(content) <= self._budget.left and offset not in self.leaves and not self._closed:
             self.leaves[offset] = content
             insort(self._starts, offset)
@@ -133,8 +136,8 @@ class PrefetchBuffer:
                 self._windows.add(offset, content, offset // UNSEEN != end // UNSEEN or end == self._size)
 
     def read(self, offset: int, size: int) -> Content | None:
-        """What a sequential reader asks for, if leaves here hold all of it. Leaves of which it has then read
-        the last byte, or that it has left behind, are dropped."""
+        """The bytes of a sequential read, if all of them are here. Drops leaves whose last byte was read, or
+        that are too far behind the reader."""
         parts: list[memoryview] = []
         done: list[int] = []
         first, end, at = offset, offset + size, bisect_right(self._starts, offset) - 1
@@ -151,7 +154,7 @@ class PrefetchBuffer:
                 done.append(start)
             offset, at = stop, at + 1
         if end == self._size:
-            self.clear()  # leaves that were read in C are still there
+            self.clear()  # leaves that the C thread has given are still here
         else:
             for start in done:
                 self.drop(start)
@@ -160,7 +163,7 @@ class PrefetchBuffer:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def passed(self, offset: int) -> None:
-        """Everything before `offset` was read. Leaves well behind it are dropped."""
+        """Notes that everything before `offset` was read. Drops leaves far behind it."""
         while self._starts and self._starts[0] + len(self.leaves[self._starts[0]]) <= offset - BEHIND:
             self.drop(self._starts[0])
 
@@ -173,7 +176,7 @@ class PrefetchBuffer:
                 self._windows.remove(offset)
 
     def close(self) -> None:
-        """Nothing is taken in from now on."""
+        """Drops all leaves, and accepts no more."""
         self._closed = True
         self.clear()
 
@@ -189,7 +192,7 @@ class OpenFile:
     def __init__(
         self, tree: Tree, file: File, budget: BufferBudget, windows: ReadWindows | None = None
     ) -> None:
-        """Reads that are answered from `windows` are not seen here."""
+        """`windows`: for reads that the C thread answers. They are not seen here."""
         self._tree = tree
         self._file = file
         self._ref = FileRef(cids.canonical(file.cid), file.size)
@@ -198,26 +201,27 @@ class OpenFile:
         self._buffer = PrefetchBuffer(budget, file.size, windows)
         self._windows = windows
         self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
-        """Runs of leaves that walks found last: a reader is in one while another is fetched ahead."""
+        """The leaves that the last walks found: a reader is in some of them while others are fetched
+        ahead."""
         if file.inline == file.size:
             self._stretches.append((Leaf(file.cid, 0, file.size),))
             if (come := tree.small_files.take(file.cid)) is not None:
                 self._buffer.put(0, come)
         self._asked: deque[int] = deque(maxlen=RECENT)
-        """Offsets of the leaves asked for last: on their way already, not to be fetched ahead."""
+        """Offsets of the leaves that were requested last, so that they are not fetched ahead too."""
         self._sure = False
-        """True once a supposed leaf turned out to be an interior node: then every node is looked at."""
+        """Set when a supposed leaf was an interior node. From then on every node is examined."""
         self._scopes: set[trio.CancelScope] = set()
         tree.opened(self._ref)
 
     def close(self) -> None:
-        """Ends what is still being fetched ahead."""
+        """Cancels what is being fetched ahead, and drops the buffer."""
         for scope in self._scopes:
             scope.cancel()
         self._buffer.close()
 
     async def read(self, offset: int, size: int) -> Content:
-        """`size` content bytes from `offset`, fewer only at the file's end."""
+        """`size` bytes of the content from `offset`; fewer only at the file's end."""
         size = min(size, self._file.size - offset)
         if size <= 0:
             return b""
@@ -239,14 +243,14 @@ class OpenFile:
             return await self._range(offset, size)
 
     async def _range(self, offset: int, size: int) -> Content:
-        """The bytes of all leaves that lie under a read. What is left of the last one a sequential reader
-        finds in the buffer, so that its hash pays once."""
+        """The bytes of a read, from its leaves. For a sequential reader, puts the last leaf into the buffer,
+        so that it is hashed only once."""
         parts: list[Content] = []
         cache, sequential = self._tree.cache, self._ahead.sequential
         end = offset + size
         while offset < end:
             leaves: Sequence[Leaf] = ()
-            for stretch in self._stretches:  # found by the last walks
+            for stretch in self._stretches:  # leaves of the last walks
                 if not leaves and stretch[0].offset <= offset < stretch[-1].offset + stretch[-1].size:
                     first_leaf = bisect_right(stretch, offset, key=_OFFSET) - 1
                     leaves = stretch[first_leaf : bisect_left(stretch, end, key=_OFFSET)]
@@ -268,7 +272,7 @@ class OpenFile:
                     data = await cache.leaf(self._ref, leaf, early=True)
                 parts.append(memoryview(data)[first:last])
                 if sequential and offset == self._file.size:
-                    self._buffer.clear()  # what was read from the windows is still there
+                    self._buffer.clear()  # leaves that the C thread has given are still there
                 elif last == leaf.size:
                     self._buffer.drop(leaf.offset)
                 elif sequential:
@@ -297,6 +301,6 @@ class OpenFile:
                     self._ref, leaves, lambda leaf, data: self._buffer.put(leaf.offset, data)
                 )
             except IpfsFuseError:
-                pass  # a read there will raise it
+                pass  # the read of these leaves will raise it
             finally:
                 self._scopes.discard(scope)

@@ -1,16 +1,15 @@
 """Prefetch in directories.
 
 If a program lists a directory and then uses its children in that order, the next children are fetched ahead.
-If it does so with several directories, the directories after them are fetched ahead too, with all that they
-hold. A listing alone fetches nothing, and neither does a program that picks single files.
+If it does so with several directories, the directories after them are fetched ahead too, with their contents.
+A listing alone fetches nothing, and a program that picks single files causes no prefetch.
 
-- `ScanTracker` is pure policy: it is given which children of one listed page were used, and says which to
-  fetch.
-- `SubtreePrefetcher` decides which directories are worth one request for all their blocks (a CAR) instead of
-  one request for each block.
-- `DirectoryPrefetcher` carries both out.
+- `ScanTracker` is pure policy: it is told which children of a listed page were used, and says which to fetch.
+- `SubtreePrefetcher` decides for which directories one request for all blocks (a CAR) is better than one
+  request for each block.
+- `DirectoryPrefetcher` carries out both.
 
-Concurrency: the event loop's. At most FETCHED_TOGETHER blocks of one page are on their way at a time.
+Concurrency: on the event loop. At most FETCHED_TOGETHER blocks of one page are fetched at a time.
 """
 
 from collections import OrderedDict
@@ -30,39 +29,40 @@ from ipfsfuse.sources.base import Subtree, current_request
 from ipfsfuse.structures import Lru
 
 SMALL_FILE = 64 << 10
-"""Bytes of the largest child, by its link's claim, that counts as small. Larger files have a read-ahead of
-their own."""
+"""Bytes of the largest child, as its link claims, that counts as small. For larger files there is
+read-ahead."""
 
 # Scans
 STEPS_TO_SCAN = 2
-"""Uses, each after the one before, that make a scan. From then on the next children are fetched."""
+"""Uses in order, after the first, that make a scan. From then on the next children are fetched."""
 MAX_GAP = 4
-"""How far the next use may be from the last one: some children may be known already, or of no interest."""
+"""How far the next use may be from the last one: the kernel may know some children already, or the program
+may skip some."""
 WINDOW = 64
 """Children that are fetched ahead of the reader."""
 FETCHED_TOGETHER = 8
 DIRECTORIES_AHEAD = 4
-"""Directories that are fetched ahead of a reader who goes through the contents of each."""
+"""Directories that are fetched ahead of a reader that goes through the contents of each."""
 MAX_TRACKED = 20_000
 """Children of the listed pages that are remembered."""
 
 # Whole directories by one request
 MAX_CONTENTS = 16 << 20
-"""Bytes, by its links' claims, of the largest directory whose contents are fetched by one request."""
+"""Bytes, as its links claim, of the largest directory whose contents are fetched by one request."""
 MAX_NODES = 4 << 20
-"""Bytes of HAMT nodes that one request fetches: those of about 50,000 entries."""
+"""Bytes of HAMT nodes that one request fetches, enough for about 50,000 entries."""
 FEW_NODES = 8
 """A HAMT with fewer nodes than this below its root is fetched node by node."""
 SLACK = 1 << 20
-"""Bytes that an answer may have beyond the claims of the links."""
+"""Bytes that an answer may have beyond what the links claim."""
 MAX_DONE = 10_000
-"""Directories that are remembered as fetched."""
+"""Fetched directories that are remembered."""
 MAX_SMALL_FILES = 16 << 20
-"""Bytes of small files that may be in flight: fetched, and their reader still to come."""
+"""Bytes of small files that were fetched and not read yet."""
 
 
 class ScanTracker:
-    """The children of one listed page, and how far their reader has come."""
+    """Follows a reader through the children of one listed page."""
 
     def __init__(self, directory: Cid, children: Sequence[Cid], above: "ScanTracker | None" = None) -> None:
         """`above` tracks the page on which `directory` itself was listed."""
@@ -78,7 +78,7 @@ class ScanTracker:
         self._next = self._goal = self._next_deep = 0
 
     def note(self, index: int) -> bool:
-        """Child `index` was used. Returns whether some children should be fetched now."""
+        """Notes that child `index` was used. Returns whether children should be fetched now."""
         if index == self._last:
             return False
         follows = self._last < index <= self._last + MAX_GAP
@@ -96,18 +96,18 @@ class ScanTracker:
 
     @property
     def scanning(self) -> bool:
-        """Whether the reader has kept to the order so far."""
+        """Whether the reader has used children in order so far."""
         return self._steps > 0
 
     def take(self) -> Cid | None:
-        """The next child to fetch. None if the reader should come nearer first."""
+        """The next child to fetch; None if enough are fetched ahead of the reader."""
         if self._next >= self._goal:
             return None
         self._next += 1
         return self.children[self._next - 1]
 
     def take_deep(self) -> Cid | None:
-        """The next child to fetch with everything that it holds."""
+        """The next child to fetch with its contents; None if enough are fetched ahead of the reader."""
         self._next_deep = max(self._next_deep, self._last + 1)
         if self._next_deep > self._last + DIRECTORIES_AHEAD or self._next_deep >= len(self.children):
             return None
@@ -116,7 +116,7 @@ class ScanTracker:
 
 
 class SmallFileBuffer:
-    """Small files that arrived with their directory, and whose reader is still to come.
+    """Small files that arrived with their directory and were not read yet.
 
     Each is given away once: to the page cache when the reader comes near, or to the program that opens it. If
     there are too many, the oldest are dropped."""
@@ -126,7 +126,7 @@ class SmallFileBuffer:
         self._bytes = 0
 
     def put(self, cid: Cid, content: bytes) -> None:
-        """The verified content of a raw file that has just arrived."""
+        """Adds the verified content of a raw file that has just arrived."""
         if cid not in self._files:
             self._files[cid] = content
             self._bytes += len(content)
@@ -140,7 +140,7 @@ class SmallFileBuffer:
         return content
 
     def take_all(self, wanted: Iterable[Cid]) -> Iterator[tuple[Cid, bytes]]:
-        """Those of `wanted` that are here."""
+        """Removes and yields those of `wanted` that are here."""
         for cid in wanted:
             content = self.take(cid)
             if content is not None:
@@ -148,33 +148,34 @@ class SmallFileBuffer:
 
 
 class SubtreePrefetcher:
-    """Fetches the blocks of a directory by one request, where a request for each block would cost more."""
+    """Fetches the blocks of a directory by one request if a request for each block would cost more."""
 
     def __init__(
         self, cache: Cache, remember: Callable[[Node, int], None], small_files: SmallFileBuffer
     ) -> None:
-        """`remember` is called with each node that arrives and the size of its block; `small_files` gets
-        small files."""
+        """Calls `remember` with each node that arrives and the size of its block. Puts small files into
+        `small_files`."""
         self._cache = cache
         self._remember = remember
         self._small_files = small_files
         self._done: Lru[Cid, bool] = Lru(MAX_DONE)
 
     def forget(self) -> None:
-        """Blocks have left the cache, so contents may have to be fetched again."""
+        """Forgets which directories were fetched. Called when blocks were evicted."""
         self._done.clear()
 
     def nodes_of(self, directory: Directory | Shard) -> None:
-        """`directory` is being listed from its beginning, so all nodes of a HAMT will be needed."""
+        """Starts to fetch the nodes of a HAMT. Called when `directory` is listed from its beginning, because
+        all nodes will be needed."""
         if isinstance(directory, Shard):
             deeper = hamt.deeper(directory)
             if len(deeper) >= FEW_NODES:
                 self._cache.gather(Subtree(directory.cid, False, MAX_NODES), deeper, self._node_arrived)
 
     def contents_of(self, directory: Node) -> trio.Event | None:
-        """Starts to fetch the children of `directory`. The event is set when they have arrived.
+        """Starts to fetch the children of `directory`. The returned event is set when they have arrived.
 
-        None if they are too large to be fetched together, or if this was asked before."""
+        Returns None if they are too large to be fetched together, or if they were fetched before."""
         if self._done.get(directory.cid):
             return None
         self._done.put(directory.cid, True)
@@ -208,7 +209,7 @@ class SubtreePrefetcher:
 
 
 def _links(node: Node) -> Links:
-    """The links of a directory of UnixFS, or of one node of a HAMT. Nothing for any other node: the links of
+    """The links of a UnixFS directory, or of one node of a HAMT. Empty for other nodes, because links of
     other codecs state no sizes."""
     return (
         node.links if isinstance(node, Directory | Shard) and cids.codec(node.cid) == cids.DAG_PB else Links()
@@ -218,7 +219,7 @@ def _links(node: Node) -> Links:
 class DirectoryPrefetcher:
     """Tracks the pages that were listed last, and fetches what `ScanTracker` says.
 
-    `fetch` fetches one child, unless `known` has something for it. `contents_of` is
+    `fetch` fetches one child. It is not called if `known` returns something for the child. `contents_of` is
     `SubtreePrefetcher.contents_of`."""
 
     def __init__(
@@ -236,8 +237,8 @@ class DirectoryPrefetcher:
         self._places: dict[Cid, tuple[ScanTracker, int]] = {}
 
     def listed(self, directory: Cid, after: int, children: Sequence[tuple[Cid, int]]) -> None:
-        """A page of `directory` was listed from place `after`, with these (CID, claimed size) as its
-        entries."""
+        """Notes that a page of `directory` was listed from place `after`, with these entries (CID, claimed
+        size)."""
         key = (directory, after)
         if key in self._pages:
             self._pages.move_to_end(key)
@@ -253,12 +254,12 @@ class DirectoryPrefetcher:
                     del self._places[cid]
 
     def following(self, cid: Cid) -> Sequence[Cid]:
-        """The children after `cid`, one window of them, if a reader goes through them in order."""
+        """The WINDOW children after `cid`, if a reader goes through them in order."""
         page, index = self._places.get(cid, (None, 0))
         return page.children[index + 1 : index + 1 + WINDOW] if page is not None and page.scanning else ()
 
     def used(self, cid: Cid) -> None:
-        """A program used `cid` itself."""
+        """Notes that a program used `cid`."""
         place = self._places.get(cid)
         if place is not None and place[0].note(place[1]) and not place[0].running:
             place[0].running = True
@@ -282,7 +283,7 @@ class DirectoryPrefetcher:
             page.running = False
 
     async def _contents(self, directory: Cid) -> bool:
-        """Fetches what `directory` holds. False if one request can't do that."""
+        """Fetches the contents of `directory` by one request. Returns False if that is not worth it."""
         arrived = self._contents_of(await self._fetch(directory))
         if arrived is None:
             return False

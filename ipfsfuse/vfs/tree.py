@@ -1,8 +1,9 @@
-"""Nodes by CID, walked lazily: the blocks a walk wants are asked of the cache and sent back to it.
+"""The tree of nodes: finds children, entries, files and attributes by CID, and fetches only the blocks that
+are needed for that.
 
-Concurrency: every method may be called by many tasks at once; work that outlives its call (fetching ahead)
-runs in the nursery given. Parsed nodes are kept for a while (`nodes`), bounded by the size of their blocks;
-file bytes never are.
+Concurrency: every method may be called by many tasks at once. Work that outlives its call (prefetching) runs
+in the given nursery. Parsed nodes are kept for a while, bounded by the size of their blocks; file content is
+not kept.
 """
 
 import stat
@@ -35,16 +36,16 @@ from ipfsfuse.vfs.prefetch import DirectoryPrefetcher, SmallFileBuffer, SubtreeP
 
 
 class Attributes(NamedTuple):
-    """Of one file, directory or symlink."""
+    """The attributes of a file, directory or symlink."""
 
     mode: int
     """Type and permission bits, as in st_mode."""
     size: int
-    """Content bytes."""
+    """Bytes of the content."""
     mtime: int
     """Nanoseconds since 1970."""
     exact: bool = True
-    """False while the size is only its link's claim."""
+    """False if the size is only claimed by its link."""
 
     @property
     def is_directory(self) -> bool:
@@ -72,19 +73,19 @@ ROOT_ATTRIBUTES = _attributes(stat.S_IFDIR, 0o555, 0, NO_META)
 # -- nodes ---------------------------------------------------------------------------------------------------
 
 NODES_WEIGHT = 8 << 20
-"""Bytes of blocks whose parsed form is kept: it takes about one and a half times its block."""
+"""Bytes of blocks of which the parsed nodes are kept. A node takes about one and a half times its block."""
 PARSED_TOGETHER = 2
-"""Large blocks that are parsed at a time: while it is, one takes several times its size."""
+"""Large blocks that are parsed at a time: parsing one takes several times its size in memory."""
 REREAD_SECONDS = 1.0
-"""For which a large block may be read while it is its turn."""
+"""Seconds for which a large block may be read while it holds one of these places."""
 LARGE = 1000
-"""Large blocks that are remembered as such."""
+"""CIDs of large blocks that are remembered."""
 KNOWN = 50_000
-"""CIDs whose attributes are remembered after their node is not, for listings."""
+"""CIDs whose attributes are remembered longer than their nodes, for listings."""
 
 
 class Use(Protocol):
-    """Called with every block that a request used, or that was fetched ahead of one."""
+    """Called with every block that a request used or that was fetched ahead, for recording mounts."""
 
     def __call__(self, cid: Cid, ahead: bool) -> None: ...
 
@@ -93,7 +94,7 @@ class Tree:
     def __init__(
         self, cache: Cache, nursery: trio.Nursery, use: Use | None = None, known: int = KNOWN
     ) -> None:
-        """Remembers the attributes of `known` CIDs."""
+        """`known`: the number of CIDs whose attributes are remembered."""
         self.cache = cache
         self.nursery = nursery
         self.use = use
@@ -102,9 +103,9 @@ class Tree:
         self._large: Lru[Cid, bool] = Lru(LARGE)
         self._nodes: Lru[Cid, Node] = Lru(NODES_WEIGHT)
         self._documents: Lru[Cid, Document] = Lru(NODES_WEIGHT)
-        """Of dag-cbor and dag-json blocks: what is in them may be looked up value by value."""
+        """The values of dag-cbor and dag-json blocks, by the block's CID."""
         self._known: Lru[Cid, Attributes] = Lru(known)
-        """By canonical CID: what was seen by one spelling is known by the others."""
+        """Attributes by canonical CID, so that all spellings share them."""
         self._subtrees = SubtreePrefetcher(cache, self._remember, self.small_files) if use is None else None
         self._prefetcher = (
             DirectoryPrefetcher(nursery, self._found, self.known, self._subtrees.contents_of)
@@ -119,7 +120,7 @@ class Tree:
     # -- nodes -----------------------------------------------------------------------------------------------
 
     async def node(self, cid: Cid) -> Node:
-        """What `cid` names. Raises what the cache and the parser raise."""
+        """The node of `cid`. Raises what the cache and the parser raise."""
         self.note_use(cid)
         return await self._found(cid)
 
@@ -128,7 +129,7 @@ class Tree:
         return found if found is not None else await self._fetched(cid)
 
     def _at_hand(self, cid: Cid) -> Node | None:
-        """What is remembered of `cid`: of a raw block its size is all."""
+        """The node of `cid` if it is in memory. For a raw block, its size is enough."""
         found = self._nodes.get(cid)
         if found is None and cids.codec(cid) == cids.RAW and (known := self._known.get(cid)) is not None:
             found = File(cid, known.size, known.size)
@@ -159,9 +160,9 @@ class Tree:
         return node
 
     async def _parsed_in_turn(self, cid: Cid) -> Node:
-        """The node of a large block. It is read, from where it was staged or lies, when it is its turn: forty
-        of 2 MiB in hand would take 300 MiB with what lies between them. If that takes long, its turn
-        passes."""
+        """The node of a large block, which is read (again) when it may be parsed: forty waiting blocks of 2
+        MiB would take 300 MiB with memory fragmentation. If reading takes long, the place is given up, and
+        the block is parsed without one."""
         async with self._parsing:
             block = None
             with trio.move_on_after(REREAD_SECONDS):
@@ -176,13 +177,13 @@ class Tree:
         return node
 
     def _remember(self, node: Node, size: int) -> None:
-        """`node`, whose block has `size` bytes."""
+        """Keeps `node`, whose block has `size` bytes, and its attributes."""
         if cids.codec(node.cid) != cids.RAW:
             self._nodes.put(node.cid, node, size + 64)
         self._known.put(cids.canonical(node.cid), attributes_of(node))
 
     async def document(self, cid: Cid) -> Document:
-        """The values of a dag-cbor or dag-json block: that of `cid`, or of the value `cid`."""
+        """The values of a dag-cbor or dag-json block. `cid` names the block or a value in it."""
         block_cid = cids.block_of(cid)
         found = self._documents.get(block_cid)
         if found is not None:
@@ -204,18 +205,18 @@ class Tree:
         return await self.cache.block(cid, early=True)
 
     async def attributes(self, cid: Cid) -> Attributes:
-        """The attributes of what `cid` names, from memory where they are there."""
+        """The attributes of `cid`, from memory if possible."""
         found = self.known(cid)
         return found if found is not None else attributes_of(await self.node(cid))
 
     def known(self, cid: Cid) -> Attributes | None:
-        """The attributes of `cid` if no block is needed for them."""
+        """The attributes of `cid`, if they are in memory or `cid` is inline."""
         found = self._known.get(cids.canonical(cid))
         return found if found is not None else _carried(cid)
 
     async def nodes(self, wanted: Sequence[Cid]) -> list[Node]:
-        """The nodes of `wanted`, fetched side by side: what `traversal.drive` asks for. Without any, other
-        tasks have their turn."""
+        """The nodes of `wanted`, fetched in parallel (the `fetch` of `traversal.drive`). If `wanted` is
+        empty, only lets other tasks run."""
         if not wanted:
             await trio.lowlevel.checkpoint()
         found = {cid: node for cid in wanted if (node := self._at_hand(cid)) is not None}
@@ -249,31 +250,31 @@ class Tree:
         return node
 
     async def child(self, parent: Cid, name: bytes) -> Link:
-        """The link of `name` in the directory `parent`. Raises NotFound where a verified directory has no
-        such name."""
+        """The link of `name` in the directory `parent`. Raises NotFound if the verified directory has no such
+        name."""
         link = await traversal.drive(traversal.child(await self.directory(parent), name), self.nodes)
         if link is None:
             raise NotFound(f"{name!r} is not in {cids.text(parent)}")
         return link
 
     async def entries(self, parent: Cid, after: int) -> directory_pages.Page:
-        """The next entries behind place `after`, from the directory's own blocks: no child is fetched."""
+        """The next entries after place `after`, from the directory's own blocks. Fetches no child."""
         directory = await self.directory(parent)
         if self._subtrees is not None and not after:
             self._subtrees.nodes_of(directory)
         page = await traversal.drive(directory_pages.entries(directory, after), self.nodes)
-        # a page has some thousand entries: they are not handled in one step of the loop
+        # a page may have some thousand entries: let other tasks run before they are handled
         await trio.lowlevel.checkpoint()
-        if self._prefetcher is not None:  # else every block that is used must be reported
+        if self._prefetcher is not None:  # a recording mount has none, because it must report every block
             self._prefetcher.listed(parent, after, [(entry.cid, entry.tsize) for entry in page.entries])
         return page
 
     def claimed_attributes(self, cid: Cid, tsize: int) -> Attributes | None:
-        """What a listing shows of an entry whose link claims `tsize` (negative if there is no claim): what is
-        known, else the claim, which gives the size of a raw block. No block is needed."""
+        """The attributes that a listing shows of an entry whose link claims `tsize` (negative for no claim),
+        without fetching a block: the known ones, else those of a raw block of the claimed size, else None."""
         known = self.known(cid)
         if known is None and tsize >= 0 and cids.codec(cid) == cids.RAW:
-            # surely a file, of that size if the publisher wrote the truth
+            # it is certainly a file, and has that size if the claim is true
             return Attributes(stat.S_IFREG | 0o444, tsize, 0, exact=False)
         return known
 
@@ -289,7 +290,7 @@ class Tree:
         return node
 
     def file_at_hand(self, cid: Cid) -> File | None:
-        """The file, if that is known without waiting; else None."""
+        """The file if its node is in memory, else None."""
         found = self._at_hand(cid)
         if not isinstance(found, File):
             return None
@@ -297,25 +298,25 @@ class Tree:
         return found
 
     def used(self, cid: Cid, size: int) -> None:
-        """Someone opened the file `cid`, of `size` bytes, and was not kept waiting for it: the kernel has it
-        already."""
+        """Notes that the C thread opened the file `cid`, of `size` bytes, whose content the kernel has."""
         self.opened(FileRef(cids.canonical(cid), size))
         self.note_use(cid)
 
     def opened(self, file: FileRef) -> None:
-        """Someone opened `file`. The cache has no file for a value within a block."""
+        """Tells the cache that `file` was opened. It has no file for a value within a block."""
         if not nodes.holds_values(file.cid):
             self.cache.opened(file)
 
     def coming(self, cid: Cid) -> Iterable[tuple[Cid, bytes]]:
-        """The contents of the files behind `cid` in its directory, as far as they have come and its reader
-        will want them."""
+        """The contents of the files after `cid` in its directory that have arrived, if a reader goes through
+        them in order."""
         return (
             self.small_files.take_all(self._prefetcher.following(cid)) if self._prefetcher is not None else ()
         )
 
     def note_use(self, cid: Cid) -> None:
-        """Someone used `cid` itself. The kernel may have the listing of a directory already."""
+        """Tells the prefetcher that `cid` was used. For a directory, the kernel may have the listing
+        already."""
         if self._prefetcher is not None:
             self._prefetcher.used(cid)
 
@@ -328,7 +329,7 @@ class Tree:
 
 
 def _carried(cid: Cid) -> Attributes | None:
-    """The attributes of a node that an identity CID carries in itself."""
+    """The attributes of the node in an identity CID."""
     try:
         block = cids.inline(cid)
         return attributes_of(nodes.parse(cid, block)) if block is not None else None
@@ -338,25 +339,28 @@ def _carried(cid: Cid) -> Attributes | None:
 
 # -- the root ------------------------------------------------------------------------------------------------
 
-# A name is a CID in any spelling that fits a file name. A name that is not a CID is proved absent without
-# asking anyone.
+# A name is a CID in any spelling that fits a file name. Other names are absent, and no source is asked for
+# them.
 
 Named = tuple[Cid, str]
-"""A CID and how it is spelled."""
+"""A CID and its spelling."""
 Listed = tuple[Cid, str | Cid]
-"""A canonical CID and its name: as it is spelled, or a CID whose usual spelling it is. `name_of` gives it: a
-text for each of 200,000 roots would take more memory and time than the rest."""
+"""A canonical CID and its name, or instead of the name a CID whose usual spelling is the name (`name_of`): a
+text for each of 200,000 roots would take more memory and time than everything else."""
 
 
 def name_of(listed: Listed) -> bytes:
-    """What the root calls it; longer than NAME_MAX where no file system can hold that."""
+    """The name in the root. It may be too long for a file system (NAME_MAX)."""
     spelled = listed[1]
     return (spelled if isinstance(spelled, str) else cids.text(spelled)).encode()
 
 
 class Roots:
-    """`of_sources` gives the roots of all sources, and is called in a worker thread: a library's are files.
-    `named` gives what else is listed, on the event loop. `opened` is called with each CID used by name."""
+    """The names in the mount's root.
+
+    `of_sources` returns the roots of all sources. It is called in a worker thread, because a library's roots
+    are files. `named` returns the other names, and is called on the event loop. `opened` is called with each
+    CID that was opened by name."""
 
     def __init__(
         self,
@@ -371,7 +375,8 @@ class Roots:
         self._allow = allow
 
     def parse(self, name: bytes) -> Cid:
-        """The CID of a name. Raises NotFound for a name that is none, NotAllowed outside the allow-list."""
+        """The CID of a name. Raises NotFound for a name that is not a CID, NotAllowed for one that is not on
+        the allow-list."""
         try:
             cid = cids.parse(name.decode("utf-8"))
         except (NotACid, UnicodeDecodeError) as exc:
@@ -381,11 +386,11 @@ class Roots:
         return cid
 
     def note(self, cid: Cid, name: bytes) -> None:
-        """`name` was opened and is really there."""
+        """Notes that `name` was opened and exists."""
         self._opened(cid, name.decode("utf-8"))
 
     async def entries(self) -> Sequence[Listed]:
-        """What the root lists now: each CID once, as first spelled."""
+        """The entries of the root now: each CID once, in its first spelling."""
         return await threads.run_sync(self._entries, list(self._named()))
 
     def _entries(self, named: Sequence[Named]) -> Sequence[Listed]:
