@@ -1,13 +1,68 @@
 """Staging files, as worker threads see them."""
 
+import contextlib
+import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ipfsfuse.cache.store import staging as stagings
 from ipfsfuse.cache.store.staging import Entry, Extents, Staging
 from tests.cache.standin import Chain, make_file
+from tests.cache.test_budget import own_filesystem
+
+
+@contextlib.contextmanager
+def staging_on_own_disk(folder: Path, size: int) -> Iterator[Staging]:
+    with own_filesystem(folder, size):
+        staging = Staging(folder / "staging")
+        try:
+            yield staging
+        finally:
+            staging.folder.close()
+
+
+@pytest.mark.parametrize("how", ["written", "cloned"])
+def test_a_first_write_that_fails_leaves_no_file(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty file stayed, and was taken for a part of a file by the next start."""
+    file, leaves, content = make_file(Chain(), 1 << 20, 1 << 19)
+
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with staging_on_own_disk(tmp_path / "disk", 2 << 20) as staging:
+        filler = tmp_path / "disk" / "of-another-program"
+        with contextlib.suppress(OSError):
+            filler.write_bytes(bytes(2 << 20))
+        entry = Entry(file.cid, file.size, extents=Extents(), proved=Extents())
+        if how == "written":
+            grown, error = staging.write(entry, 0, [content[: 1 << 19]])
+            assert (grown, error and error.errno) == (0, errno.ENOSPC)
+        else:  # no file system of a test's own shares extents
+            monkeypatch.setattr(staging, "_share_each", lambda _copy, _leaves, _files: 1)
+            monkeypatch.setattr(stagings, "share_extents", full)
+            with pytest.raises(OSError, match="No space"):
+                staging.clone(entry, leaves[:1], ["block"])
+        assert list(staging.path.iterdir()) == []
+        filler.unlink()
+        for leaf in leaves:
+            part = content[leaf.offset : leaf.offset + leaf.size]
+            assert staging.write(entry, leaf.offset, [part]) == (leaf.size, None)
+        assert next(staging.path.iterdir()).read_bytes() == content
+
+
+def test_a_later_write_that_fails_leaves_what_is_there(tmp_path: Path) -> None:
+    file, leaves, content = make_file(Chain(), 1 << 20, 1 << 19)
+    with staging_on_own_disk(tmp_path / "disk", 768 << 10) as staging:
+        entry = Entry(file.cid, file.size, extents=Extents(), proved=Extents())
+        assert staging.write(entry, 0, [content[: 1 << 19]]) == (1 << 19, None)
+        assert isinstance(staging.write(entry, 1 << 19, [content[1 << 19 :]])[1], OSError)
+        assert staging.read(entry, leaves[0])[:2] == (content[: 1 << 19], True)
 
 
 def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -365,10 +365,7 @@ class Staging:
             with entry.lock:
                 if entry.dead:
                     raise Removed
-                flags = os.O_RDWR | (0 if entry.complete else os.O_CREAT)
-                with Closing(self.folder.open(_name(entry), flags)) as file:
-                    if not entry.seen:
-                        os.ftruncate(file, entry.size)
+                with self._open_to_write(entry) as file:
                     share_extents(copy, file, end - start, start)
                     grown = _grown(entry, file)
             return grown, self._read_into_buffers(copy, leaves[:shared], 0)
@@ -412,23 +409,35 @@ class Staging:
         with entry.lock:
             if entry.dead:
                 raise Removed
+            before = entry.seen
             try:
-                file = self.folder.open(_name(entry), os.O_RDWR | (0 if entry.complete else os.O_CREAT))
+                with self._open_to_write(entry) as file:
+                    try:
+                        self._direct.write(file, parts, offset)
+                    finally:
+                        _grown(entry, file)
             except OSError as exc:
-                return 0, exc
+                return entry.seen - before, exc
+            return entry.seen - before, None
+
+    @contextlib.contextmanager
+    def _open_to_write(self, entry: Entry) -> Iterator[int]:
+        """The open file of `entry`, under its lock. A file that is made for this is removed again if the
+        block raises OSError. Raises OSError."""
+        flags = os.O_RDWR | (0 if entry.complete else os.O_CREAT)
+        with Closing(self.folder.open(_name(entry), flags)) as file:
+            is_new = not entry.seen and not os.fstat(file).st_size
             try:
                 if not entry.seen:
                     os.ftruncate(file, entry.size)
-                self._direct.write(file, parts, offset)
+                yield file
             except OSError as exc:
-                if exc.errno == errno.EFBIG and not entry.seen:
-                    self.too_large = min(self.too_large, entry.size)
+                if is_new:
+                    if exc.errno == errno.EFBIG:
+                        self.too_large = min(self.too_large, entry.size)
                     self.folder.unlink(_name(entry))
-                return _grown(entry, file), exc
-            else:
-                return _grown(entry, file), None
-            finally:
-                os.close(file)
+                    entry.seen = 0
+                raise
 
     def finish(self, entry: Entry) -> int:
         """Syncs the file, then gives it its final name. Returns by how many bytes it grew on disk."""
