@@ -82,6 +82,12 @@ class FetchResult(NamedTuple):
     place: tuple[Cid, int] | None = None
     """The file, and the offset in it, where the content is staged. None if it can't be in a staging file,
     because it is read in place, or because the content alone can't be verified."""
+    interior: bool = False
+    """Whether the block has children besides."""
+
+    def fits(self, leaf: Leaf) -> bool:
+        """Whether `content` is that of `leaf`. If not, its parent states a wrong size, or it is no leaf."""
+        return len(self.content) == leaf.size and self.interior <= leaf.interior
 
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
@@ -108,15 +114,16 @@ def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
     """The result for the waiters of a leaf of `file`, from its block."""
-    raw = cids.codec(leaf.cid) == cids.RAW
+    raw, interior = cids.codec(leaf.cid) == cids.RAW, False
     if raw:
         content = memoryview(block)
     else:
-        content = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
+        found = await _parsed(lambda: file_layout.block_content(leaf.cid, block), leaf.cid, block)
+        content, interior = found.data, found.interior
     if source.in_place:
-        return FetchResult(content, source)
+        return FetchResult(content, source, interior=interior)
     provable = file.size > MAX_PACKED and (raw or file_layout.is_canonical(leaf.cid, block))
-    return FetchResult(content, source, block, (file.cid, leaf.offset) if provable else None)
+    return FetchResult(content, source, block, (file.cid, leaf.offset) if provable else None, interior)
 
 
 def _whole(cid: Cid, size: int) -> tuple[FileRef, Leaf]:
@@ -337,7 +344,7 @@ class Reader:
             fetch = partial(self._bring, leaf.cid, (file, leaf), early)
             result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
             content = result.content
-            if len(content) != leaf.size:
+            if not result.fits(leaf):
                 # no failure of this leaf: another file may state its size correctly
                 block = await self.block(leaf.cid, early=early)
             elif result.place not in (None, (file.cid, leaf.offset)) and not await self._has(file, leaf):
@@ -451,8 +458,7 @@ class Reader:
                 batch.resolve(key, result)
                 came_now.append((key, result))
                 for leaf in by_key[key]:
-                    fits = len(result.content) == leaf.size
-                    if listening and arrived is not None and fits and leaf not in came:
+                    if listening and arrived is not None and result.fits(leaf) and leaf not in came:
                         came.add(leaf)
                         arrived(leaf, result.content)
             return came_now

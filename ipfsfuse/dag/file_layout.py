@@ -13,6 +13,9 @@ Trees of tiny chunks and the tail of a trickle tree break this assumption. Then 
 for an interior node that was taken for a leaf, and the caller walks again with `sure=True`, which expands
 every dag-pb child and is right for every tree.
 
+The bytes that a node holds itself come before those of its children, as in Kubo. A part whose size differs
+from what its parent states is Malformed.
+
 Pure. The work is bounded whatever the blocks say: one call returns at most MAX_FRONTIER leaves and expands
 about BUDGET nodes.
 """
@@ -96,7 +99,7 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
     start, stop = span[0] - base, span[1] - base
     frontier: _Frontier = []
     if file.inline and start < file.inline:
-        frontier.append(Leaf(file.cid, base, file.inline))
+        frontier.append(Leaf(file.cid, base, file.inline, bool(file.children)))
     deep = sure or file.children.first_size >= cids.MAX_BLOCK
     for child in islice(file.children.between(start, stop), MAX_FRONTIER - len(frontier)):
         raw = cids.codec(child.cid) == cids.RAW
@@ -128,42 +131,58 @@ def leaf_content(leaf: Leaf, block: bytes) -> memoryview:
     apart), Malformed for a block whose number of bytes differs from what its parent states, and what
     `block_content` raises.
     """
-    data = block_content(leaf.cid, block)
-    if len(data) == leaf.size:
-        return data
+    found = block_content(leaf.cid, block)
+    if found.fits(leaf):
+        return found.data
     name = cids.brief(leaf.cid)
-    node = nodes.parse(leaf.cid, block)
-    if isinstance(node, File) and node.children and node.size == leaf.size:
+    if found.interior and leaf.size in (found.size, len(found.data)):
         raise NotALeaf(f"{name}: is an interior node, but a leaf was expected")
-    raise Malformed(f"{name}: holds {len(data)} bytes of a file, but its parent states {leaf.size}")
+    raise Malformed(f"{name}: holds {len(found.data)} bytes of a file, but its parent states {leaf.size}")
 
 
-def block_content(cid: Cid, block: Buffer) -> memoryview:
-    """The content bytes that `block`, verified, holds itself: all of a raw block, the data of a UnixFS file
-    node.
+class BlockContent(NamedTuple):
+    """The content bytes that a block holds itself."""
 
-    A view of `block`, except for a dag-pb block in a form that no importer writes. Raises Malformed for a
-    block that is not a file, Unsupported for another codec.
+    data: memoryview
+    size: int
+    """Bytes with those of its children, as it states them."""
+    interior: bool = False
+    """Whether it has children."""
+
+    def fits(self, leaf: Leaf) -> bool:
+        """Whether this is the content of `leaf`."""
+        return len(self.data) == leaf.size and self.interior <= leaf.interior
+
+
+def block_content(cid: Cid, block: Buffer) -> BlockContent:
+    """The content that `block`, verified, holds itself: all of a raw block, the data of a UnixFS file node.
+
+    It is a view of `block`, except for a dag-pb block in a form that no importer writes. Raises Malformed for
+    a block that is not a file, Unsupported for another codec.
     """
     codec = cids.codec(cid)
     if codec == cids.RAW:
-        return memoryview(block)
+        return BlockContent(memoryview(block), len(block))
     if codec != cids.DAG_PB:
         raise Unsupported(f"{cids.brief(cid)}: a part of a file can't be a {cids.codec_name(cid)} block")
     block = bytes(block)  # no copy, where it is that
     span = _canonical_span(block)
     if span is not None:
-        return memoryview(block)[span[0] : span[1]]
+        return BlockContent(memoryview(block)[span[0] : span[1]], span[1] - span[0])
     node = dagpb.decode(block)
     message = unixfs.decode(memoryview(node.data or b""))
     if message.type not in (Type.FILE, Type.RAW):
         raise Malformed(f"{cids.brief(cid)}: a part of a file can't be a UnixFS {message.type.name.lower()}")
-    return memoryview(message.data or b"")
+    try:
+        file = nodes.file_of(cid, node.links, message)
+    except Malformed as exc:
+        raise Malformed(f"{cids.brief(cid)}: {exc}") from exc
+    return BlockContent(memoryview(message.data or b""), file.size, bool(file.children))
 
 
 def is_canonical(cid: Cid, block: Buffer) -> bool:
-    """Whether `proves(cid, block_content(cid, block))` holds: every other block must be kept whole, if at
-    all."""
+    """Whether `proves(cid, block_content(cid, block).data)` holds: every other block must be kept whole, if
+    at all."""
     codec = cids.codec(cid)
     return codec == cids.RAW or (codec == cids.DAG_PB and _canonical_span(bytes(block)) is not None)
 

@@ -49,6 +49,8 @@ class Leaf(NamedTuple):
     cid: Cid
     offset: int
     size: int
+    interior: bool = False
+    """Whether its node is known to have children too, whose content follows in other leaves."""
 
 
 class Child(NamedTuple):
@@ -270,7 +272,7 @@ def _node(cid: Cid, links: Links, message: UnixFS) -> Node:
     if message.mode is not None or message.mtime is not None:
         meta = Meta(None if message.mode is None else message.mode & 0o7777, message.mtime)
     if kind is Type.FILE or kind is Type.RAW:
-        return _file(cid, links, message, meta)
+        return file_of(cid, links, message, meta)
     if kind is Type.DIRECTORY:
         return Directory(cid, links, meta)
     if kind is Type.HAMT_SHARD:
@@ -281,7 +283,8 @@ def _node(cid: Cid, links: Links, message: UnixFS) -> Node:
     raise Unsupported(f"{cids.brief(cid)}: UnixFS Metadata nodes are not shown")
 
 
-def _file(cid: Cid, links: Links, message: UnixFS, meta: Meta) -> File:
+def file_of(cid: Cid, links: Links, message: UnixFS, meta: Meta = NO_META) -> File:
+    """The file node that a dag-pb block with these is. Raises Malformed."""
     sizes = message.blocksizes
     if len(sizes) != len(links):
         raise Malformed(f"a file node with {len(links)} links and {len(sizes)} block sizes")

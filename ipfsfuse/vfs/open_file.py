@@ -204,7 +204,7 @@ class OpenFile:
         """The leaves that the last walks found: a reader is in some of them while others are fetched
         ahead."""
         if file.inline == file.size:
-            self._stretches.append((Leaf(file.cid, 0, file.size),))
+            self._stretches.append((Leaf(file.cid, 0, file.size, bool(file.children)),))
             if (come := tree.small_files.take(file.cid)) is not None:
                 self._buffer.put(0, come)
         self._asked: deque[int] = deque(maxlen=RECENT)

@@ -96,6 +96,33 @@ def test_an_interior_node_taken_for_a_leaf_is_told_apart(tmp_path: Path) -> None
     trio.run(main)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_node_s_own_bytes_are_not_taken_for_all_of_it(tmp_path: Path, in_place: bool) -> None:
+    """Its parent states the size of its own bytes, and it has children too."""
+    chain = Chain(in_place)
+    own, (file, leaves, _content) = random_bytes(100_000, 1), make_file(chain, MIB)
+    first = leaves[0]
+    node = chain.add(
+        dagpb.encode(
+            [dagpb.Link(first.cid, b"", first.size)],
+            encode(UnixFS(Type.FILE, own, len(own) + first.size, [first.size])),
+        ),
+        cids.DAG_PB,
+    )
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            came: list[Leaf] = []
+            await cache.reader.ahead(file, [Leaf(node, 0, len(own))], lambda leaf, _data: came.append(leaf))
+            assert not came
+            for early in (True, False):
+                with pytest.raises(NotALeaf):
+                    await cache.reader.leaf(file, Leaf(node, 0, len(own)), early=early)
+                assert await cache.reader.leaf(file, Leaf(node, 0, len(own), True)) == own
+
+    trio.run(main)
+
+
 def test_small_files_and_identity_blocks_make_no_files(tmp_path: Path) -> None:
     chain = Chain()
     small = [chain.add(random_bytes(2000, number)) for number in range(500)]

@@ -33,7 +33,7 @@ def test_each_form_that_importers_write_is_proved_by_its_content_alone(
         [], unixfs.encode(UnixFS(kind, data if with_data else None, size if sized else None))
     )
     for cid in (cid_of(block), Cid(cid_of(block)[2:])):
-        view = file_layout.block_content(cid, block)
+        view = file_layout.block_content(cid, block).data
         assert view == data
         assert view.obj is block  # nothing was copied
         assert file_layout.is_canonical(cid, block)
@@ -48,7 +48,7 @@ def test_each_form_that_importers_write_is_proved_by_its_content_alone(
 
 def test_a_raw_leaf_is_its_content() -> None:
     cid = cid_of(b"abc", RAW)
-    assert file_layout.block_content(cid, b"abc") == b"abc"
+    assert file_layout.block_content(cid, b"abc").data == b"abc"
     assert file_layout.is_canonical(cid, b"abc")
     assert file_layout.proves(cid, memoryview(b"xabc")[1:])
     assert not file_layout.proves(cid, b"abd")
@@ -72,7 +72,7 @@ OTHER = {
 
 @pytest.mark.parametrize("block", OTHER.values(), ids=OTHER.keys())
 def test_other_forms_are_read_and_are_no_canonical_ones(block: bytes) -> None:
-    assert file_layout.block_content(cid_of(block), block) == b"abc"
+    assert file_layout.block_content(cid_of(block), block).data == b"abc"
     assert not file_layout.is_canonical(cid_of(block), block)
     assert not file_layout.proves(cid_of(block), b"abc")
 
@@ -80,11 +80,12 @@ def test_other_forms_are_read_and_are_no_canonical_ones(block: bytes) -> None:
 def test_an_interior_node_holds_its_inline_bytes_and_is_no_canonical_leaf() -> None:
     heap = Blocks()
     cid = heap.file_node([(heap.leaf(b"xyz"), 3)], inline=b"abc")
-    assert file_layout.block_content(cid, heap.block(cid)) == b"abc"
+    assert file_layout.block_content(cid, heap.block(cid)) == (b"abc", 6, True)
     assert not file_layout.is_canonical(cid, heap.block(cid))
-    assert file_layout.leaf_content(Leaf(cid, 0, 3), heap.block(cid)) == b"abc"
-    with pytest.raises(NotALeaf):
-        file_layout.leaf_content(Leaf(cid, 0, 6), heap.block(cid))
+    assert file_layout.leaf_content(Leaf(cid, 0, 3, True), heap.block(cid)) == b"abc"
+    for size in (3, 6):
+        with pytest.raises(NotALeaf):
+            file_layout.leaf_content(Leaf(cid, 0, size), heap.block(cid))
     with pytest.raises(Malformed, match="its parent states 5") as refused:
         file_layout.leaf_content(Leaf(cid, 0, 5), heap.block(cid))
     assert not isinstance(refused.value, NotALeaf)
@@ -115,7 +116,7 @@ def test_what_is_no_part_of_a_file_is_refused() -> None:
 def test_any_block_is_content_or_refused_and_canonical_ones_are_proved(block: bytes) -> None:
     cid = cid_of(block)
     try:
-        found = file_layout.block_content(cid, block)
+        found = file_layout.block_content(cid, block).data
     except Malformed:
         assert not file_layout.is_canonical(cid, block)
         return

@@ -42,9 +42,9 @@ def read_node(data: bytes) -> None:
     node = nodes.parse(PARENT, data)
     if isinstance(node, File):
         held = file_layout.block_content(PARENT, data)
-        assert len(held) == node.inline
+        assert (len(held.data), held.size, held.interior) == (node.inline, node.size, bool(node.children))
         assert file_layout.is_canonical(PARENT, data) == file_layout.proves(
-            cids.make(DAG_PB, b"\x12\x20" + hashlib.sha256(data).digest()), held
+            cids.make(DAG_PB, b"\x12\x20" + hashlib.sha256(data).digest()), held.data
         )
         _drive(file_layout.leaves(node, node.size // 3, node.size, sure=True), data)
 
