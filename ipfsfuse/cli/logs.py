@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import select
 import stat
 import sys
 import threading
@@ -35,6 +36,9 @@ FILE_BYTES = 16 << 20
 """The same limit for a file that --log-file names."""
 LOG_PART = 32
 """Each of the two files takes at most this part of a small budget: one 32nd."""
+
+FULL_MS = 100
+"""How long a message waits for a reader that is slow. While messages are lost, none does."""
 
 LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 """Why a file can't be opened that is named well: a disk in trouble prevents no mount."""
@@ -121,13 +125,22 @@ def _log(what: str, exc: BaseException | None, trace: TracebackType | None) -> N
     log.error("%s", what, exc_info=None if exc is None else (type(exc), exc, trace))
 
 
-class DaemonLog(logging.StreamHandler[TextIO]):
+class DaemonLog(logging.Handler):
     """Writes to standard error. `move` directs standard error to a file, of which the last part is kept.
+
+    A message that can't be written is lost: a pipe that nobody reads, a terminal that was stopped and a full
+    disk hold nothing up for longer than `FULL_MS`. A line before the next one that can be written says so.
 
     Concurrency: any thread, as all handlers."""
 
     def __init__(self) -> None:
-        super().__init__(sys.stderr)
+        super().__init__()
+        self._lost = 0
+        """Messages, since the last one that was written."""
+        self._rest = b""
+        """Of a message that was written in part."""
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
         self._path: Path | None = None
         self._limit = 0
         self._older = Path()
@@ -144,7 +157,8 @@ class DaemonLog(logging.StreamHandler[TextIO]):
                 target = _opened(path)
             except OSError as exc:
                 if needed and exc.errno not in LATER:
-                    raise UsageError(f"the log {path} can't be written: {exc.strerror}") from exc
+                    reason = "nobody reads this pipe" if exc.errno == errno.ENXIO else exc.strerror
+                    raise UsageError(f"the log {path} can't be written: {reason}") from exc
                 log.warning("there will be no log: %s: %s", path, exc.strerror)
                 return
             sys.stderr.flush()
@@ -169,7 +183,10 @@ class DaemonLog(logging.StreamHandler[TextIO]):
                     log.warning("the log can't be opened anew: %s: %s", self._path, exc.strerror)
 
     def emit(self, record: logging.LogRecord) -> None:
-        super().emit(record)
+        try:
+            self._put(record)
+        except Exception:
+            self.handleError(record)
         if self._path is not None and os.fstat(2).st_size > self._limit:
             try:
                 with suppress(FileNotFoundError):  # a program that rotates logs has moved it away already
@@ -178,6 +195,35 @@ class DaemonLog(logging.StreamHandler[TextIO]):
             except OSError:  # the folder is gone, or can't be written: the same file begins again
                 with suppress(OSError):
                     os.ftruncate(2, 0)
+
+    def _put(self, record: logging.LogRecord) -> None:
+        wait = 0 if self._lost or self._rest else FULL_MS
+        self._rest = self._written(self._rest, wait)
+        if not self._rest:
+            data = self._encoded(record)
+            if self._lost:
+                what = "%d messages before this one are lost: they could not be written"
+                said = logging.LogRecord(log.name, logging.WARNING, "", 0, what, (self._lost,), None)
+                data = self._encoded(said) + data
+            rest = self._written(data, wait)
+            if len(rest) < len(data):
+                self._rest, self._lost = rest, 0
+                return
+        self._lost += 1
+
+    def _encoded(self, record: logging.LogRecord) -> bytes:
+        stream: TextIO | None = sys.stderr  # None where the caller closed it
+        encoding = "utf-8" if stream is None else stream.encoding
+        return f"{self.format(record)}\n".encode(encoding, "backslashreplace")
+
+    def _written(self, data: bytes, wait: int) -> bytes:
+        """Writes of `data` what can be written within `wait` milliseconds for each part; the rest."""
+        while data and self._poll.poll(wait) == [(2, select.POLLOUT)]:
+            try:
+                data = data[os.write(2, data[: select.PIPE_BUF]) :]  # what a pipe surely takes then
+            except OSError:
+                break
+        return data
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Reports nothing of a full disk: the report would go into the log, on the same disk."""

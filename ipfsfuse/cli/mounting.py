@@ -621,7 +621,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
     host, port = units.address(arguments.listen)
     config = ContentConfig(offline=not arguments.fetch, **_content(arguments))
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, handlers=[logs.DaemonLog()])
     logs.escape_the_log()
     if not _is_loopback(host):
         console.note(

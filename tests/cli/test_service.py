@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import socket
@@ -386,7 +387,65 @@ def test_a_log_that_can_not_be_written_is_refused(user: Home) -> None:
         "mount", "--log-file", user.folder / "none" / "log", user.mountpoint, names="No such", code=2
     )
     os.mkfifo(user.folder / "fifo")
-    user.refused("mount", "--log-file", user.folder / "fifo", user.mountpoint, names="fifo", code=2)
+    user.refused(
+        "mount",
+        "--log-file",
+        user.folder / "fifo",
+        user.mountpoint,
+        names="fifo can't be written: nobody reads",
+        code=2,
+    )
+
+
+WRITES = """if True:
+    import logging, os, sys
+    from pathlib import Path
+    from ipfsfuse.cli import logs
+
+    log = logs.DaemonLog()
+    logging.basicConfig(level=logging.INFO, handlers=[log])
+    logs.escape_the_log()
+    if len(sys.argv) > 1:
+        log.move(Path(sys.argv[1]), 1 << 20, Path("none"), needed=True)
+    for number in range(300):
+        logging.info("%d %s", number, "x" * 9000)  # the last one that begins is written in part
+    os.write(3, b"done")
+    sys.stdin.readline()
+    logging.info("the %s", "last")
+    """
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_log_that_nobody_reads_holds_nothing_up_and_says_what_is_lost(user: Home, named: bool) -> None:
+    """A pipe at standard error held the mount up; one named by --log-file lost messages, and halves of them."""
+    fifo = user.folder / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    said, say = os.pipe()
+    with subprocess.Popen(
+        ["bash", "-c", 'exec "$@" 3>&1 2>"$FIFO"', "bash", sys.executable, "-c", WRITES, *[str(fifo)] * named],
+        env={**user.env, "FIFO": "/dev/null" if named else str(fifo)},
+        stdin=subprocess.PIPE, stdout=say,
+    ) as process, open(reader, encoding="utf-8") as log:  # fmt: skip
+        assert process.stdin is not None
+        try:
+            assert select.select([said], [], [], PATIENCE)[0], "it waits for a reader"
+            # what came is read, then there is room
+            lines = [log.readline()]
+            process.stdin.write(b"\n")
+            process.stdin.close()
+            lines += log.readlines()
+        finally:
+            process.kill()
+            os.close(said)
+            os.close(say)
+    *kept, lost, last = lines
+    assert [line.split(": ")[1] for line in kept] == [
+        f"{number} {'x' * 9000}\n" for number in range(len(kept))
+    ]
+    assert f": {300 - len(kept)} messages before this one are lost" in lost
+    assert last.endswith(": the last\n")
 
 
 def test_logs_that_are_followed_lose_no_line_when_they_are_rotated(user: Home) -> None:

@@ -183,7 +183,7 @@ def redirects_to(location: Callable[[Ask], str]) -> Behaviour:
 def test_redirects_within_the_origin_are_followed() -> None:
     async def main() -> None:
         with Server(BLOCKS, redirects_to(lambda ask: ask.target + "&moved=1")) as server:
-            source = gateway(server)
+            source = gateway(server, HttpSettings())  # it answers, in its time
             assert await source.get(CID) == BLOCK
             await source.aclose()
 
@@ -198,7 +198,7 @@ def test_a_redirect_with_a_long_page_is_followed() -> None:
             else ask.send(301, bytes(200_000), "text/html", Location=ask.target + "&moved=1")
         )
         with Server(BLOCKS, moved) as server:
-            source = gateway(server)
+            source = gateway(server, HttpSettings())  # it answers, in its time
             assert await source.get(CID) == BLOCK
             await source.aclose()
 
