@@ -1,4 +1,5 @@
-"""Which addresses a stranger may send us to: not this machine's, not private ones, not special ones.
+"""Tells public addresses from local, private and special ones. A server that the user did not name (a
+redirect, a router) may send requests to public addresses only.
 
 The table follows the IANA registries (iana-ipv4-special-registry, iana-ipv6-special-registry; RFC 6890) and
 not Python's `ipaddress`, whose list differs between releases. Concurrency: any number of tasks.
@@ -62,7 +63,7 @@ _EMBEDDING: Final = [ipaddress.IPv6Network(text) for text in ("::ffff:0:0/96", "
 
 
 def special_purpose(address: str) -> str:
-    """What `address` is reserved for, "" for a public one. Raises ValueError if it is not an address."""
+    """What `address` is reserved for; "" for a public one. Raises ValueError if it is not an address."""
     value = ipaddress.ip_address(address.partition("%")[0])
     for network, purpose in _NETWORKS:
         if value.version == network.version and value in network:
@@ -76,12 +77,11 @@ def special_purpose(address: str) -> str:
 
 
 async def public_host(origin: Origin) -> str:
-    """The address to connect to where a stranger (a redirect, a router) sends us to `origin`. Every address
-    that its name has must be public. The address is returned, not the name: a second answer of the resolver
-    could lead elsewhere.
+    """The address to connect to for an `origin` that the user did not name. All addresses of its host must be
+    public. Returns an address, not the name: a second look-up of the name could give another address.
 
-    A proxy resolves names itself, so it is given the name; if that can't be resolved here, the proxy decides.
-    Raises SourceFailed, socket.gaierror."""
+    For a proxy, returns the name, since a proxy resolves names itself. If the name can't be resolved here,
+    the proxy decides. Raises SourceFailed, socket.gaierror."""
     proxied = proxy_for(origin) is not None
     addresses = await _addresses(origin.host, origin.port, may_lack=proxied)
     for address in addresses:
@@ -92,7 +92,7 @@ async def public_host(origin: Origin) -> str:
 
 
 async def _addresses(host: str, port: int, *, may_lack: bool) -> Sequence[str]:
-    """All addresses of `host`; none if it can't be resolved and `may_lack`."""
+    """All addresses of `host`. With `may_lack`, none if it can't be resolved."""
     if is_address(host):
         return [host]
     if f".{host.rstrip('.').lower()}".endswith(".localhost"):  # always this machine (RFC 6761, 6.3)

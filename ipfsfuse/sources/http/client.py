@@ -1,9 +1,9 @@
-"""The one HTTP client: `httpx.AsyncClient` on trio, with our rules about redirects, addresses, sizes, times.
+"""The HTTP client: `httpx.AsyncClient` on trio, with our rules about redirects, addresses, sizes and times.
 
-No other module imports httpx, and here whatever a request may raise becomes SourceFailed.
+No other module imports httpx. Every error of a request is raised as SourceFailed.
 
-Concurrency: any number of tasks; how many requests run at a time is for the callers to say. A request that is
-cancelled closes its connection.
+Concurrency: any number of tasks. Callers bound how many requests run at a time. A cancelled request closes
+its connection.
 """
 
 import functools
@@ -20,8 +20,8 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Final
 
-if "httpx" not in sys.modules:  # its command line needs rich and click, which take 30 ms: it does without
-    sys.modules["httpx._main"] = None  # type: ignore[assignment]  # Python's way to say that there is none
+if "httpx" not in sys.modules:  # httpx imports its command line, with rich and click, in 30 ms if it can
+    sys.modules["httpx._main"] = None  # type: ignore[assignment]  # makes that import fail
 
 import httpx
 import trio
@@ -39,24 +39,25 @@ from ipfsfuse.sources.http.settings import BodyShare, Headers, HttpSettings, tls
 from ipfsfuse.sources.http.transport import Connection
 
 OWN_TRANSPORT = True
-"""Whether plain HTTP to this machine goes by our `Connection`; False to test and measure httpcore there."""
+"""Whether plain HTTP to this machine uses our `Connection`. False to test and measure httpcore there."""
 USER_AGENT: Final = f"ipfsfuse/{ipfsfuse.__version__}"
 REDIRECTS: Final = frozenset((301, 302, 303, 307, 308))
 MAX_REDIRECTS: Final = 5
 TARGET: Final = re.compile(r"[!-~]+")  # no space, no control character: RFC 9112, 3.2
 ERROR_BODY: Final = 64 * 1024
 UNCOUNTED: Final = 64 * 1024
-"""Bodies of so many bytes are not counted among those that are on their way."""
+"""Smaller bodies do not count against the body budget."""
 MAX_THREADS: Final = 16
 SHORTEST_SILENCE, SILENCE = 1.0, 3.0
-"""Seconds, at least and at most, until a request over a kept connection is sent again over a new one."""
-END_SECONDS: Final = 1.0  # for the end of a body all of whose bytes have come
+"""The shortest and the longest time, in seconds, until a request over a kept connection is sent again over a
+new one."""
+END_SECONDS: Final = 1.0  # for the end of a body after its last byte
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 DEAD: Final = (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError, EOFError, ConnectionError)
-"""What a request over a kept connection raises that the server has closed meanwhile."""
+"""The errors of a request over a kept connection that the server has closed meanwhile."""
 BROKEN: Final = "it broke the connection off"
 FAILURES: Final = (
     (ssl.SSLCertVerificationError, failures.TLS, "its certificate is not trusted: {0.verify_message}"),
@@ -70,11 +71,11 @@ FAILURES: Final = (
     (OSError, CONNECT, "{0}"),
     (Malformed, failures.CAR, "it sent a broken CAR: {0}"),
 )
-"""Types, kind of failure, what to say: the first row that fits the exception, or one that it came from."""
+"""(types, kind of failure, message). The first row that fits the exception or one of its causes is used."""
 
 
 def source_failed(name: str, exc: Exception) -> SourceFailed:
-    """What a request to the server called `name` raised, as that server's failure."""
+    """The SourceFailed for an exception of a request to the server called `name`."""
     said = str(exc) if isinstance(exc, httpx.RemoteProtocolError) else ""
     if "disconnected" in said:
         return SourceFailed(f"{name}: {BROKEN}", RESET)
@@ -88,7 +89,7 @@ def source_failed(name: str, exc: Exception) -> SourceFailed:
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
-    """`exc` and what it came from. httpcore clears __cause__ on the way, and keeps __context__."""
+    """`exc` and its causes. httpcore clears __cause__ and keeps __context__."""
     seen: BaseException | None = exc
     while seen is not None:
         yield seen
@@ -102,12 +103,13 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 
 
 class _HttpcoreConnection:
-    """A connection by httpcore to any server, used as a `Connection` is, of one request at a time: HTTP/2
-    can't be shared there. Three streams that stall hold up a fourth, one that is given up is not reset, one
-    cancelled at its start breaks all."""
+    """A connection to any server through httpcore, with the interface of `Connection`.
+
+    It has one request at a time, also with HTTP/2. In httpcore, three stalled streams block a fourth, an
+    abandoned stream is not reset, and a stream that is cancelled at its start breaks all others."""
 
     def __init__(self, origin: Origin, settings: HttpSettings, named: bool) -> None:
-        """`named`: by the user, not by a redirect."""
+        """`named`: the user named this server; a redirect did not."""
         self._origin, self._settings = origin, settings
         self._public_only = settings.public_only or not named
         self.keep_alive = named  # httpcore itself drops a connection that the server does not keep
@@ -126,7 +128,7 @@ class _HttpcoreConnection:
         origin, settings, opening = self._origin, self._settings, list[Any]()
 
         async def trace(event: str, info: dict[str, Any]) -> None:
-            """Keeps the connection while TLS begins: httpcore does not close it where that is cancelled."""
+            """Remembers the TCP stream while TLS starts: if that is cancelled, httpcore does not close it."""
             if event.endswith("connect_tcp.complete"):
                 opening.append(info["return_value"])
             elif event.endswith("start_tls.complete"):
@@ -166,8 +168,9 @@ class _HttpcoreConnection:
         return filled
 
     async def _end(self, seconds: float) -> None:
-        """Ends the generators of httpx and httpcore, of which trio would warn: a cancelled wait ends all. The
-        end of a body is read for so many seconds, so that the connection can be used again."""
+        """Ends the generators of httpx and httpcore, since trio warns about generators that are not finished.
+        A cancelled wait ends them all. Reads the end of a body for up to `seconds`, so that the connection
+        can be used again."""
         pieces, self._pieces = self._pieces, None
         if pieces is not None:
             with trio.move_on_after(seconds), suppress(Exception):
@@ -175,7 +178,7 @@ class _HttpcoreConnection:
                     pass
 
     def is_fresh(self) -> bool:
-        return True  # httpcore looks itself
+        return True  # httpcore checks this itself
 
     async def aclose(self) -> None:
         with trio.CancelScope(shield=True):
@@ -187,15 +190,17 @@ AnyConnection = Connection | _HttpcoreConnection
 
 
 class _Transport(httpx.AsyncBaseTransport):
-    """Connections of one request at a time each; those to the server `named` are kept. With `own` that server
-    is asked by plain HTTP/1.1 over connections of ours. httpx sees no headers of a response, so that it keeps
-    no cookies, which would tell servers who asks: they are those of the extension `connection`."""
+    """Connections with one request at a time. Connections to the server `named` are kept. With `own`,
+    requests to that server use `Connection`: plain HTTP/1.1.
+
+    Headers of a response are not given to httpx, so that it keeps no cookies: servers could recognise a
+    client by them. The headers are in the `connection` of the response's extensions."""
 
     def __init__(self, named: Origin, settings: HttpSettings, own: bool) -> None:
         self._named, self._settings, self._own = named, settings, own
         self._threads = trio.CapacityLimiter(MAX_THREADS)
         self.idle: list[tuple[float, AnyConnection]] | None = []
-        """Those that can be used again, and since when; None once this is closed."""
+        """Connections that can be used again, and since when they are idle. None after `aclose`."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         origin: Origin = request.extensions["origin"]
@@ -231,7 +236,7 @@ class _Transport(httpx.AsyncBaseTransport):
         return Connection(stream, self._settings.idle, self._threads)
 
     async def release(self, connection: AnyConnection, whole: bool) -> None:
-        """After each response. `whole`: its body was read to the end."""
+        """Called after each response. `whole`: its body was read to the end."""
         idle = self.idle if whole and connection.keep_alive else None
         if idle is not None and len(idle) < self._settings.idle_connections:
             idle.append((trio.current_time(), connection))
@@ -251,7 +256,7 @@ class _Transport(httpx.AsyncBaseTransport):
 
 
 class Response:
-    """A response's head, and its body to be read once, by one task."""
+    """A response: its head, and its body, which one task can read once."""
 
     def __init__(self, connection: AnyConnection, http: "Http") -> None:
         self.connection = connection
@@ -262,13 +267,14 @@ class Response:
         length = self.headers.get("content-length", "")
         known = length.isdecimal() and "transfer-encoding" not in self.headers
         self.left = 0 if self.status in (204, 304) else int(length[:18]) if known else None
-        """Bytes of the body still to come; None where only its end tells."""
+        """Bytes of the body that were not received yet; None if the length is not known."""
         self.ended = self.left == 0
 
     async def read(self, limit: int) -> bytes:
-        """The whole body, of at most `limit` bytes. Raises SourceFailed: long, short, timeout, reset. A large
-        one waits until there is room for it. From then on the server has its time; the wait for our own rate
-        limit is not part of that, and needs no room."""
+        """The whole body, of at most `limit` bytes. Raises SourceFailed: long, short, timeout, reset.
+
+        A large body waits first for room in the body budget. The server's time starts after that. The wait
+        for our own rate limit is not part of it, and needs no room."""
         size, total = self.left, self._settings.total
         if size is not None and size > limit:
             raise SourceFailed(f"{self._name} offered {size} bytes: {limit} are the most", LONG)
@@ -294,7 +300,7 @@ class Response:
         return content
 
     async def receive(self) -> bytes:
-        """The next piece of the body, b"" at its end."""
+        """The next piece of the body; b"" at its end."""
         piece = await self._receive()
         if self._settings.rate is not None:
             await self._settings.rate.spend(len(piece), self.ended)
@@ -308,7 +314,7 @@ class Response:
         return piece
 
     async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
-        """The next bytes of a body whose length the head states, in a buffer for each of `sizes`."""
+        """The next bytes of a body of known length, in a buffer for each of `sizes`."""
         count = sum(sizes)
         if self.left is None or self.left < count:
             raise SourceFailed(f"{self._name} sent a shorter body than was asked for", SHORT)
@@ -319,7 +325,7 @@ class Response:
         return filled
 
     def _count(self, count: int) -> None:
-        """So many bytes have come; none at the end. Raises QuotaReached."""
+        """Counts received bytes; 0 at the end of the body. Raises QuotaReached."""
         if self.left is not None:
             self.left -= count
         self.ended = not count or self.left == 0
@@ -327,7 +333,7 @@ class Response:
             self._settings.quota.spend(count)
 
     async def read_error(self) -> bytes:
-        """The body of a response that is not a success; b"" for a long page: the status says enough."""
+        """The body of an error response; b"" if it is long, since the status says enough."""
         try:
             return await self.read(ERROR_BODY)
         except SourceFailed as exc:
@@ -336,7 +342,7 @@ class Response:
             return b""
 
     async def refused(self, name: str, what: str = "") -> NotHere | SourceFailed:
-        """What this response means, which is not a success: NotHere where `what` was asked for is absent."""
+        """The exception for this error response. NotHere if the status says that `what` is absent."""
         said = await self.read_error()
         if what and self.status in failures.ABSENT:
             return NotHere(f"{name} does not have {what} (status {self.status})")
@@ -354,20 +360,22 @@ class Http:
         self.origin = origin
         self.settings = s = settings or HttpSettings()
         self.share = BodyShare(s.budget)
-        """For bodies that are not `read` whole: who receives one takes room for it, and gives it back."""
+        """For bodies that are not `read` whole. Their receiver takes room for each piece and gives it
+        back."""
         self._answered = -math.inf  # when the last head came
         self._named = replace(origin, base="")
         self._host = origin.authority  # the Host header for the origin itself
         self._url = httpx.URL(scheme=origin.scheme, host=origin.host)
-        """For httpx. Our transports are told origin and path beside it: to parse a URL takes 100 us, as long
-        as all else for a small block."""
+        """The URL for httpx. Our transports get origin and path as extensions: to parse a URL takes 100 us,
+        as long as all the rest of a small block."""
         own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http" and not s.public_only
         self._transport = _Transport(self._named, s, own)
         self._client = _Client(transport=self._transport, trust_env=False)
-        self._headers = functools.lru_cache(64)(self._make_headers)  # costs as much as half of a small block
+        # to make the headers takes half as long as a small block
+        self._headers = functools.lru_cache(64)(self._make_headers)
 
     async def aclose(self) -> None:
-        """Who still asks gets a connection that is not kept."""
+        """Requests after this still work: each opens a connection of its own."""
         await self._transport.aclose()
 
     @asynccontextmanager
@@ -380,9 +388,9 @@ class Http:
         *,
         repeatable: bool = True,
     ) -> AsyncIterator[Response]:
-        """One request for `target`, a path and query below the origin's base; with `file`, the file of a
-        form. Redirects are followed as the rules let. A `repeatable` one is sent again where a kept
-        connection is dead. Raises SourceFailed."""
+        """Sends one request for `target`, a path and query below the origin's base. `file` is sent as the
+        file of a form. Allowed redirects are followed. A `repeatable` request is sent again if a kept
+        connection turns out to be dead. Raises SourceFailed."""
         if self.settings.quota is not None:
             self.settings.quota.check()
         origin, path = self._named, self.origin.base + target
@@ -414,7 +422,7 @@ class Http:
             return self._named, target_path
         subdomain = target.host.endswith(".localhost") and target.port == origin.port
         if subdomain and origin == self._named and origin.is_local:
-            # A node sends browsers to a name for each CID. Asked by this other name, it answers at the path.
+            # A node redirects `localhost` to a host name for each CID. Under 127.0.0.1 it does not.
             self._host = f"127.0.0.1:{origin.port}"
             self._headers.cache_clear()
             return origin, path
@@ -425,7 +433,8 @@ class Http:
     async def _send(
         self, origin: Origin, method: str, path: str, headers: Headers, file: bytes | None, repeatable: bool
     ) -> Response:
-        """The response's head. If a kept connection turns out to be dead, it is asked for again."""
+        """Sends the request and receives the response's head. If a kept connection turns out to be dead,
+        sends a `repeatable` request again."""
         if not TARGET.fullmatch(path):
             raise SourceFailed(f"{self.origin.text}: {one_line(path)[:80]!r} can't be asked for", PROTOCOL)
         request = httpx.Request(
@@ -438,7 +447,8 @@ class Http:
         )
         began, patience = trio.current_time(), math.inf
         if repeatable and self._transport.idle and origin == self._named:
-            # A kept one may be dead in silence: after the machine has slept or has changed its network.
+            # A kept connection may be dead without notice: after the machine has slept or changed its
+            # network.
             current = current_request.get()
             left = min(current.deadline, current.wanted_until) - began
             patience = max(SHORTEST_SILENCE, min(SILENCE, left / 3))
@@ -447,7 +457,7 @@ class Http:
             with trio.move_on_after(patience) as silence:
                 sent = await self._client.send(request, stream=True)
             if silence.cancelled_caught and self._answered < began:
-                await self._transport.close_idle()  # else it is this answer alone that does not come
+                await self._transport.close_idle()  # no request was answered since
         except DEAD:
             if not repeatable:
                 raise

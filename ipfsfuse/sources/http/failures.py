@@ -11,7 +11,7 @@ SHORT, LONG, STATUS, BUSY, REFUSED = "short", "long", "status", "busy", "refused
 PAGE, ENCODING, REDIRECT, CAR, FAILED = "page", "encoding", "redirect", "car", "failed"
 
 ABSENT: Final = frozenset((404, 410, 412, 451, 504))
-"""Not found, gone, not cached, withheld, not found in time: another source may have the block."""
+"""Not found, gone, not cached, withheld, not found in time. Another source may have the block."""
 NOT_SUPPORTED: Final = frozenset((400, 405, 406, 415, 416, 501))
 """The server does not support such a request."""
 
@@ -29,7 +29,7 @@ def refused(name: str, status: int, retry: str, body: bytes) -> SourceFailed:
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds from a Retry-After header, a number or a date (RFC 9110, 10.2.3); None for what is neither."""
+    """Seconds from a Retry-After header: a number or a date (RFC 9110, 10.2.3). None if it is neither."""
     if value.isascii() and value.isdigit():
         return float(value[:10])
     try:
@@ -39,6 +39,6 @@ def retry_after(value: str) -> float | None:
 
 
 def one_line(text: str) -> str:
-    """`text` from a server for a log or a terminal, without line ends and escape codes, 300 characters at
-    most."""
+    """A server's `text` for a log or a terminal: without line ends and escape codes, at most 300
+    characters."""
     return "".join(c if c.isprintable() else " " for c in text)[:300]

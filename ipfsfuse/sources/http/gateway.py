@@ -1,7 +1,7 @@
 """A trustless gateway (https://specs.ipfs.tech/http-gateways/trustless-gateway/): blocks, ranges of files,
 and CARs.
 
-Nothing is verified here. A slow reader slows the request down.
+The caller verifies blocks. A slow reader slows the request down.
 """
 
 import itertools
@@ -24,21 +24,21 @@ from ipfsfuse.sources.http.settings import Headers
 from ipfsfuse.sources.streams import Delivery, Leases, Send
 
 BELIEVED = 1 << 30
-"""A server that offers more bytes than that for a block does not have a large block: it lies."""
+"""If a server offers more bytes than this for a block, that is a wrong answer and not a large block."""
 FEW = 3
-"""Ranges of so few leaves are faster block by block."""
+"""So few leaves come faster as single blocks than as a range."""
 RECORD_TYPE = "application/vnd.ipfs.ipns-record"
 MAX_RECORD = 10 * 1024
 """Bytes of an IPNS record (https://specs.ipfs.tech/ipns/ipns-record/#record-size-limit)."""
 RANGES, CARS = "ranges of files", "CARs"
 CAR_TYPE = "application/vnd.ipld.car"
 SECTIONS = 1000
-"""Sections of a CAR that are parsed and handed on in one step of the event loop."""
+"""Sections of a CAR that are parsed and sent on in one step of the event loop."""
 RANGE_PART = 16 << 20
 """A range of a file is cut into requests of at least so many bytes."""
 CONNECTIONS_HERE, CONNECTIONS_FAR = 2, 4
-"""Requests of one call for many blocks at a time. To a node on this machine, on 2 cores, a second one gained
-5 to 25 % over 64 MiB, a third nothing."""
+"""Requests at a time of one call for many blocks. For a node on this machine with 2 cores, a second request
+gained 5 to 25 % over 64 MiB, a third nothing."""
 
 
 class NotOffered(SourceFailed):
@@ -46,13 +46,13 @@ class NotOffered(SourceFailed):
 
 
 class CarTooLong(SourceFailed):
-    """The server sent far more than the blocks that were asked for."""
+    """The server sent far more bytes than the requested blocks have."""
 
 
 class Gateway(Source):
-    """`local` for a node's own gateway port on this machine: there leaves come fastest as a range of their
-    file. From a remote gateway they come as a CAR, by one request whatever the distance. With `only_cached`
-    the server is asked not to fetch anything itself."""
+    """A gateway. `local` means the gateway port of a node on this machine, from which leaves come fastest as
+    a range of their file. From a remote gateway they come as a CAR: one request, whatever the distance. With
+    `only_cached` the server must not fetch blocks itself."""
 
     def __init__(self, http: Http, name: str, *, local: bool = False, only_cached: bool = False) -> None:
         self.name, self.local = name, local
@@ -89,7 +89,7 @@ class Gateway(Source):
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
         if CARS in self._offers:
             scope = f"dag-scope={'all' if subtree.whole else 'entity'}"
-            with suppress(NotOffered, CarTooLong):  # if it is too long, what came is of use
+            with suppress(NotOffered, CarTooLong):  # the blocks before the limit are of use
                 async with aclosing(self._car(subtree.root, scope, subtree.limit)) as car:
                     async for blocks in car:
                         await send.send(blocks)
@@ -100,8 +100,9 @@ class Gateway(Source):
     # -- several blocks by one request -------------------------------------------------------------------
 
     async def _send_ranges(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        """The file's bytes by HTTP ranges, cut where its leaves end (`streams.can_range` must hold). Raises
-        NotOffered, SourceFailed."""
+        """Fetches the file's bytes by HTTP ranges and cuts them into leaves. `streams.can_range` must hold.
+
+        Raises NotOffered, SourceFailed."""
         count, size = len(wanted.leaves), sum(leaf.size for leaf in wanted.leaves)
         parts = max(1, min(self._connections, size // RANGE_PART))
         bounds = [count * part // parts for part in range(parts + 1)]
@@ -116,7 +117,7 @@ class Gateway(Source):
                 if response.status != 206 or not given.startswith(f"bytes {first}-"):
                     raise await self._not_offered(response, wanted.file, RANGES)
                 stretches = together([leaf.size for leaf in leaves])
-                if self._http.settings.rate is not None:  # who waits for a leaf waits for that one alone
+                if self._http.settings.rate is not None:  # a reader waits only for the leaf that it needs
                     stretches = ((index, [leaf.size]) for index, leaf in enumerate(leaves))
                 with closing(Leases(share.give)) as leases:
                     for index, sizes in stretches:
@@ -128,8 +129,9 @@ class Gateway(Source):
         await streams.all_of([partial(send_part, *part) for part in itertools.pairwise(bounds)])
 
     async def _send_car_of_range(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        """The blocks by a CAR of the range. Other blocks in it are dropped; missing ones are not an error
-        here. Raises NotOffered, NotHere, SourceFailed."""
+        """Fetches the blocks by a CAR of the range. Drops other blocks. Missing blocks are not an error here.
+
+        Raises NotOffered, NotHere, SourceFailed."""
         first, last = wanted.leaves[0], wanted.leaves[-1]
         end = max(first.offset, last.offset + last.size - 1)
         indexes: dict[bytes, list[int]] = {}
@@ -146,8 +148,9 @@ class Gateway(Source):
                     return
 
     async def _car(self, root: Cid, scope: str, limit: int) -> AsyncGenerator[Sequence[tuple[Cid, bytes]]]:
-        """The blocks of a CAR, some at a time, until it ends: that may be early. Raises NotOffered, NotHere,
-        SourceFailed, and CarTooLong where it has more than `limit` bytes."""
+        """The blocks of a CAR, some at a time, until it ends, which may be early.
+
+        Raises NotOffered, NotHere, SourceFailed, and CarTooLong after `limit` bytes."""
         accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
         parser = StreamParser()
         async with self._http.ask("GET", f"/ipfs/{cids.text(root)}?format=car&{scope}", [accept]) as response:
@@ -163,8 +166,8 @@ class Gateway(Source):
                     raise CarTooLong(f"{self.name} sent far more blocks than were asked for", LONG)
 
     async def _not_offered(self, response: Response, root: Cid, what: str) -> NotHere | SourceFailed:
-        """The error for a response that does not contain `what`. What the server does not offer is not asked
-        for again."""
+        """The error for a response without `what` (RANGES, CARS). If the server does not offer it, it is not
+        requested again."""
         if response.status not in (200, 206):
             refused = await response.refused(self._http.origin.text, cids.text(root))
             if response.status not in NOT_SUPPORTED:
@@ -174,7 +177,7 @@ class Gateway(Source):
 
 
 async def ask_for_record(http: Http, name: str, target: str, headers: Headers = ()) -> bytes:
-    """The IPNS record at `target` of the server called `name`, unverified. Raises NotHere, SourceFailed."""
+    """The unverified IPNS record at `target` of the server called `name`. Raises NotHere, SourceFailed."""
     async with http.ask("GET", target, [("Accept", RECORD_TYPE), *headers]) as response:
         if response.status != 200:
             raise await response.refused(name, "that name's record")

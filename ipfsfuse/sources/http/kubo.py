@@ -1,8 +1,9 @@
 """A Kubo node: blocks from its repository on this machine, from its gateway port, or over its RPC API.
 
-A block in the repository costs 0.1 ms and no time of the node. The gateway port costs 1 ms, and the RPC API
-three times that. The node's repository ($IPFS_PATH, else ~/.ipfs) says where the node listens, in `api` and
-`gateway`. These are read again when the node does not answer: it may have been restarted on other ports.
+A block from the repository takes 0.1 ms, and no time of the node. From the gateway port it takes 1 ms, over
+the RPC API three times that. The files `api` and `gateway` of the node's repository ($IPFS_PATH, else
+~/.ipfs) say where the node listens. They are read again when the node does not answer: it may have been
+restarted on other ports.
 """
 
 import base64
@@ -26,7 +27,8 @@ from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.streams import Delivery, Hashed, Send
 
 NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
-"""Failures of the gateway port (off, guarded, another's), not of the block: the RPC API may have it."""
+"""Failures of the gateway port, not of the block: the port is off, guarded, or of another program. The RPC
+API may have the block."""
 
 
 class Kubo(Source):
@@ -42,7 +44,7 @@ class Kubo(Source):
         blocks: Flatfs | None = None,
         offline: bool = False,
     ) -> None:
-        kubo_authorization()  # a secret that can't be used is reported at once
+        kubo_authorization()  # reports an unusable secret at once
         self.name = name
         self._settings, self._api, self._offline = settings, api, offline
         self._repository = repository()
@@ -56,7 +58,7 @@ class Kubo(Source):
         return block.block if isinstance(block, Hashed) else block
 
     async def get_hashed(self, cid: Cid) -> bytes | Hashed:
-        """The block. One that was read in the repository may come with its hash."""
+        """The block, with its hash if it was hashed while it was read from the repository."""
         if self.blocks is not None and (block := await self.blocks.get(cid)) is not None:
             return block
         if gateway := await self._find_gateway():
@@ -82,8 +84,9 @@ class Kubo(Source):
             await self.aclose()
 
     async def ipns_record(self, name: str) -> bytes:
-        """The newest record the node finds of the IPNS name `name`, unverified. Raises NotHere,
-        SourceFailed."""
+        """The newest record that the node finds for the IPNS name `name`, unverified.
+
+        Raises NotHere, SourceFailed."""
         arguments = [("arg", f"/ipns/{name}")] + [("offline", "true")] * self._offline
         said = await self.rpc().call("routing/get", arguments)
         try:
@@ -103,8 +106,8 @@ class Kubo(Source):
             await streams.send_singly(self.get, wanted.leaves, send, CONNECTIONS_HERE)
 
     async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
-        """The node is asked for the many small nodes of a listing: it sends them sooner than they are found
-        here."""
+        """For a listing, asks the gateway port: it sends many small nodes faster than they are read from the
+        repository."""
         if subtree.whole and self.blocks is not None and await self.blocks.send_subtree(subtree, send):
             return
         if gateway := await self._find_gateway():
@@ -114,7 +117,7 @@ class Kubo(Source):
                 await self._note_gateway(exc)
 
     def rpc(self) -> "Rpc":
-        """The node's RPC API, also for its pins. Raises SourceFailed if no node is running."""
+        """The node's RPC API. Raises SourceFailed if no node is running."""
         if self._rpc is None:
             origin = self._api or self._read("api")
             if self._offline and not origin.is_local:
@@ -125,7 +128,7 @@ class Kubo(Source):
         return self._rpc
 
     async def _find_gateway(self) -> Gateway | None:
-        """The gateway port of a node on this machine, as the node says; never a port of another host."""
+        """The gateway port that the node names; None if it is not on this machine."""
         if not self._asked_for_gateway:
             found = None
             with suppress(IpfsFuseError, ValueError):
@@ -151,7 +154,7 @@ class Kubo(Source):
             raise SourceFailed(f"{path} can't be used: {exc}", CONNECT) from exc
 
     async def aclose(self) -> None:
-        """Closes what is open to the node. Whoever still asks looks for its addresses again."""
+        """Closes the connections to the node. A later request reads the node's addresses again."""
         rpc, gateway = self._rpc, self._gateway
         self._rpc = self._gateway = None
         self._asked_for_gateway = False
@@ -172,7 +175,7 @@ _REPEATABLE: Final = {
 
 @dataclass(slots=True)
 class Rpc:
-    """Commands of one node by POST /api/v0/<command>.
+    """Sends commands to one node, by POST /api/v0/<command>.
 
     A call that is cancelled closes its connection, which ends the command at the node."""
 
@@ -183,8 +186,9 @@ class Rpc:
     async def call(
         self, command: str, arguments: Headers = (), limit: int = 65536, file: bytes | None = None
     ) -> bytes:
-        """The response's body, of at most `limit` bytes. `file` is sent as the file of a form. Raises NotHere
-        if the node can't find something, SourceFailed otherwise, also for a body that broke off."""
+        """Sends a command and returns the body of the response, of at most `limit` bytes. `file` is sent as
+        the file of a form. Raises NotHere if the node can't find something, SourceFailed otherwise, also for
+        a body that broke off."""
         repeatable = command in _REPEATABLE
         target = f"/api/v0/{command}" + (f"?{urlencode(arguments)}" if arguments else "")
         async with self.http.ask("POST", target, file=file, repeatable=repeatable) as response:

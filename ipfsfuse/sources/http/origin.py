@@ -1,7 +1,7 @@
-"""Servers as frozen values, where a redirect may lead, and which proxy is used.
+"""Origins (the addresses of servers), the targets of redirects, and proxies.
 
-Pure, except that the environment names the proxies and the Kubo repository, and files there the addresses of
-the node.
+Pure, except that the proxies and the Kubo repository come from the environment, and the node's addresses from
+files of the repository.
 """
 
 import functools
@@ -19,8 +19,8 @@ DEFAULT_PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """A server. `base` is the path before all others, "" or "/like/this". `unix` is the path of a socket
-    that is used instead of the address."""
+    """The address of a server. `base` is a prefix of all paths, "" or "/like/this". `unix` is the path of a
+    socket that is used instead of host and port."""
 
     scheme: str
     host: str
@@ -30,7 +30,7 @@ class Origin:
     authority: str = field(init=False, repr=False, compare=False)
     """The Host header: without the scheme's default port, IPv6 addresses in brackets."""
     text: str = field(init=False, repr=False, compare=False)
-    """For people."""
+    """For messages."""
 
     def __post_init__(self) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -41,8 +41,7 @@ class Origin:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a socket file or a loopback address of this machine, as written: no resolver is
-        asked."""
+        """Whether it is a socket file, `localhost` or a loopback address. No resolver is asked."""
         return (
             self.unix is not None
             or self.host == "localhost"
@@ -98,8 +97,8 @@ def is_address(host: str) -> bool:
 
 
 def redirected(origin: Origin, path: str, location: str) -> tuple[Origin, str]:
-    """The origin and path that a redirect from `path` at `origin` leads to. Raises UsageError if the rules
-    forbid it."""
+    """The origin and the path that a redirect from `path` at `origin` leads to. Raises UsageError if it leads
+    to another scheme or is not a valid URL."""
     try:
         url = quote(urljoin(f"{origin.scheme}://{origin.authority}{path}", location), safe=_URL_CHARACTERS)
         bare, _, query = url.partition("#")[0].partition("?")
@@ -138,8 +137,9 @@ def repository() -> Path:
 
 
 def read_origin(path: Path) -> Origin:
-    """The address that a node wrote into a file of its repository, a multiaddr or a URL. Raises OSError,
-    ValueError, UsageError."""
+    """The address that a node wrote into a file of its repository: a multiaddr or a URL.
+
+    Raises OSError, ValueError, UsageError."""
     text = path.read_text().strip()
     return parse_multiaddr(text) if text.startswith("/") else parse_origin(text)
 
@@ -158,9 +158,9 @@ class Proxy:
 
 @functools.lru_cache(maxsize=256)
 def proxy_for(origin: Origin) -> Proxy | None:
-    """The proxy for `origin` by http_proxy, https_proxy, all_proxy and no_proxy. Raises UsageError for one of
-    another kind."""
-    import urllib.request  # 13 ms, and commands that ask nobody need none of it
+    """The proxy for `origin` according to http_proxy, https_proxy, all_proxy and no_proxy. Raises UsageError
+    for a proxy that is not an HTTP proxy."""
+    import urllib.request  # takes 13 ms, and many commands send no request
 
     if origin.unix is not None or urllib.request.proxy_bypass(origin.host):
         return None

@@ -64,8 +64,8 @@ def read_headers(path: Path) -> Headers:
 
 
 def _read_secret(path: Path, what: str) -> str:
-    """The text of a file that this user or root owns and nobody else may read. Raises UsageError; `what` is
-    its name in the message."""
+    """The text of a file that this user or root owns and no other user may read. `what` is its name in
+    messages. Raises UsageError."""
     try:
         with path.open() as file:
             info = os.fstat(file.fileno())
@@ -79,7 +79,8 @@ def _read_secret(path: Path, what: str) -> str:
 
 
 def kubo_authorization() -> tuple[str, str]:
-    """The value of the Authorization header for a Kubo node and where it came from, ("", "") if none is set.
+    """The value of the Authorization header for a Kubo node, and the name of the variable or file that it
+    came from; ("", "") if none is set.
 
     $IPFSFUSE_KUBO_AUTH, or the file that $IPFSFUSE_KUBO_AUTH_FILE names, holds `bearer:TOKEN` or
     `basic:USER:PASSWORD`, as Kubo writes them in API.Authorizations. Raises UsageError."""
@@ -99,9 +100,9 @@ def kubo_authorization() -> tuple[str, str]:
 
 
 def kubo_token(api: Path | None) -> tuple[str, str]:
-    """The token for a node, "" for none, and what to do if the node refuses us.
+    """The token for a node ("" for none), and the advice to give if the node refuses a request.
 
-    `api` is the file that names the node, None where the user named it. If another user may have written that
+    `api` is the file that names the node; None if the user named it. If another user may have written that
     file, no token is sent to the address in it."""
     token, where = kubo_authorization()
     if not token:
@@ -151,8 +152,8 @@ class BodyBudget:
 class BodyShare:
     """One source's part of a `BodyBudget`, first come, first served.
 
-    A source always gets GUARANTEED bytes, so that another one whose bodies stall takes no room from it. A
-    body that is larger than the whole budget is let through alone."""
+    A source always gets GUARANTEED bytes, even if stalled bodies of other sources fill the budget. A body
+    that is larger than the whole budget is received alone."""
 
     GUARANTEED = 4 << 20
     """Bytes: two of the largest blocks."""
@@ -182,18 +183,19 @@ class BodyShare:
 
 
 class RateLimit:
-    """Bounds bytes a second: whoever received some waits until they fit. Concurrency: any number of tasks.
+    """Bounds bytes a second: after bytes have come, their receiver waits until they fit. Concurrency: any
+    number of tasks.
 
-    While others use the limit up, each wait is long, and it excuses a source for sending nothing meanwhile
-    (`SourceRequest`). So pieces of a body wait only once they are `TOGETHER_SECONDS` worth, or it ends: a
-    source that drips has to use its own time."""
+    While other requests use up the limit, each wait is long, and a source is not blamed for sending nothing
+    meanwhile (`SourceRequest`). So the receiver of a body waits only after TOGETHER_SECONDS' worth of pieces,
+    and at its end: else a source that sends slowly would never be blamed."""
 
     def __init__(self, per_second: int) -> None:
         self._per_second = per_second
         self._paid_until = float("-inf")
 
     async def spend(self, count: int, ended: bool = True) -> None:
-        """`ended`: they are the last bytes of an answer, or all."""
+        """`ended`: these are the last bytes of a response, or all of it."""
         now = trio.current_time()
         self._paid_until = max(self._paid_until, now) + count / self._per_second
         request = current_source_request.get()
@@ -208,8 +210,8 @@ class RateLimit:
 
 
 class FetchQuota:
-    """Bounds the bytes of all bodies together. One that is on its way when the bound is reached is not read
-    on; no request is made from then on. Concurrency: any number of tasks."""
+    """Bounds the bytes of all bodies together. At the bound, bodies that are being received break off, and no
+    more requests are sent. Concurrency: any number of tasks."""
 
     def __init__(self, bound: int) -> None:
         self.bound = bound
@@ -233,24 +235,24 @@ class FetchQuota:
 
 
 GRACE_SECONDS = 0.01
-"""Waits that are shorter are saved up."""
+"""Shorter waits are saved up until they are worth a sleep."""
 TOGETHER_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class HttpSettings:
     headers: BoundHeaders = field(default_factory=BoundHeaders, repr=False)
-    """Sent to the origin that each is bound to, never to where it redirects."""
+    """Each is sent to the origin that it is bound to, never to the target of a redirect."""
     connect: float = 10.0
     """Seconds for a connection, and as many for TLS."""
     idle: float = 40.0
     """Seconds without a byte: longer than the 30 s after which a node gives up a block with 504."""
     total: float = 60.0
-    """Seconds for a head, and for a body that is read whole: a server that drips has failed."""
+    """Seconds for a head, and for a body that is read whole. A server that takes longer has failed."""
     budget: BodyBudget = field(default_factory=lambda: BodyBudget(BYTES_IN_FLIGHT), repr=False, compare=False)
-    """For large bodies: one for all requests with these settings or a copy of them."""
+    """For large bodies. All requests with these settings, or a copy of them, share it."""
     public_only: bool = False
-    """Whether only servers at public addresses are asked: for servers that strangers name."""
+    """Whether requests go to public addresses only: for servers that the user did not name."""
     rate: RateLimit | None = None
     """For all bodies of all sources together."""
     quota: FetchQuota | None = None
@@ -261,8 +263,8 @@ class HttpSettings:
 
 @functools.cache
 def tls_context() -> ssl.SSLContext:
-    """TLS 1.2 and later with this system's authorities (SSL_CERT_FILE and SSL_CERT_DIR count); names
-    checked."""
+    """TLS 1.2 and later, with host names checked and this system's authorities. SSL_CERT_FILE and
+    SSL_CERT_DIR apply."""
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context

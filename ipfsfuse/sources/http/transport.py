@@ -1,8 +1,8 @@
-"""A connection for plain HTTP/1.1 to a node on this machine, where the CPU is the limit and not the network.
+"""A connection for plain HTTP/1.1 to a node on this machine, where the limit is the CPU and not the network.
 
-httptools parses heads and chunked bodies. A body of known length goes around it, straight into the caller's
-buffers, received by a worker thread where it comes fast. `client` mounts this into httpx;
-docs/adr/0001-http-client.md has the measurements.
+httptools parses heads and chunked bodies. A body of known length does not pass through the parser: it is
+received into the caller's buffers, by a worker thread if it comes fast. `client` makes these connections a
+transport of httpx. docs/adr/0001-http-client.md has the measurements.
 
 Concurrency: one task uses a connection; after a failed or cancelled request it can only be closed.
 """
@@ -27,22 +27,23 @@ Ts = TypeVarTuple("Ts")
 
 PIECE: Final = 64 * 1024
 TOGETHER: Final = 32
-"""Times that more is received at once after some has come, and PIECE bytes at most."""
+"""After a first receive, up to so many more are tried at once, for at most PIECE bytes together."""
 FAST: Final = 32 * 1024
-"""A receive that gives so much, with more than PIECE still to come, sends the rest to a thread."""
+"""After a receive of so many bytes, a thread receives the rest if it is more than PIECE."""
 THREAD_WAIT: Final = struct.pack("ll", 0, 20_000)
-"""20 ms: so long a thread waits for bytes, then the event loop does: a server that drips holds no thread."""
+"""20 ms: the longest wait of a thread for bytes. Then the event loop waits: so a slow server keeps no thread
+busy."""
 MAX_FRAMING: Final = 80 * 1024
-"""Bytes of a head, or of sizes, extensions and trailers between two pieces of a body."""
+"""The most bytes of a head, and of the sizes, extensions and trailers between two pieces of a body."""
 WANTED: Final = {
     *(b"content-encoding", b"content-length", b"content-range", b"content-type"),
     *(b"location", b"retry-after", b"transfer-encoding", b"x-stream-error"),
 }
-"""Headers that somebody reads. A Kubo node sends 27: to decode them all costs as much as to parse them."""
+"""The headers that are used. A Kubo node sends 27: to decode them all costs as much as to parse them."""
 
 
 class Connection:
-    """An open connection, and the response that it received last. The parser calls the methods `on_...`."""
+    """An open connection, and its last response. The parser calls the methods `on_...`."""
 
     def __init__(self, stream: trio.SocketStream, idle: float, threads: trio.CapacityLimiter) -> None:
         """`idle`: seconds to wait for the next byte, or until more can be sent."""
@@ -51,26 +52,26 @@ class Connection:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, THREAD_WAIT)
         self._idle, self._threads = idle, threads
         self._fast = False
-        """Whether the last bytes came faster than they were asked for."""
+        """Whether the last bytes came faster than they were received."""
 
     async def request(self, data: bytes, end: float) -> None:
-        """Sends a request's bytes and receives the response's head by the time `end`."""
+        """Sends a request and receives the head of its response, before the time `end`."""
         self._parser = HttpResponseParser(self)
         self.status = 0
         """0 until the head has come."""
         self.headers: dict[str, str] = {}
-        """Those of WANTED, by names in lower case, and trailers."""
+        """The headers and trailers of WANTED, by names in lower case."""
         self.keep_alive = False
-        """Whether the server takes another request once this response was read to its end."""
+        """Whether the server accepts another request after this response."""
         self._pieces: list[bytes] = []
-        """Of the body, parsed and not read yet."""
+        """Pieces of the body that were parsed and not read yet."""
         self._left: int | None = None
-        """Bytes of a body of known length that are still in the socket."""
+        """Bytes of a body of known length that were not received yet."""
         self._failure: OSError | None = None
-        """Of the connection, found behind pieces that are to be given first."""
+        """An error of the connection, raised after the pieces that came before it."""
         self._framing = 0
         self._complete = False
-        while data:  # nearly always it goes whole
+        while data:  # one send nearly always sends everything
             try:
                 data = data[self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
             except BlockingIOError:
@@ -137,11 +138,11 @@ class Connection:
                 return piece
             if piece:
                 self._feed(piece)
-            elif self._left is None and "transfer-encoding" not in self.headers:  # the connection's end tells
+            elif self._left is None and "transfer-encoding" not in self.headers:  # ends with the connection
                 self._complete = True
             else:
                 raise SourceFailed("the body was cut short", SHORT)
-        try:  # what has come meanwhile goes with it: each piece costs the tasks that it passes through 0.1 ms
+        try:  # add what has come meanwhile: each piece costs the tasks that it passes through 0.1 ms
             room, more = PIECE, TOGETHER
             while more and not self._complete and (piece := self._socket.recv(room, socket.MSG_DONTWAIT)):
                 self._feed(piece)
@@ -157,8 +158,8 @@ class Connection:
         return piece
 
     async def receive_into(self, sizes: Sequence[int]) -> Sequence[memoryview]:
-        """The next bytes of a body of known length, in a buffer for each of `sizes`. What is in the socket is
-        copied once."""
+        """The next bytes of a body of known length, in a buffer for each of `sizes`. Bytes from the socket
+        are copied once."""
         filled = list(map(buffers.lend, sizes))
         left = [*filled]
         parsed = io.BytesIO(b"".join(self._pieces))
@@ -188,7 +189,7 @@ class Connection:
         return filled
 
     async def _when_readable(self, end: float, receive: Callable[[*Ts], T], *arguments: *Ts) -> T:
-        """Calls `receive` once there are bytes, or the server has closed, by the time `end`."""
+        """Calls `receive` when there are bytes or the server has closed, at the latest at the time `end`."""
         while True:
             with trio.CancelScope(deadline=min(trio.current_time() + self._idle, end)) as scope:
                 await trio.lowlevel.wait_readable(self._socket)
@@ -207,4 +208,4 @@ class Connection:
 
     async def aclose(self) -> None:
         self._socket.close()
-        self._parser = HttpResponseParser(None)  # it held this connection, which held it
+        self._parser = HttpResponseParser(None)  # breaks a reference cycle

@@ -1,1 +1,1 @@
-"""Sources on this machine, read where they lie: CAR files, and the library that `add` fills."""
+"""Sources on this machine, read in place: CAR files, the library that `add` fills, a Kubo repository."""

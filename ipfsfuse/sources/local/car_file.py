@@ -1,13 +1,14 @@
-"""One CAR file on disk: its roots, and its blocks by multihash, through its own index or one built here.
-`CarSource` is the source that reads it in place, so that nothing of it is staged.
+"""One CAR file on disk: its roots, and its blocks by multihash. `CarSource` reads the file in place as a
+source, so none of its blocks is staged.
 
-`CarFile` blocks, for any number of threads at once: every read is a pread. Only the place of a block is
-checked here: the section there must have the CID that was asked for. The caller verifies the bytes. All
-errors are SourceFailed.
+The calls of `CarFile` block. Any number of threads may call them at once: every read is a pread. `CarFile`
+checks only that the section at a block's place has the CID that was asked for. The caller verifies the bytes.
+All errors are SourceFailed.
 
-An index for a file that has none is built once by walking the sections, and is kept in a folder by the file's
-identity. Several processes may build the same index at once: each writes its own temporary file and renames
-it. Only the sections' heads are read where blocks are large, and memory is bounded for a file of any size.
+Blocks are found through the file's own index, or through one that is built here. An index is built once by
+walking the sections, and is kept in a folder under the file's identity. Several processes may build the same
+index at once: each writes its own temporary file and renames it. Where blocks are large, only the heads of
+the sections are read. Memory is bounded for a file of any size.
 """
 
 import errno
@@ -37,14 +38,14 @@ from ipfsfuse.sources.local.car_writer import RecordSorter
 from ipfsfuse.sources.streams import Delivery, Leases, Send, Turns, all_of, consecutive
 
 Read = Callable[[int, int, int], bytes]
-"""(file descriptor, offset, length) -> that many bytes, fewer at the file's end only."""
+"""(file descriptor, offset, length) -> that many bytes, or fewer at the end of the file."""
 
 MAX_INLINE = 128 << 10
 """Larger blocks take long enough to copy (20 us) that a worker thread should do it."""
 
 
 class Identity(NamedTuple):
-    """What changes when the file does."""
+    """Identifies one state of a file: a change to the file changes it."""
 
     device: int
     inode: int
@@ -65,8 +66,8 @@ def read_disk(fd: int, offset: int, length: int) -> bytes:
 
 
 def read_cached(fd: int, offset: int, length: int) -> bytes:
-    """A `Read` from the page cache alone. Raises BlockingIOError where that does not have it all, or can't
-    tell."""
+    """A `Read` from the page cache alone. Raises BlockingIOError if the page cache lacks some of the bytes,
+    or the file system can't tell."""
     buffer = bytearray(length)
     try:
         got = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
@@ -79,7 +80,7 @@ def read_cached(fd: int, offset: int, length: int) -> bytes:
 
 @contextmanager
 def disk_errors(name: str) -> Iterator[None]:
-    """The operating system's errors and the format's as SourceFailed that names the file."""
+    """Raises errors of the operating system and of the format as SourceFailed, which names the file."""
     try:
         yield
     except BlockingIOError:
@@ -96,8 +97,8 @@ class CarFile:
     """An open file. It can be asked for blocks once it has an index: its own, or one that was built."""
 
     def __init__(self, path: Path) -> None:
-        """Opens it and reads its header. Raises SourceFailed: no such file, empty, not a CAR, a header that
-        lies."""
+        """Opens the file and reads its header. Raises SourceFailed: no such file, empty, not a CAR, a wrong
+        header."""
         self.path = path
         self.name = path.name
         with disk_errors(str(path)):
@@ -136,7 +137,7 @@ class CarFile:
     # -- the index -------------------------------------------------------------------------------------------
 
     def use_own_index(self) -> bool:
-        """Takes the index that the file brings. False where it has none that can be read whole."""
+        """Uses the index in the file itself. False if the file has none, or a broken one."""
         if not 0 < self._index_offset < self.identity.size:
             return False
         try:
@@ -149,7 +150,7 @@ class CarFile:
         return self._index_offset + last <= self.identity.size
 
     def use_index(self, fd: int, offset: int) -> None:
-        """Takes the index at `offset` of another file, which is closed with this one. Raises SourceFailed."""
+        """Uses the index at `offset` of the file `fd`. Takes `fd` over. Raises SourceFailed."""
         self._index_fd, self._index_offset = fd, offset
         with disk_errors(f"the index of {self.path}"):
             self._buckets = car.index_buckets(lambda at, length: read_disk(fd, offset + at, length))
@@ -157,7 +158,9 @@ class CarFile:
     # -- blocks ----------------------------------------------------------------------------------------------
 
     def find(self, multihash: bytes, read: Read = read_disk) -> Place | None:
-        """Where the block of `multihash` lies, by the index and by what stands there. Raises SourceFailed."""
+        """The place of the block of `multihash`. The index names it, and the section there confirms it.
+
+        Raises SourceFailed."""
         with disk_errors(str(self.path)):
             offsets = car.index_find(
                 self._buckets,
@@ -169,11 +172,11 @@ class CarFile:
                 if place is not None:
                     return place
         if offsets:
-            raise SourceFailed(self._lie(), kind="malformed")
+            raise SourceFailed(self._wrong_index_message(), kind="malformed")
         return None
 
     def _section_of(self, multihash: bytes, offset: int, read: Read) -> Place | None:
-        """The block of the section at `offset`; None if it is another one's, or not whole."""
+        """The block of the section at `offset`; None if the section has another multihash or is cut short."""
         if not self.sections_offset <= offset < min(self.data_end, self.identity.size):
             return None
         head = read(self.fd, offset, min(car.HEAD_BYTES, self.data_end - offset))
@@ -185,24 +188,24 @@ class CarFile:
             return None
         return Place(found.block, found.end - found.block)
 
-    def _lie(self) -> str:
+    def _wrong_index_message(self) -> str:
         if self.changed():
             return f"{self.path} has changed since it was opened: mount again"
         return f"{self.path}: its index names a place for a block where that block is not, or not whole"
 
     def changed(self) -> bool:
-        """Whether the open file is not as it was when its index was read."""
+        """Whether the file has changed since it was opened."""
         status = os.fstat(self.fd)
         return (status.st_size, status.st_mtime_ns) != (self.identity.size, self.identity.mtime_ns)
 
     def read_small(self, place: Place) -> bytes:
-        """What lies at `place`, from the page cache alone. Raises BlockingIOError, for large blocks too."""
+        """The bytes at `place`, from the page cache alone. Raises BlockingIOError, for large blocks too."""
         if place.size > MAX_INLINE:
             raise BlockingIOError
         return read_cached(self.fd, place.offset, place.size)
 
     def read(self, place: Place) -> bytes:
-        """What lies at `place`. Raises SourceFailed."""
+        """The bytes at `place`. Raises SourceFailed."""
         with disk_errors(str(self.path)):
             block = read_disk(self.fd, place.offset, place.size)
         if len(block) != place.size:
@@ -210,7 +213,7 @@ class CarFile:
         return block
 
     def close(self) -> None:
-        """No other thread may be reading: a descriptor that is closed can be another file's next."""
+        """No other thread may be reading: the number of a closed descriptor can be given to another file."""
         for fd in {self.fd, self._index_fd} - {-1}:
             os.close(fd)
         self.fd = self._index_fd = -1
@@ -223,7 +226,7 @@ class CarFile:
 # -- building an index ---------------------------------------------------------------------------------------
 
 IndexProgress = Callable[[int, int], None]
-"""Called now and then with (bytes passed, bytes in all) while an index is built."""
+"""Called now and then while an index is built, with the bytes read so far and the file's size."""
 
 _SMALL_WINDOW, _LARGE_WINDOW = 4 << 10, 256 << 10
 _REPORT_EVERY = 64 << 20
@@ -232,8 +235,8 @@ _DAMAGED = b"ipfsfuse-index-1-damaged\n"
 
 
 def sections(file: CarFile) -> Iterator[Section]:
-    """Every whole section, with places in the file. Raises Malformed where it can't go on, behind the last
-    whole one."""
+    """Every whole section, in the order of the file. Raises Malformed after the last whole one if the file is
+    damaged."""
     end = min(file.data_end, file.identity.size)
     at = file.sections_offset
     window, start = b"", at
@@ -273,9 +276,9 @@ def _only_zeros(fd: int, start: int, end: int) -> bool:
 
 
 def ensure_index(file: CarFile, folder: Path, progress: IndexProgress | None) -> bool:
-    """Gives `file` an index: its own, the one kept in `folder`, or a new one there. Raises SourceFailed.
+    """Gives `file` an index: its own, or the one kept in `folder`, which is built if it is missing.
 
-    False if the file is damaged: what is whole before the damage can be read.
+    False if the file is damaged: the blocks before the damage can be read. Raises SourceFailed.
     """
     if file.use_own_index():
         return True
@@ -312,7 +315,7 @@ def _build(file: CarFile, path: Path, progress: IndexProgress | None) -> None:
 
 
 def _collect(file: CarFile, sorter: RecordSorter, progress: IndexProgress | None) -> bool:
-    """Adds every block that can be asked for. False if the file breaks off."""
+    """Adds every block that a caller can ask for. False if the file is damaged."""
     total = min(file.data_end, file.identity.size)
     reported = 0
     try:
@@ -331,7 +334,7 @@ def _collect(file: CarFile, sorter: RecordSorter, progress: IndexProgress | None
 
 
 def _sweep(folder: Path, keep: Path, identity: Identity) -> None:
-    """Removes the indexes of what the same file was before."""
+    """Removes the indexes of earlier states of the same file."""
     name = re.compile("{:x}-{:x}-[0-9]+-[0-9]+\\.index".format(*identity))
     for old in folder.iterdir():
         if old != keep and name.fullmatch(old.name) and stat.S_ISREG(old.lstat().st_mode):
@@ -341,13 +344,13 @@ def _sweep(folder: Path, keep: Path, identity: Identity) -> None:
 # -- long reads ----------------------------------------------------------------------------------------------
 
 GROUPS = 8
-"""Groups that may be in memory at a time, of up to 4 MiB each, of all readers of all CAR files."""
+"""Groups of up to 4 MiB that may be in memory at a time, for all readers of all CAR files."""
 READ_TASKS = 2
 """Groups of one file that are read at a time."""
 _MAX_GAP = 4 << 10
-"""Reading over so many bytes that nobody wants is cheaper than a read of its own."""
+"""The largest gap between two blocks of one read: to read the gap is cheaper than a second read."""
 _ALONE = 128 << 10
-"""Blocks of this size or more are read each by itself: that saves copying them out of a longer read."""
+"""Blocks of this size or more are read one by one: that saves copying them out of a longer read."""
 
 
 class Found(NamedTuple):
@@ -384,7 +387,7 @@ async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -
     async def work() -> None:
         for start, sizes in groups:
             turn = turns.take()
-            await room.acquire()  # in their order: each waits for those before it
+            await room.acquire()  # in the order of the groups, since each group waits for those before it
             release = leases.take(1)
             group = leaves[start : start + len(sizes)]
             rows = list(consecutive(await threads.run_sync(_read_group, start, group, find)))
@@ -395,14 +398,14 @@ async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -
                     await send.send(Delivery(*rows.pop(), release))
                 else:
                     release()
-            del rows  # before the next group is read in its place
+            del rows  # frees the blocks before the next group is read
 
     with closing(Leases(lambda _one: room.release())) as leases:
         await all_of([work] * READ_TASKS)
 
 
 def _read_group(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
-    """(index, block) of every leaf that is here and fits. Raises SourceFailed."""
+    """(index, block) of every leaf that is found and fits. Raises SourceFailed."""
     found = [
         (start + index, where)
         for index, leaf in enumerate(leaves)
@@ -410,7 +413,7 @@ def _read_group(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
     ]
     blocks: Blocks = []
     while found:
-        count = 1  # of those that one read covers
+        count = 1  # blocks that one read covers
         while count < len(found) and _adjoin(found[count - 1][1], found[count][1]):
             count += 1
         blocks += _read_together(found[:count])
@@ -441,16 +444,17 @@ class InPlaceSource(Source):
     """A source whose blocks lie in CAR files on this machine.
 
     Blocks that the page cache holds are read at once on the event loop (10 us; a worker thread costs 80).
-    Everything else is read in worker threads. For long reads (`send_found`), blocks that lie side by side
-    are read together, and the next read runs while one is delivered. Only blocks that fit their leaves are
-    read, so the leaves' sizes, which are claims, bound the memory of a group. All calls together hold GROUPS
+    All other blocks are read in worker threads. For long reads (`send_found`), neighbouring blocks are read
+    together, and the next group is read while one is delivered. Only blocks that fit their leaves are read:
+    so the claimed sizes of the leaves bound the memory of a group. All calls together hold at most GROUPS
     groups."""
 
     in_place = True
 
     @abstractmethod
     def find(self, cid: Cid, read: Read = read_disk) -> Found | None:
-        """Where the block is; None where it is not here. Raises SourceFailed, BlockingIOError by `read`."""
+        """Where the block is; None if it is not here. Raises SourceFailed, and BlockingIOError if `read`
+        does."""
 
     async def get(self, cid: Cid) -> bytes:
         await trio.lowlevel.checkpoint()
@@ -468,7 +472,7 @@ class InPlaceSource(Source):
 
 
 def readable(name: str, cid: Cid, found: Found | None) -> Found:
-    """What the source `name` found of `cid`. Raises NotHere, BlockTooLarge."""
+    """`found` itself, if it can be read as the block of `cid`. Raises NotHere, BlockTooLarge."""
     if found is None or cids.inline(cid) is not None:
         raise NotHere(f"{name} does not have {cids.text(cid)}")
     if found.place.size > cids.MAX_BLOCK:
@@ -477,10 +481,10 @@ def readable(name: str, cid: Cid, found: Found | None) -> Found:
 
 
 class CarSource(InPlaceSource):
-    """One file as a source. `whole` is False where it is damaged: what stands before the damage reads."""
+    """One file as a source. `whole` is False if the file is damaged: blocks before the damage can be read."""
 
     def __init__(self, file: CarFile, whole: bool = True) -> None:
-        """`file` with an index; it is closed with the source. Most callers want `open`."""
+        """`file` must have an index. Takes `file` over. Most callers want `open`."""
         self._file = file
         self.name = file.name
         self.path = file.path
@@ -488,11 +492,10 @@ class CarSource(InPlaceSource):
 
     @classmethod
     def open(cls, path: Path, indexes: Path, progress: IndexProgress | None = None) -> "CarSource":
-        """Opens the CAR file at `path`. Blocks while an index is built, which then stays in the folder
-        `indexes`.
+        """Opens the CAR file at `path`. If the file has no index, builds one in the folder `indexes`, and
+        blocks meanwhile.
 
-        Raises SourceFailed: no such file, empty, not a CAR, a header that lies, an index that can't be
-        written.
+        Raises SourceFailed: no such file, empty, not a CAR, a wrong header, an index that can't be written.
         """
         file = CarFile(path)
         try:

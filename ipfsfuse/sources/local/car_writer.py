@@ -1,7 +1,7 @@
-"""Writes a CAR file: header and sections as they come; for version 2 also an index and the frame.
+"""Writes a CAR file: the header and the sections as they come, and for version 2 the index and the frame.
 
-Blocking; for one thread at a time. Memory is flat: blocks are written through. Index records are sorted in
-some 25 MB of memory, and the rest in a temporary file that has no name.
+The calls block, and are for one thread at a time. Memory is bounded: blocks are written at once, and index
+records are sorted in some 25 MB of memory, with the rest in a temporary file without a name.
 """
 
 import heapq
@@ -28,11 +28,11 @@ Key = tuple[int, int]
 
 
 class RecordSorter:
-    """Collects (multihash, offset) and writes them as a MultihashIndexSorted. A context manager: its file
-    goes with it."""
+    """Collects (multihash, offset) pairs and writes them as a MultihashIndexSorted. A context manager, which
+    removes its temporary file at the end."""
 
     def __init__(self, folder: Path, max_held: int = _MAX_HELD) -> None:
-        """`folder` is where what does not fit into memory (`max_held` records) goes."""
+        """More than `max_held` records are kept in a temporary file in `folder`."""
         self._max_held = max_held
         self._held: dict[Key, list[bytes]] = {}
         self._count = 0
@@ -108,14 +108,14 @@ _SEND_EVERY = 8 << 20
 
 
 class CarWriter:
-    """Fills the empty file `fd`, which stays the caller's: not a CAR before `finish`. All methods raise
+    """Fills the empty file `fd`. It is a CAR after `finish`. The caller closes `fd`. All methods raise
     OSError.
 
-    `fd` may be a pipe, too, where `indexed` is false."""
+    If `indexed` is false, `fd` may be a pipe."""
 
     def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = (), indexed: bool = True) -> None:
-        """`scratch` is a folder for what of a very large index does not fit into memory. Version 2 if
-        `indexed`, else 1."""
+        """Writes version 2 if `indexed`, else version 1. `scratch` is the folder for the temporary file of a
+        very large index."""
         self._out = io.BufferedWriter(io.FileIO(fd, "wb", closefd=False), _BUFFER)
         self._on_disk = stat.S_ISREG(os.fstat(fd).st_mode)
         self._sorter = RecordSorter(scratch)
@@ -138,13 +138,13 @@ class CarWriter:
             self._sorter.add(cids.multihash(cid), self._end)
         self._end += len(head) + len(block)
         if self._on_disk and self._end - self._sent >= _SEND_EVERY:
-            # The kernel begins to write to the disk what came since the last time, so that `finish` waits for
-            # little. That is what this advice does with pages not written yet; it drops none of them.
+            # For dirty pages, this advice only starts the write to the disk: it drops none of them. So
+            # `finish` has little to wait for.
             os.posix_fadvise(self._out.fileno(), self._sent, self._end - self._sent, os.POSIX_FADV_DONTNEED)
             self._sent = self._end
 
     def finish(self) -> None:
-        """Completes the file and sees it safely on the disk."""
+        """Completes the file and waits until it is on the disk."""
         with self._sorter, self._out:
             if self._indexed:
                 self._sorter.write(self._out)
@@ -157,6 +157,6 @@ class CarWriter:
                 os.fsync(self._out.fileno())
 
     def abandon(self) -> None:
-        """Lets go without completing."""
+        """Closes without completing the file."""
         with self._sorter, suppress(OSError):
-            self._out.close()  # writes what it holds, to a file that is going
+            self._out.close()  # flushes its buffer into a file that the caller discards

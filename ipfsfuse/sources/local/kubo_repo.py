@@ -1,11 +1,11 @@
-"""The blocks of a Kubo repository on this machine, read in place: without a request to the node.
+"""Reads the blocks of a Kubo repository on this machine in place, without a request to the node.
 
-A repository keeps its blocks in flatfs unless it was configured otherwise: one file for each block, named by
-the base32 of its multihash, in folders named by some of its last characters. A block is written under another
-name and then renamed, so a file is whole until the node deletes it. Source: Kubo's docs/datastores.md,
-go-ds-flatfs. Nothing is ever written here, and nothing is verified.
+By default a repository keeps its blocks in flatfs: one file for each block, named by the base32 of its
+multihash, in folders named by some of the last characters of that name. The node writes a block under another
+name and then renames it, so a file is whole until the node deletes it. Source: Kubo's docs/datastores.md,
+go-ds-flatfs. This module writes nothing to the repository, and verifies no block.
 
-`Flatfs` blocks but for its asynchronous methods, and may be used by any number of threads and tasks.
+The synchronous methods of `Flatfs` block. Any number of threads and tasks may use it.
 """
 
 import json
@@ -37,29 +37,30 @@ from ipfsfuse.sources.streams import Block, Blocks, Delivery, Hashed, Leases, Se
 log = logging.getLogger("ipfsfuse.sources")
 
 SHARDING = "/repo/flatfs/shard/v1/next-to-last/"
-"""Folders are named by so many characters before the last one; Kubo makes no others."""
+"""The start of a shard function; a number N follows. A folder is named by the N characters before the last
+one of its files' names. Kubo uses no other scheme."""
 
 
 MAX_CONFIG = 1 << 20
 """Bytes of the largest file of a repository's configuration that is read."""
 PATIENCE = 0.002
-"""Seconds that the event loop waits for a block of a quick disk, where no other is asked for: to go to a
+"""Seconds that the event loop waits for a block of a quick disk, if no other block is being read: to go to a
 thread and back takes 0.4 ms."""
 STRETCHES = 8
-"""Stretches of leaves that may be in memory at a time, each of up to 4 MiB, for all readers."""
+"""Stretches of leaves (of up to 4 MiB each) that may be in memory at a time, for all readers."""
 THREADS = 4
 READ_TASKS = 2
 """Stretches of one range that are read at a time."""
 LOOK_SECONDS = 1.0
-"""How late a denylist is seen that is added while the repository is read."""
+"""How late a new denylist is noticed while the repository is read."""
 
 
 class Denylists:
-    """Whether the owner of a repository, or its machine, blocks content: what the node would refuse is not
-    for us to give.
+    """Whether the repository's owner or this machine has denylists for the node. A block that the node would
+    refuse must not be read past the node.
 
-    Looked up in the folders where the node looks, at most once a second: as cheap as any memory of what was
-    there. Source: Kubo's docs/content-blocking.md."""
+    Looks into the folders where the node looks, at most once in LOOK_SECONDS. Source: Kubo's
+    docs/content-blocking.md."""
 
     def __init__(self, repository: Path) -> None:
         homes = [Path(os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config"))]
@@ -73,7 +74,7 @@ class Denylists:
         self._repository = repository
         self._looked = float("-inf")
         self.found = False
-        """Whether there was one when they were looked up last."""
+        """Whether the last look found a denylist."""
 
     def any(self) -> bool:
         now = time.monotonic()
@@ -86,18 +87,18 @@ class Denylists:
                     where,
                 )
             self.found = where is not None
-            self._looked = now  # not before: who asks meanwhile must not get what an earlier look found
+            self._looked = now  # set last: until then another thread must look itself
         return self.found
 
     def none_lately(self) -> bool:
-        """Whether there was none when they were looked up last, and that was not long ago."""
+        """Whether the last look was less than LOOK_SECONDS ago and found none."""
         return not self.found and time.monotonic() - self._looked < LOOK_SECONDS
 
 
 class Flatfs:
     def __init__(self, folder: Path, characters: int, denylists: Denylists | None = None) -> None:
-        """`characters`: how long the names of its folders are. While there are `denylists`, nothing is
-        there."""
+        """`characters` is the length of the folders' names. While `denylists` finds one, no block is found
+        here."""
         self._folder = os.fspath(folder)
         self._characters = characters
         self._denylists = denylists
@@ -107,16 +108,17 @@ class Flatfs:
         self._threads = trio.CapacityLimiter(THREADS)
 
     async def get(self, cid: Cid) -> bytes | Hashed | None:
-        """As `read_hashed`. A block that was read ahead, or can be had within PATIENCE, costs no thread."""
+        """Reads a block as `read_hashed` does. Uses no thread for a block that was read ahead, or comes
+        within PATIENCE."""
         block = self.take_hashed(cid)
         if block is None:
             block = await threads.run_sync(self.read_hashed, cid, limiter=self._threads)
         return block
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery], name: str) -> int:
-        """Sends the blocks of `wanted` in their order, for the source `name`, up to the first that is not
-        here; returns its index. One that is here and does not fit is left out, with what follows it in its
-        stretch."""
+        """Sends the blocks of `wanted` in order, for the source `name`, up to the first that is missing here.
+        Returns its index. A block that does not fit its leaf is left out, and so are those after it in the
+        same stretch."""
         if not await self._has(wanted.leaves[0]):
             return 0
         stretches = together([leaf.size for leaf in wanted.leaves])
@@ -127,7 +129,7 @@ class Flatfs:
             nonlocal end
             for index, sizes in stretches:
                 turn = turns.take()
-                await self._stretches.acquire()  # in their order: each waits for those before it
+                await self._stretches.acquire()  # in order, since each stretch waits for those before it
                 release = leases.take(1)
                 stretch = wanted.leaves[index : index + len(sizes)]
                 blocks: list[Block] = []
@@ -152,7 +154,7 @@ class Flatfs:
         return await threads.run_sync(self.have, [leaf.cid], limiter=self._threads)
 
     async def send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> bool:
-        """Sends the blocks below a directory; False if one of them is not here."""
+        """Sends the blocks below a directory. False if one of them is missing here."""
         walk = RepoWalk(self.read_some, subtree.root, subtree.limit)
         while blocks := await threads.run_sync(walk.next_blocks, limiter=self._threads):
             await send.send(blocks)
@@ -166,20 +168,22 @@ class Flatfs:
         return blocked
 
     def have(self, wanted: Iterable[Cid]) -> bool:
-        """Whether there is a file of each block that may be read."""
+        """Whether each block has a file that can be read."""
         return not self._is_blocked() and all(
             os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted
         )
 
     def read(self, cid: Cid) -> bytes | None:
-        """What is kept as the block; None where it is not there, or can't be read: then the node has its say.
+        """Reads a block. None if it is missing or can't be read: then the node is to be asked.
 
         Raises BlockTooLarge."""
         found = self.read_hashed(cid)
         return found.block if isinstance(found, Hashed) else found
 
     def read_hashed(self, cid: Cid) -> bytes | Hashed | None:
-        """Reads a block, and hashes it on the way if its hash is SHA-256."""
+        """Reads a block, and hashes it meanwhile if its CID uses SHA-256. None as for `read`.
+
+        Raises BlockTooLarge."""
         if self._is_blocked():
             return None
         multihash = cids.multihash(cid)
@@ -191,8 +195,8 @@ class Flatfs:
         return block
 
     def take_hashed(self, cid: Cid) -> bytes | Hashed | None:
-        """The block if it was read ahead, or can be had within PATIENCE; for the event loop. None where
-        denylists are to be looked up first, by a thread."""
+        """The block if it was read ahead, or comes within PATIENCE; for the event loop. None if a thread must
+        look for denylists first."""
         multihash = cids.multihash(cid)
         if multihash[:2] != multihashes.SHA2_256_PREFIX or (self._denylists and self._denylists.found):
             return None
@@ -201,8 +205,8 @@ class Flatfs:
         return None if read is None else _block(cid, read)
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | Hashed | None]:
-        """Reads the first of `wanted`, and as many of the others as one call reads: for many small blocks. A
-        block that is missing or too large is None."""
+        """Reads the first blocks of `wanted`, as many as one call reads but at least one: for many small
+        blocks. A block that is missing or too large is None."""
         if self._is_blocked():
             return [None] * len(wanted)
         digests: list[bytes] = []
@@ -215,7 +219,7 @@ class Flatfs:
         return [read_file(self._path(wanted[0]), cids.MAX_BLOCK)]
 
     def read_each(self, leaves: Sequence[Leaf]) -> Sequence[Block]:
-        """The blocks of `leaves`, one after the other, up to the first that is not there or does not fit."""
+        """The blocks of `leaves` in order, up to the first that is missing or does not fit."""
         blocks: list[Block] = []
         for leaf in () if self._is_blocked() else leaves:
             block = self._into_buffer(leaf)
@@ -258,8 +262,8 @@ def _hashed(read: Read | int) -> bytes | Hashed | None:
 
 
 def open_flatfs(repository: Path) -> Flatfs | None:
-    """The blocks of `repository`; None where they are kept in another way or can't be read, and where content
-    is blocked."""
+    """The blocks of `repository`. None if they are not in flatfs or can't be read, and if there is a
+    denylist."""
     denylists = Denylists(repository)
     if denylists.any():
         return None
@@ -286,7 +290,8 @@ def open_flatfs(repository: Path) -> Flatfs | None:
 
 
 def files(repository: Path) -> list[Path]:
-    """All that is read of a repository; some may not exist. Its blocks may lie on another disk."""
+    """All files and folders that are read of a repository. Some may not exist. The blocks may be on another
+    disk."""
     lists = Denylists(repository).folders
     found = [repository, *lists, *(each.parent for each in lists if each.parent.name == "ipfs")]
     with suppress(OSError, ValueError, RecursionError):  # `open_flatfs` says so
@@ -302,8 +307,9 @@ def _config(path: Path) -> str:
 
 
 def _flatfs_of(spec: Any) -> tuple[str, int] | None:
-    """Where, below the repository, blocks are kept, and the length of the folders' names. Raises
-    ValueError."""
+    """The path of the blocks' folder in the repository, and the length of the names of its folders.
+
+    Raises ValueError."""
     if not isinstance(spec, dict):
         raise ValueError("not a JSON object")
     mounts = spec.get("mounts", [])
@@ -331,27 +337,27 @@ def _has_denylist(folder: Path) -> bool:
 # -- all blocks below a directory ----------------------------------------------------------------------------
 
 BATCH = 32
-"""Blocks that are looked up by one call, four at a time: on a slow disk each takes 10 ms."""
+"""Blocks that one call reads, four at a time: on a slow disk each takes 10 ms."""
 BATCH_SECONDS = 0.03
-"""Seconds after which what came is given, however little: who waits gives up after some more."""
+"""Seconds after which a batch ends, however few blocks it has: the caller's own wait is limited."""
 BATCH_BYTES = 1 << 20
-"""Bytes after which it is given too."""
+"""Bytes after which a batch ends."""
 
 Find = Callable[[Sequence[Cid]], Sequence[bytes | Hashed | None]]
-"""The blocks of some CIDs, or of the first of them; None for what is not there."""
+"""Reads the first of the CIDs, as many as it likes but at least one; None for a missing block."""
 
 
 class RepoWalk:
     def __init__(self, find: Find, root: Cid, limit: int) -> None:
-        """`limit`: bytes after which nothing more is looked up."""
+        """`limit`: bytes after which no more blocks are read."""
         self._find = find
         self._left = limit
         self._walk = BlockWalk([root], None)
         self.incomplete = False
-        """Whether one was not there."""
+        """Whether a block was missing."""
 
     def next_blocks(self) -> Sequence[tuple[Cid, bytes | Hashed]]:
-        """The next few blocks; none where that was all."""
+        """The next few blocks; empty at the end."""
         came: list[tuple[Cid, bytes | Hashed]] = []
         enough = max(self._left - BATCH_BYTES, 0)
         until = time.monotonic() + BATCH_SECONDS
@@ -374,8 +380,8 @@ class RepoWalk:
 
 
 def _below(cid: Cid, block: bytes) -> list[Cid]:
-    """What a block links, but for what needs no source."""
+    """The CIDs that a block links, without those that need no source."""
     try:
         return [child for child in nodes.links(cid, block) if cids.implied_block(child) is None]
-    except IpfsFuseError:  # the program that reads it gets the error
+    except IpfsFuseError:  # a program that reads the block gets the error
         return []

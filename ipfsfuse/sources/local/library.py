@@ -2,18 +2,18 @@
 
     <folder>/          0700
       format           the marker: one line, `ipfsfuse library 1`
-      lock             shared by who adds, exclusive for who removes packs
-      <time>-<8 hex digits>.car   a pack: the blocks that one `add` brought, a CARv2 file with its index
-                                  that is never changed
+      lock             shared while blocks are added, exclusive while packs are removed
+      <time>-<8 hex digits>.car   a pack: the blocks of one `add`, as a CARv2 file with its index; it is
+                                  never changed
       <time>-<8 hex digits>.tmp   a pack while it is written, locked (flock) by its writer
       roots/<CID>      a root: JSON of its name, size, time and the packs that its blocks lie in
 
-A root's file is made after its packs are complete and removed before any of them goes, so that a root that is
-listed can be read at any moment, whoever is killed. Only what has one of these names is ever read, replaced
-or removed; links are never followed.
+A root's file is made after its packs are complete, and is removed before any of them. So a listed root can be
+read at any moment, even if a process is killed. Only files with these names are read, replaced or removed.
+Links are never followed.
 
-`Library` blocks and may be used by any number of threads and processes at once. `LibrarySource` sees what
-another process adds or removes with the next call.
+The calls of `Library` block. Any number of threads and processes may use it at once. The next call of
+`LibrarySource` notices what another process added or removed.
 """
 
 import errno
@@ -63,7 +63,7 @@ _STEM = r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}"
 _PACK_NAME = re.compile(_STEM + r"\.car")
 _TEMPORARY_NAME = re.compile(_STEM + r"\.tmp")
 _OLDER_NAMES = re.compile(_STEM + r"\.(car|tmp)|lock|roots|tmp[a-z0-9_]{8}")
-"""All that a library held before it had a marker."""
+"""All names in a library of the first versions, which had no marker."""
 MAX_ROOT = 1 << 24
 """Bytes of a root's file that are read at most: some 400,000 packs."""
 MAX_SIZE, MAX_TIME = 1 << 63, 253_402_300_800
@@ -78,7 +78,7 @@ class Entry:
     """In the spelling by which it was added first."""
     name: str
     size: int
-    """Bytes of its DAG, by its own nodes' word."""
+    """Bytes of its DAG, as its nodes claim."""
     added: float
     """Seconds since 1970."""
     packs: tuple[str, ...]
@@ -96,8 +96,8 @@ def store_errors(what: str) -> Iterator[None]:
 
 
 def prepare(folder: Path) -> None:
-    """Makes the folder where there is none, and marks it. Raises StoreFailed where it is not a library of
-    ours alone."""
+    """Makes the folder if it is missing, and marks it. Raises StoreFailed if it is not a library that this
+    user alone can change."""
     with store_errors(f"the library {folder}"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not examine(folder):
@@ -109,10 +109,10 @@ def prepare(folder: Path) -> None:
 
 
 def examine(folder: Path) -> bool:
-    """Whether the folder is marked as a library; False for an empty one, and for one from before there was a
-    marker.
+    """Whether the folder is marked as a library. False for an empty folder, and for a library of the first
+    versions, which had no marker.
 
-    Raises StoreFailed for a folder of anything else, or not ours alone. Raises OSError."""
+    Raises StoreFailed for any other folder, and for one that others can change. Raises OSError."""
     _check(folder, stat.S_IFDIR)
     for name, kind in ((FORMAT, stat.S_IFREG), (LOCK, stat.S_IFREG), (ROOTS, stat.S_IFDIR)):
         with suppress(FileNotFoundError):
@@ -138,7 +138,7 @@ def examine(folder: Path) -> bool:
 
 
 def _check(path: Path, kind: int) -> None:
-    """Raises StoreFailed unless it is of that kind, and ours alone. Raises OSError."""
+    """Raises StoreFailed unless `path` is of that kind and only this user can change it. Raises OSError."""
     status = os.lstat(path)
     if stat.S_ISLNK(status.st_mode):
         raise StoreFailed(f"{path} is a symbolic link: remove it, or give another --library")
@@ -155,8 +155,8 @@ def _check(path: Path, kind: int) -> None:
 
 @contextmanager
 def _new_file(folder: Path, path: Path | None = None) -> Iterator[tuple[int, Path]]:
-    """A descriptor, and `path` in the library `folder` or in a folder of that, which is made or replaced by
-    what was written at the end; a pack of a new name, where none is given. Raises OSError."""
+    """Gives a descriptor of a temporary file in the library `folder`, and the path that the file gets at the
+    end: `path`, or that of a new pack. Raises OSError."""
     temporary, fd = new_temporary(folder)
     path = path or temporary.with_suffix(PACK)
     with Closing(fd):
@@ -170,14 +170,14 @@ def _new_file(folder: Path, path: Path | None = None) -> Iterator[tuple[int, Pat
 
 
 def _write_text(folder: Path, path: Path, text: str) -> None:
-    """Writes the file `path`, whole. It is on the disk when this returns. Raises OSError."""
+    """Writes or replaces the file `path`. It is on the disk when this returns. Raises OSError."""
     with _new_file(folder, path) as (fd, _path):
         write_all(fd, text.encode(), 0)
         os.fsync(fd)
 
 
 def _read(path: Path, most: int) -> bytes | None:
-    """What a regular file holds; None where there is none, a link included. Raises OSError."""
+    """The content of a regular file; None if there is none. A link counts as none. Raises OSError."""
     try:
         with regular(str(path), most) as (fd, size):
             return os.pread(fd, size, 0)
@@ -191,7 +191,8 @@ def _read(path: Path, most: int) -> bytes | None:
 
 @contextmanager
 def lock(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
-    """Holds the library's lock. Gives False, holding nothing, where it is taken and `wait` is False."""
+    """Holds the library's lock. Gives False, without the lock, if another process has it and `wait` is
+    False."""
     with store_errors(f"the library {folder}"):
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with Closing(fd):
@@ -207,7 +208,7 @@ def lock(folder: Path, exclusive: bool, wait: bool = True) -> Iterator[bool]:
 
 
 def pack_names(folder: Path) -> set[str]:
-    """The names of the files that adds wrote. A CAR file of another name is not ours."""
+    """The names of all packs. A CAR file with another name is not a pack."""
     with os.scandir(folder) as items:
         named = [item for item in items if _PACK_NAME.fullmatch(item.name)]
         return {item.name for item in named if item.is_file(follow_symlinks=False)}
@@ -221,11 +222,11 @@ def new_temporary(folder: Path) -> tuple[Path, int]:
         fcntl.flock(fd, fcntl.LOCK_EX)
         if os.fstat(fd).st_nlink:
             return path, fd
-        os.close(fd)  # a sweep came between
+        os.close(fd)  # a sweep removed it before it was locked
 
 
 def sweep(folder: Path) -> None:
-    """Removes what dead writers left: temporary files that nobody locks."""
+    """Removes the temporary files of dead writers: those that are not locked."""
     for name in os.listdir(folder):
         path = folder / name
         with suppress(OSError):
@@ -244,13 +245,13 @@ def root_path(folder: Path, cid: Cid) -> Path:
 
 
 def write_root(folder: Path, entry: Entry) -> None:
-    """Makes the root known, or known anew. Raises OSError."""
+    """Writes or replaces the root's file. Raises OSError."""
     text = json.dumps({**asdict(entry), "cid": cids.text(entry.cid)})
     _write_text(folder, root_path(folder, entry.cid), text)
 
 
 def read_root(path: Path) -> Entry | None:
-    """None where the file is gone or none of ours."""
+    """None if the file is gone or is not a root's file."""
     try:
         fields = json.loads(_read(path, MAX_ROOT) or b"")
         size, added = int(fields["size"]), float(fields["added"])
@@ -264,14 +265,14 @@ def read_root(path: Path) -> Entry | None:
 
 
 def read_roots(folder: Path) -> list[Entry]:
-    """All roots, in the order added. A file that does not have its root's name is not ours."""
+    """All roots, in the order added. Ignores a file whose name does not match its root."""
     found = [(path, read_root(path)) for path in (folder / ROOTS).iterdir()]
     entries = [entry for path, entry in found if entry is not None and root_path(folder, entry.cid) == path]
     return sorted(entries, key=lambda entry: (entry.added, entry.cid))
 
 
 def damaged_roots(folder: Path, entries: Iterable[Entry]) -> list[Path]:
-    """Files that have the name of a root, and are none of `entries`: which packs they need is not known."""
+    """Files with the name of a root that are none of `entries`: which packs they need is not known."""
     known = {root_path(folder, entry.cid) for entry in entries}
     found = []
     for path in (folder / ROOTS).iterdir():
@@ -286,8 +287,8 @@ def damaged_roots(folder: Path, entries: Iterable[Entry]) -> list[Path]:
 
 
 def lost_packs(folder: Path, entries: Iterable[Entry]) -> list[tuple[Path, str]]:
-    """Files of roots, and the name of a pack that each names and that is not there: it is lost, or the name
-    is damaged, and another pack is needed."""
+    """(file of a root, name of a pack that it needs) for each missing pack. Either the pack is lost, or the
+    name is damaged and the root needs another pack."""
     there = pack_names(folder)
     return [
         (root_path(folder, entry.cid), pack) for entry in entries for pack in entry.packs if pack not in there
@@ -302,18 +303,18 @@ def sync_folder(folder: Path) -> None:
 # -- the packs, kept up with what other processes add and remove ---------------------------------------------
 
 _UNSETTLED_NS = 50_000_000
-"""Changes so close together may leave a folder with one and the same modification time."""
+"""Two changes within this time may give a folder the same modification time."""
 
 
 class FolderWatch:
-    """Whether a folder has changed since the last time it was asked."""
+    """Whether a folder has changed since the last call."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._seen = -1
 
     def changed(self) -> bool:
-        """True also where that is not known: where the last change is too fresh. Raises OSError."""
+        """True also if the last change is too recent to be sure. Raises OSError."""
         found = os.stat(self._folder).st_mtime_ns
         if found == self._seen:
             return False
@@ -322,21 +323,23 @@ class FolderWatch:
 
 
 class Packs:
-    """All packs in a folder, opened as they are seen, closed when they are gone."""
+    """All packs in a folder, kept open. New packs are opened, and removed packs are closed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._watch = FolderWatch(folder)
         self._lock = threading.Lock()
         self._open: dict[tuple[str, int], CarFile] = {}
-        """By name and inode: a pack written anew keeps its name."""
+        """By name and inode: a rewritten pack keeps its name."""
         self._order: list[CarFile] = []
-        """The pack that had the last block first: its neighbour is probably there too. Replaced, never
-        changed."""
+        """The order in which packs are searched. The pack of the last block comes first, since it probably
+        has the next block too. The list is replaced, never changed."""
 
     def find(self, multihash: bytes, read: Read = read_disk, *, refresh: bool = True) -> Found | None:
-        """Where the block is; without `refresh`, in the packs that were there at the last look. Raises
-        SourceFailed if the one pack that should have it is broken, BlockingIOError by `read`."""
+        """Where the block is. Without `refresh`, only packs that are open already are searched.
+
+        Raises SourceFailed if a pack that should have the block is broken and no other has it, and
+        BlockingIOError if `read` does."""
         if refresh:
             self.refresh()
         broken: SourceFailed | None = None
@@ -355,7 +358,7 @@ class Packs:
         return None
 
     def refresh(self) -> None:
-        """Looks for new packs and lets go of those that are gone."""
+        """Opens new packs and closes those that were removed."""
         with self._lock:
             try:
                 if not self._watch.changed():
@@ -374,10 +377,10 @@ class Packs:
                 with suppress(FileNotFoundError):
                     found[name, os.stat(self._folder / name).st_ino] = self._folder / name
             for key in self._open.keys() - found.keys():
-                del self._open[key]  # closed when the last reader lets go of it
+                del self._open[key]  # closed when its last reader is done with it
             new: list[CarFile] = []
             for key in found.keys() - self._open.keys():
-                with suppress(SourceFailed):  # gone meanwhile, or damaged: its blocks are said to be missing
+                with suppress(SourceFailed):  # removed meanwhile, or damaged: then its blocks are missing
                     pack = CarFile(found[key])
                     if pack.use_own_index():
                         self._open[key] = pack
@@ -394,8 +397,8 @@ class Packs:
 # -- adding --------------------------------------------------------------------------------------------------
 
 _MAX_REMEMBERED = 200_000
-"""Blocks of this add that are known not to be needed again: 20 MB. Forgetting one costs its space, no
-more."""
+"""Blocks of this add that are remembered, in 20 MB: they are not written twice. If one is forgotten, a second
+copy may take space."""
 
 
 class NewRoot(NamedTuple):
@@ -406,18 +409,18 @@ class NewRoot(NamedTuple):
 
 
 LOOK_SECONDS = 0.02
-"""How late an add notices what another process has added."""
+"""How late an add notices blocks that another process added."""
 
 
 class LibraryWriter:
-    """Use it as a context manager: what is not committed is gone at its end."""
+    """A context manager. Blocks that are not committed at its end are dropped."""
 
     def __init__(self, folder: Path, packs: Packs) -> None:
         self._folder = folder
         self._packs = packs
         self._held = ExitStack()
         self._held.enter_context(lock(folder, exclusive=False))
-        packs.refresh()  # what went until now; nothing goes from here on
+        packs.refresh()  # under the lock: from here on no pack is removed
         self._pack: CarWriter | None = None
         self._path = folder
         self._looked = time.monotonic()
@@ -431,12 +434,13 @@ class LibraryWriter:
         self.abort()
 
     def put(self, cid: Cid, block: bytes) -> bool:
-        """Adds a block. False if the library has it already; one that is damaged there is mended. Raises
-        StoreFailed."""
+        """Adds a block. False if the library has it already. A damaged copy in the library is repaired.
+
+        Raises StoreFailed."""
         multihash = cids.multihash(cid)
         if multihash in self._seen or cids.inline(cid) is not None:
             return False
-        # nothing is removed meanwhile; what another process has just added may be stored a second time
+        # no pack is removed meanwhile; a block that another process has just added may be stored twice
         look = time.monotonic() - self._looked >= LOOK_SECONDS
         if look:
             self._looked = time.monotonic()
@@ -455,7 +459,8 @@ class LibraryWriter:
         return found is None
 
     def _found(self, multihash: bytes, block: bytes, refresh: bool) -> Found | None:
-        """Where the block is in a pack. None where it is in none, or what lies there is of no use."""
+        """Where the block is in a pack. Repairs wrong bytes there. None if no pack has the block, or the copy
+        can't be used."""
         try:
             found = self._packs.find(multihash, refresh=refresh)
             if found is None or found.file.read(found.place) == block:
@@ -467,7 +472,7 @@ class LibraryWriter:
         path, at = found.file.path, found.place.offset
         with (
             store_errors(f"the library {self._folder}"),
-            # nobody replaces a pack meanwhile: we hold the lock
+            # no process replaces a pack meanwhile: this one holds the lock
             Closing(os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)) as fd,
         ):
             write_all(fd, block, at)
@@ -476,8 +481,8 @@ class LibraryWriter:
         return found
 
     def commit(self, roots: Sequence[NewRoot]) -> None:
-        """Makes all of it seen by every reader: the pack first, then the roots. Raises StoreFailed, leaving
-        nothing new."""
+        """Adds the pack, then the roots, to the library. Raises StoreFailed; then the library has no new
+        root."""
         with store_errors(f"the library {self._folder}"):
             if self._pack is not None:
                 self._pack.finish()
@@ -490,8 +495,8 @@ class LibraryWriter:
         self.abort()
 
     def _write_roots(self, roots: Sequence[NewRoot]) -> None:
-        """All of them, or on an error none that was not there."""
-        there = pack_names(self._folder)  # any other name is of no use: all blocks of the roots were put
+        """Writes all roots. On an error, removes those that are new."""
+        there = pack_names(self._folder)  # missing packs are not needed: all blocks of the roots were put
         new: list[Path] = []
         try:
             for root in roots:
@@ -499,7 +504,7 @@ class LibraryWriter:
                 known = read_root(path)
                 packs = tuple(sorted(self._used.union(there.intersection(known.packs) if known else ())))
                 if known is None:
-                    if not os.path.lexists(path):  # a damaged root stays: it keeps the packs that it may need
+                    if not os.path.lexists(path):  # a damaged file stays: while it exists, no pack is removed
                         new.append(path)
                     write_root(self._folder, Entry(*root, time.time(), packs))
                 elif known.packs != packs:
@@ -521,19 +526,19 @@ class LibraryWriter:
 # -- compaction ----------------------------------------------------------------------------------------------
 
 WORTHWHILE = 4
-"""A pack is written anew if at least a quarter of it goes."""
+"""A pack is rewritten if that frees at least a quarter of it."""
 
 MIN_PACK = 32 << 20
-"""Packs of fewer bytes than this are brought together..."""
+"""Packs of fewer bytes are small."""
 MANY = 64
-"""...when there are so many of them."""
+"""So many small packs are merged."""
 
 
 def _rewrite(folder: Path, entries: Iterable[Entry], packs: Packs, names: Iterable[str]) -> None:
-    """Writes the packs `names` anew without the blocks that no root reaches, each under its own name, where
-    worthwhile.
+    """Rewrites those of the packs `names` for which it is worthwhile, without the blocks that no root
+    reaches. Each keeps its name.
 
-    Changes nothing at all if a root can't be walked to its end. Raises StoreFailed.
+    Changes nothing if a block below a root is missing. Raises StoreFailed.
     """
     live = _reachable(entries, packs)
     for path in (folder / name for name in names):
@@ -546,8 +551,9 @@ def _rewrite(folder: Path, entries: Iterable[Entry], packs: Packs, names: Iterab
 
 
 def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
-    """Makes one pack of all small ones if those are many. Raises OSError, SourceFailed; the library is whole
-    at any moment."""
+    """Merges the small packs if there are MANY. The library is complete at any moment.
+
+    Raises OSError, SourceFailed."""
     paths = [path for name in pack_names(folder) if (path := folder / name).stat().st_size < MIN_PACK]
     if len(paths) < MANY:
         return
@@ -564,8 +570,7 @@ def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
 def _write(
     folder: Path, contents: Iterable[tuple[CarFile, Iterable[Section]]], path: Path | None = None
 ) -> str:
-    """A new pack of those sections in the place of the pack `path`, or under a name of its own, which is
-    returned."""
+    """Writes a pack of those sections, which replaces `path` or gets a new name. Returns its name."""
     with _new_file(folder, path) as (fd, path):
         writer = CarWriter(fd, folder)
         try:
@@ -574,7 +579,7 @@ def _write(
                     writer.add(found.cid, pack.read(Place(found.block, found.end - found.block)))
             writer.finish()
         except BaseException:
-            writer.abandon()  # else it would write what it holds when it is freed: by then to another file
+            writer.abandon()  # else it would flush when it is freed, to a descriptor that is another file's
             raise
     return path.name
 
@@ -610,7 +615,7 @@ def _links(cid: Cid, packs: Packs) -> list[Cid]:
 
 
 class Library:
-    """A folder of packs and roots, made where there is none. Raises StoreFailed if it isn't ours alone."""
+    """A folder of packs and roots. Makes it if it is missing. Raises StoreFailed if others can change it."""
 
     def __init__(self, folder: Path) -> None:
         prepare(folder)
@@ -620,7 +625,7 @@ class Library:
         self._entries: tuple[Entry, ...] = ()
 
     def entries(self) -> Sequence[Entry]:
-        """All roots, in the order added. One stat where nothing has changed. Raises StoreFailed."""
+        """All roots, in the order added. Costs one stat if nothing has changed. Raises StoreFailed."""
         with store_errors(f"the library {self.folder}"):
             if self._watch.changed():
                 self._entries = tuple(read_roots(self.folder))
@@ -635,14 +640,14 @@ class Library:
         return found.file.read(found.place)
 
     def open_writer(self) -> LibraryWriter:
-        """For one `add`. Raises StoreFailed. Waits while a compaction runs."""
+        """A writer for one `add`. Waits while a compaction runs. Raises StoreFailed."""
         with store_errors(f"the library {self.folder}"):
             sweep(self.folder)
         return LibraryWriter(self.folder, self.packs)
 
     def remove(self, cid: Cid) -> Entry:
-        """Removes a root, then gives back what no other root needs, unless something is just being added: the
-        next removal does it then. Raises NotFound, StoreFailed."""
+        """Removes a root, and frees the space that no other root needs. While something is being added, that
+        is left to the next removal. Raises NotFound, StoreFailed."""
         path = root_path(self.folder, cid)
         entry = read_root(path)
         if entry is None:
@@ -654,8 +659,8 @@ class Library:
         return entry
 
     def compact(self, wait: bool = True, only: Sequence[str] | None = None) -> bool:
-        """Gives back the space of what no root reaches, in the packs `only` or in all, and brings small packs
-        together. False if the library was busy and `wait` is False. Raises StoreFailed."""
+        """Frees the space of blocks that no root reaches, in the packs `only` or in all, and merges small
+        packs. False if the library was busy and `wait` is False. Raises StoreFailed."""
         with (
             store_errors(f"the library {self.folder}"),
             lock(self.folder, exclusive=True, wait=wait) as held,
@@ -686,8 +691,8 @@ class Library:
         return True
 
     def tidy(self, packs: Sequence[str] = ()) -> None:
-        """Frees what no root needs, in the packs named and in those that earlier removals had to leave, if
-        that is possible now. Called after an add or a removal: a failure is logged, and fails neither."""
+        """Frees the space that no root needs, in the `packs` and in packs that no root names, unless the
+        library is busy. Called after an add or a removal: a failure is only logged."""
         try:
             self.compact(wait=False, only=packs)
         except StoreFailed as exc:
@@ -703,7 +708,7 @@ class LibrarySource(InPlaceSource):
     name = "library"
 
     def __init__(self, library: Library) -> None:
-        """`library` is closed with the source."""
+        """Takes `library` over."""
         self.library = library
 
     def find(self, cid: Cid, read: Read = read_disk) -> Found | None:
@@ -712,7 +717,7 @@ class LibrarySource(InPlaceSource):
     def roots(self) -> Sequence[Cid]:
         try:
             return self.library.roots()
-        except StoreFailed:  # the folder is gone, and all that was in it
+        except StoreFailed:  # the folder is gone
             return ()
 
     async def aclose(self) -> None:
