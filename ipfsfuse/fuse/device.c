@@ -73,12 +73,12 @@ static void (*listener)(void *, const char *, size_t);
 static void *listeners_own;
 
 static int start_error;
-static int notify_fd = -1, wakeup_fd = -1, device = -1, stop_fd = -1;
-static atomic_int stopping;
+static int notify_fd = -1, wakeup_fd = -1, device = -1, thread_fd = -1; /* thread_fd wakes the thread */
+static atomic_int stopping, retries_reads;
 static pthread_t thread;
 static char *buffer;
 
-static int64_t now_ns(void)
+int64_t device_now(void)
 {
 	struct timespec now;
 
@@ -108,7 +108,7 @@ static struct request *copy_of(const char *bytes, size_t size)
 		return NULL;
 	}
 	one->size = size;
-	one->read_at = now_ns();
+	one->read_at = device_now();
 	memcpy(one->bytes, bytes, size);
 	if (is_setxattr)
 		((struct fuse_setxattr_in *)(one->bytes + 1))->size = 0;
@@ -209,6 +209,7 @@ static void note_interrupt(const char *bytes, size_t size)
 	if (one)
 		one->interrupted = 1;
 	else {
+		reads_interrupt(what->unique);
 		pieces_interrupt(what->unique);
 		interrupt(what->unique);
 	}
@@ -255,15 +256,33 @@ static void end_with(int how)
 	pthread_mutex_unlock(&lock);
 }
 
+void device_retry_reads(void)
+{
+	retries_reads = 1;
+	eventfd_write(thread_fd, 1);
+}
+
+/* Until there is a request, or reads that wait here are to be looked at again. */
+static void sleep_until_woken(void)
+{
+	struct pollfd watched[] = {{.fd = device, .events = POLLIN}, {.fd = thread_fd, .events = POLLIN}};
+	int64_t until = reads_wait_until(), left = until - device_now();
+	eventfd_t ignored;
+
+	if (poll(watched, 2, until == INT64_MAX ? -1 : left > 0 ? (int)(left / 1000000) + 1 : 0) > 0 && watched[1].revents)
+		eventfd_read(thread_fd, &ignored);
+}
+
 /* Reads one request. Returns its size, 0 if no more will come, or -errno. Spins for a moment before it
  * sleeps. */
 static ssize_t receive(void)
 {
-	struct pollfd watched[] = {{.fd = device, .events = POLLIN}, {.fd = stop_fd, .events = POLLIN}};
 	int64_t spin_until = 0;
 	ssize_t size;
 
-	for (;;) {
+	while (!stopping) {
+		if (atomic_exchange(&retries_reads, 0) || reads_wait_until() <= device_now())
+			reads_retry(device);
 		size = read(device, buffer, REQUEST);
 		/* ECONNABORTED: the mount ended while the kernel handed out a request (fuse_dev_do_read) */
 		if (size >= 0 || errno == ENODEV || errno == ECONNABORTED)
@@ -273,12 +292,13 @@ static ssize_t receive(void)
 		if (errno != EAGAIN)
 			return -errno;
 		if (!spin_until)
-			spin_until = now_ns() + SPIN_NS;
-		if (now_ns() < spin_until)
+			spin_until = device_now() + SPIN_NS;
+		if (device_now() < spin_until)
 			sched_yield();
-		else if (poll(watched, 2, -1) > 0 && watched[1].revents)
-			return 0;
+		else
+			sleep_until_woken();
 	}
+	return 0;
 }
 
 static void call_listener(const struct fuse_in_header *request, size_t size)
@@ -294,7 +314,7 @@ static void *run(void *unused)
 	const struct fuse_in_header *request = (const void *)buffer;
 	ssize_t size = 0;
 
-	while (!stopping && (size = receive()) > 0)
+	while ((size = receive()) > 0)
 		if ((size_t)size < sizeof *request)
 			continue;
 		else if (request->opcode == FUSE_INTERRUPT)
@@ -339,7 +359,7 @@ static ssize_t read_for_libfuse(int unused, void *out, size_t room, void *sessio
 		return -1;
 	}
 	device_current = one->bytes->unique;
-	device_waited = now_ns() - one->read_at;
+	device_waited = device_now() - one->read_at;
 	size = reply_expect(one->bytes, one->size);
 	memcpy(out, one->bytes, size);
 	discard(one);
@@ -365,8 +385,8 @@ static int start(int from)
 	sigset_t all, before;
 	int failed;
 
-	stop_fd = eventfd(0, EFD_CLOEXEC);
-	if (stop_fd < 0 || fcntl(from, F_SETFL, fcntl(from, F_GETFL) | O_NONBLOCK) < 0)
+	thread_fd = eventfd(0, EFD_CLOEXEC);
+	if (thread_fd < 0 || fcntl(from, F_SETFL, fcntl(from, F_GETFL) | O_NONBLOCK) < 0)
 		return errno;
 	buffer = malloc(REQUEST);
 	if (!buffer)
@@ -409,7 +429,7 @@ int device_started(void) { return device >= 0; }
 void device_prepare(int notify, int readahead, int passthrough)
 {
 	notify_fd = notify;
-	over = stopping = start_error = 0;
+	over = stopping = retries_reads = start_error = 0;
 	reply_prepare(readahead, passthrough);
 }
 
@@ -456,12 +476,13 @@ void device_stop(void)
 
 	if (device >= 0) {
 		stopping = 1;
-		eventfd_write(stop_fd, 1);
+		eventfd_write(thread_fd, 1);
 		pthread_mutex_lock(&lock);
 		over = 1;
 		pthread_cond_broadcast(&taken);
 		pthread_mutex_unlock(&lock);
 		pthread_join(thread, NULL);
+		reads_stop();
 		pieces_stop();
 	}
 	while ((gone = pop()))
@@ -470,7 +491,7 @@ void device_stop(void)
 	opens_clear();
 	free(buffer);
 	buffer = NULL;
-	if (stop_fd >= 0)
-		close(stop_fd);
-	notify_fd = wakeup_fd = device = stop_fd = -1;
+	if (thread_fd >= 0)
+		close(thread_fd);
+	notify_fd = wakeup_fd = device = thread_fd = -1;
 }

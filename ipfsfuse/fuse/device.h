@@ -20,6 +20,9 @@ enum reply {
 /* Answers the request `unique` with `size` bytes of `body`. Waits at most about 0.1 s. */
 enum reply reply_send(int device, uint64_t unique, const void *body, size_t size);
 
+/* The same, of a body in `count` parts, at most 64. */
+enum reply reply_send_parts(int device, uint64_t unique, const struct iovec *body, int count);
+
 /* Extends and sends a reply or notification of libfuse. Returns what writev returns. */
 ssize_t reply_from_libfuse(int device, struct iovec *parts, int count);
 
@@ -41,6 +44,10 @@ int opens_answer(int device, const struct fuse_in_header *request, size_t size);
 void opens_clear(void);
 
 int reads_answer(int device, const struct fuse_in_header *request, size_t size);
+void reads_retry(int device);
+int64_t reads_wait_until(void);
+void reads_interrupt(uint64_t unique);
+void reads_stop(void);
 
 int pieces_answer(int device, const struct fuse_in_header *request, size_t size);
 void pieces_interrupt(uint64_t unique);
@@ -50,5 +57,11 @@ void pieces_stop(void);
 
 /* Queues a request for Python. It is interrupted if `*was_interrupted`. */
 void device_pass_on(const char *request, size_t size, const int *was_interrupted);
+
+/* Has the device's thread call reads_retry soon. Any thread may call this. */
+void device_retry_reads(void);
+
+/* By the monotonic clock, in nanoseconds. */
+int64_t device_now(void);
 
 #endif

@@ -3,11 +3,11 @@
 The library must be loaded before pyfuse3 is imported, because the dynamic linker takes a function from the
 library that was loaded first: pyfuse3 then calls our `fuse_session_mount` (`device.c`).
 
-The thread answers four kinds of requests: reads of leaves that are in memory (`ReadWindows`, `reads.c`);
-small reads of staged leaves that were verified before (`pieces.c`); opens for reading, and releases, of small
-files and directories that Python allowed; and the end and the release of a listing that Python has given
-completely (`opens.c`). It counts those opens, and `drain` returns them later. After 32 opens that were not
-drained, the next open goes to Python.
+The thread answers four kinds of requests: reads of leaves that are in memory, or will be in a moment
+(`ReadWindows`, `reads.c`); small reads of staged leaves that were verified before (`pieces.c`); opens for
+reading, and releases, of small files and directories that Python allowed; and the end and the release of a
+listing that Python has given completely (`opens.c`). It counts those opens, and `drain` returns them later.
+After 32 opens that were not drained, the next open goes to Python.
 
 Concurrency: any thread may call the functions and `ReadWindows`. `Device` belongs to the event loop.
 """
@@ -63,6 +63,7 @@ _SIGNATURES_WITH_LOCK: dict[str, Sequence[Any]] = {
     "opens_drain": (ctypes.c_uint32, _Drained),
     "opens_end": (None, _NUMBER, _NUMBER),
     "opens_released": (ctypes.c_uint32, _Drained),
+    "reads_expect": (None, _NUMBER, _NUMBER, _NUMBER),
     "reads_add": (None, _NUMBER, _NUMBER, _OBJECT, _INT),
     "reads_remove": (None, _NUMBER, _NUMBER),
     "reads_remove_all": (None,),
@@ -139,11 +140,12 @@ class ReadWindows:
     """The verified bytes of one open file from which the thread may answer reads. Implements
     `vfs.open_file.ReadWindows`."""
 
-    __slots__ = ("add", "allow", "remove")
+    __slots__ = ("add", "allow", "expect", "remove")
 
     def __init__(self, handle: int, inode: int, cid: Cid) -> None:
         """`inode` is that of the file `cid` while it is open."""
         _WITH_LOCK.pieces_open(inode, cids.text(cids.canonical(cid)).encode())
+        self.expect: Callable[[int, int], None] = partial(_WITH_LOCK.reads_expect, handle)
         self.add: Callable[[int, Content, bool], None] = partial(_WITH_LOCK.reads_add, handle)
         self.remove: Callable[[int], None] = partial(_WITH_LOCK.reads_remove, handle)
         self.allow: Callable[[int, bytes, int, int, bytes], None] = partial(_WITH_LOCK.pieces_allow, inode)

@@ -15,6 +15,7 @@
 #define UNIQUE ((1ULL << OPCODE_SHIFT) - 1)
 #define OUR_TRIES 6                /* tries to get memory, after 1, 2, 4, ... 32 ms; then Python may answer */
 #define LIBFUSE_TRIES 100          /* the same, with pauses of up to 64 ms: nothing else will answer */
+#define BODY_PARTS 64
 
 #define CACHE_LISTING (1ULL << 62) /* as in device.py: in a directory's handle */
 #define PASSTHROUGH (1ULL << 61)   /* as in device.py: in a file's handle, whose lower 31 bits are then a backing id */
@@ -61,14 +62,25 @@ static ssize_t write_parts(int device, const struct iovec *parts, int count, int
 	return written;
 }
 
-enum reply reply_send(int device, uint64_t unique, const void *body, size_t size)
+enum reply reply_send_parts(int device, uint64_t unique, const struct iovec *body, int count)
 {
-	struct fuse_out_header header = {.len = sizeof header + size, .unique = unique};
-	struct iovec parts[] = {{&header, sizeof header}, {(void *)body, size}};
+	struct fuse_out_header header = {.len = sizeof header, .unique = unique};
+	struct iovec parts[1 + BODY_PARTS] = {{&header, sizeof header}};
 
-	if (write_parts(device, parts, size ? 2 : 1, OUR_TRIES) >= 0)
+	for (int each = 0; each < count; each++) {
+		parts[1 + each] = body[each];
+		header.len += body[each].iov_len;
+	}
+	if (write_parts(device, parts, 1 + count, OUR_TRIES) >= 0)
 		return REPLY_SENT;
 	return errno == ENOMEM ? REPLY_FAILED : REPLY_GONE;
+}
+
+enum reply reply_send(int device, uint64_t unique, const void *body, size_t size)
+{
+	struct iovec part = {(void *)body, size};
+
+	return reply_send_parts(device, unique, &part, size > 0);
 }
 
 void reply_prepare(int readahead, int passthrough)

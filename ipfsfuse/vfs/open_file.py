@@ -5,7 +5,7 @@ Concurrency: reads of one open file may overlap. Closing the file cancels what i
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple, Protocol
 
@@ -94,12 +94,16 @@ class BufferBudget:
 class ReadWindows(Protocol):
     """The bytes of one open file that the C thread may give to its reader without Python."""
 
+    def expect(self, offset: int, size: int) -> None:
+        """What is there is soon added or removed. For a moment, a read of it waits for that."""
+        ...
+
     def add(self, offset: int, content: Content, notify: bool) -> None:
         """Adds bytes at `offset`. With `notify`, the read of the last byte still calls Python."""
         ...
 
     def remove(self, offset: int) -> None:
-        """Removes the bytes that were added at `offset`. After this returns, they are not read any more."""
+        """Removes what was added or expected at `offset`. After this returns, it is not read any more."""
         ...
 
     def allow(self, folder: int, name: bytes, offset: int, size: int, tags: bytes) -> None:
@@ -125,15 +129,38 @@ class PrefetchBuffer:
         self._starts: list[int] = []
         """The offsets, sorted."""
 
+    def expect(self, leaves: Iterable[Leaf]) -> None:
+        """`leaves` are being fetched for the reader: `put` or `give_up` follows. The reads that Python has to
+        see do not wait for them."""
+        if self._windows is not None and not self._closed:
+            for leaf in leaves:
+                if leaf.offset not in self.leaves and not self._is_seen(leaf.offset, leaf.size):
+                    self._windows.expect(leaf.offset, leaf.size)
+
+    def give_up(self, leaves: Iterable[Leaf]) -> None:
+        """Those of `leaves` that are not here are not expected any more."""
+        if self._windows is not None:
+            for leaf in leaves:
+                if leaf.offset not in self.leaves:
+                    self._windows.remove(leaf.offset)
+
     def put(self, offset: int, content: Content) -> None:
         """Adds a leaf for the reader, if the budget allows it."""
-        if len(content) <= self._budget.left and offset not in self.leaves and not self._closed:
+        if offset in self.leaves or self._closed:
+            return
+        fits = len(content) <= self._budget.left
+        if fits:
             self.leaves[offset] = content
             insort(self._starts, offset)
             self._budget.left -= len(content)
-            if self._windows is not None:
-                end = offset + len(content)
-                self._windows.add(offset, content, offset // UNSEEN != end // UNSEEN or end == self._size)
+        if self._windows is not None and fits:
+            self._windows.add(offset, content, self._is_seen(offset, len(content)))
+        elif self._windows is not None:
+            self._windows.remove(offset)
+
+    def _is_seen(self, offset: int, size: int) -> bool:
+        """Whether the read of the last byte of the leaf there calls Python."""
+        return offset // UNSEEN != (offset + size) // UNSEEN or offset + size == self._size
 
     def read(self, offset: int, size: int) -> Content | None:
         """The bytes of a sequential read, if all of them are here. Drops leaves whose last byte was read, or
@@ -289,14 +316,16 @@ class OpenFile:
 
     async def _bring(self, window: Window) -> None:
         current_request.set(current_request.get().for_background())
+        leaves: Sequence[Leaf] = ()
         with trio.CancelScope() as scope:
             self._scopes.add(scope)
             try:
-                leaves = await self._walk(window.start, window.size)
-                leaves = [leaf for leaf in leaves if leaf.offset not in self._asked]
+                found = await self._walk(window.start, window.size)
+                leaves = [leaf for leaf in found if leaf.offset not in self._asked]
                 if self._tree.use is not None:
                     for leaf in leaves:
                         self._tree.use(leaf.cid, ahead=True)
+                self._buffer.expect(leaves)
                 await self._tree.cache.ahead(
                     self._ref, leaves, lambda leaf, data: self._buffer.put(leaf.offset, data)
                 )
@@ -304,3 +333,4 @@ class OpenFile:
                 pass  # the read of these leaves will raise it
             finally:
                 self._scopes.discard(scope)
+                self._buffer.give_up(leaves)

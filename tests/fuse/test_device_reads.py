@@ -7,8 +7,9 @@ import random
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pyfuse3
@@ -42,6 +43,10 @@ LEAF = 5 * PIECE + 1000
 TOLD = 128
 HELD = 16 << 20
 """Both as in `pieces.c`."""
+SMALL = 1000
+"""Bytes: the socket has room for the answers."""
+MAX_WAITING = 256
+"""As `WAITING` in `reads.c`."""
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -50,32 +55,44 @@ def test_reads_of_what_is_added_as_a_model_says(seed: int) -> None:
 
 
 async def _reads_of_what_is_added(dice: random.Random) -> None:
-    """Windows of two open files, of any buffers, side by side and with gaps; reads within one are answered,
-    of some not those to its end."""
+    """Windows of two open files, of any buffers, side by side and with gaps. Reads that they cover are
+    answered, of some not those to their ends."""
     added: dict[tuple[int, int], bytes] = {}
     told: dict[tuple[int, int], bool] = {}
     windows_of = {handle: ReadWindows(handle, 1, CID) for handle in (3, ANSWERED_HERE | 4)}
+
+    def covered(handle: int, offset: int, end: int) -> bytes | None:
+        content = b""
+        while offset < end:
+            start = offset // 1_000 * 1_000
+            part = added.get((handle, start), b"")[offset - start :]
+            if not part or (told[handle, start] and offset + len(part) <= end):
+                return None
+            content += part[: end - offset]
+            offset += len(part)
+        return content
+
     async with kernel() as asking:
-        for _ in range(2_000):
+        for _ in range(3_000):
             handle, start = dice.choice(list(windows_of)), dice.randrange(8) * 1_000
             windows = windows_of[handle]
-            if dice.random() < 0.2:
-                if added.pop((handle, start), None) is None:
-                    content = added[handle, start] = dice.randbytes(dice.choice([0, 1, 500, 1_000]))
-                    told[handle, start] = dice.random() < 0.5
-                    windows.add(
-                        start, dice.choice([bytes, bytearray, memoryview])(content), told[handle, start]
-                    )
-                else:
+            if dice.random() < 0.3:
+                if (handle, start) in added and dice.random() < 0.3:
                     windows.remove(start)
+                    del added[handle, start]
+                else:  # also in the place of another
+                    content = dice.randbytes(dice.choice([1, 500, 1_000, 1_000, 1_000]))
+                    notify = dice.random() < 0.3
+                    windows.add(start, dice.choice([bytes, bytearray, memoryview])(content), notify)
+                    added[handle, start], told[handle, start] = content, notify
                 continue
-            offset, size = start + dice.randrange(1_000), dice.choice([1, 100, 500, 1_000])
-            inside = offset + size < start + len(added.get((handle, start), b"")) + (
-                not told.get((handle, start))
-            )
+            offset, size = start + dice.randrange(1_000), dice.choice([1, 100, 500, 1_000, 3_000])
+            expected = covered(handle, offset, offset + size)
             got, asked = await asking.read(handle, offset, size)
-            assert asked != inside
-            assert got == (ASKED_FOR if asked else added[handle, start][offset - start :][:size])
+            assert asked == (expected is None)
+            assert got == (ASKED_FOR if asked else expected)
+        for handle, start in added:
+            windows_of[handle].remove(start)
 
 
 def test_what_is_added_is_held_until_it_is_removed_and_not_longer() -> None:
@@ -100,14 +117,131 @@ def test_more_than_there_is_room_for_is_not_added() -> None:
     async def main() -> None:
         windows = ReadWindows(6, 1, CID)
         async with kernel() as asking:
-            for number in range(300):
+            for number in range(600):
                 windows.add(number * 10, bytes([number % 256]) * 10, True)
-            asked = [(await asking.read(6, number * 10, 5))[1] for number in range(300)]
-            assert asked == [False] * 256 + [True] * 44
-            for number in range(300):
+            asked = [(await asking.read(6, number * 10, 5))[1] for number in range(600)]
+            assert asked == [False] * 512 + [True] * 88
+            for number in range(600):
                 windows.remove(number * 10)
 
     trio.run(main)
+
+
+# -- what is expected ----------------------------------------------------------------------------------------
+
+
+async def _expecting(run: Callable[[Kernel, ReadWindows], Awaitable[None]]) -> None:
+    windows = ReadWindows(7, 1, CID)
+    async with kernel() as asking:
+        with trio.fail_after(30):
+            await run(asking, windows)
+
+
+async def no_answer(asking: Kernel) -> None:
+    """For longer than a request takes to reach Python, and not as long as a read waits."""
+    with trio.move_on_after(0.01):
+        raise AssertionError(await asking.answer())
+
+
+def test_a_read_of_what_is_expected_waits_until_all_of_it_is_there() -> None:
+    async def run(asking: Kernel, windows: ReadWindows) -> None:
+        content = random_bytes(4 * PIECE, 31)
+        for round_ in range(20):
+            for leaf in range(4):
+                windows.expect(leaf * PIECE, PIECE)
+            number = asking.send_read(7, 100, 3 * PIECE)
+            for leaf in (3, 1, 0):
+                windows.add(leaf * PIECE, content[leaf * PIECE : (leaf + 1) * PIECE], False)
+            if round_ == 0:
+                await no_answer(asking)
+            windows.add(2 * PIECE, content[2 * PIECE : 3 * PIECE], False)
+            assert await asking.answer() == (number, 0, content[100:][: 3 * PIECE])
+            for leaf in range(4):
+                windows.remove(leaf * PIECE)
+
+    trio.run(_expecting, run)
+
+
+def test_what_is_there_is_not_expected() -> None:
+    async def run(asking: Kernel, windows: ReadWindows) -> None:
+        windows.add(0, b"x" * 100, False)
+        windows.expect(0, 100)
+        assert await asking.read(7, 0, 50) == (b"x" * 50, False)
+
+    trio.run(_expecting, run)
+
+
+@pytest.mark.parametrize("ends", ["removed", "shorter than expected", "to be seen", "never"])
+def test_a_read_of_what_does_not_come_goes_to_python(ends: str) -> None:
+    async def run(asking: Kernel, windows: ReadWindows) -> None:
+        windows.add(0, bytes(PIECE), False)
+        windows.expect(PIECE, PIECE)
+        number = asking.send_read(7, PIECE - 10, PIECE + 10)
+        await no_answer(asking)
+        if ends == "removed":
+            windows.remove(PIECE)
+        elif ends == "shorter than expected":
+            windows.add(PIECE, bytes(PIECE - 1), False)
+        elif ends == "to be seen":
+            windows.add(PIECE, bytes(PIECE), True)
+        assert await asking.answer() == (number, 0, ASKED_FOR)
+
+    trio.run(_expecting, run)
+
+
+def test_more_reads_than_may_wait_go_to_python() -> None:
+    async def run(asking: Kernel, windows: ReadWindows) -> None:
+        windows.expect(0, PIECE)
+        sent = [asking.send_read(7, 0, 10) for _ in range(MAX_WAITING + 10)]
+        early = [(await asking.answer())[::2] for _ in range(10)]
+        assert early == [(number, ASKED_FOR) for number in sent[MAX_WAITING:]]
+        windows.add(0, b"x" * PIECE, False)
+        later = [(await asking.answer())[::2] for _ in range(MAX_WAITING)]
+        assert later == [(number, b"x" * 10) for number in sent[:MAX_WAITING]]
+
+    trio.run(_expecting, run)
+
+
+def test_a_session_may_end_while_reads_wait() -> None:
+    async def run(asking: Kernel, windows: ReadWindows) -> None:
+        windows.expect(0, PIECE)
+        for _ in range(10):
+            asking.send_read(7, 0, 10)
+        await no_answer(asking)
+
+    for _ in range(3):
+        trio.run(_expecting, run)
+    assert threading.active_count() < 50
+
+
+def test_buffers_that_come_and_go_while_they_are_read_are_given_whole() -> None:
+    """Nobody waits for anybody: each read gets what was there at some moment, or Python is asked."""
+
+    async def run(asking: Kernel, windows: ReadWindows) -> None:
+        dice = random.Random(33)
+        for round_ in range(300):
+            sent = []
+            for _ in range(20):
+                leaf, act = dice.randrange(6), dice.randrange(4)
+                if act == 0:
+                    windows.remove(leaf * SMALL)
+                elif act == 1:
+                    windows.expect(leaf * SMALL, SMALL)
+                else:
+                    windows.add(leaf * SMALL, bytearray([round_ % 256]) * SMALL, dice.random() < 0.2)
+                sent.append(asking.send_read(7, leaf * SMALL, 2 * SMALL))
+            for leaf in range(6):
+                windows.remove(leaf * SMALL)
+            while sent:
+                number, error, got = await asking.answer()
+                sent.remove(number)
+                assert error == 0
+                if got != ASKED_FOR:
+                    assert len(got) == 2 * SMALL
+                    assert len(set(got[:SMALL])) == len(set(got[SMALL:])) == 1
+                    assert {got[0], got[SMALL]} == {round_ % 256}
+
+    trio.run(_expecting, run)
 
 
 # -- staged leaves -------------------------------------------------------------------------------------------
@@ -285,12 +419,9 @@ def test_many_readers_of_what_is_on_the_disk(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_a_read_that_is_interrupted_while_it_waits_for_the_disk_is_interrupted_in_python(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The bytes on the disk are wrong, so that each read is passed on in the end: the INTERRUPT has come before
-    Python knew of it."""
-    content = random_bytes(40 * LEAF, 21)
+@asynccontextmanager
+async def interruptible(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Kernel]:
+    """A session in which a read that reaches Python waits until it is interrupted."""
     calls: dict[int, trio.CancelScope] = {}
 
     async def wait(_self: Operations, _fh: int, _off: int, _size: int) -> None:
@@ -304,20 +435,50 @@ def test_a_read_that_is_interrupted_while_it_waits_for_the_disk_is_interrupted_i
             if number in calls:
                 calls[number].cancel()
 
+    monkeypatch.setattr(Operations, "read", wait)
+    async with uninitialized() as (asking, reader), trio.open_nursery() as nursery:
+        await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
+        await reader.initialized()
+        nursery.start_soon(deliver, reader)
+        with trio.fail_after(60):
+            yield asking
+        nursery.cancel_scope.cancel()
+
+
+def test_a_read_that_is_interrupted_while_it_waits_for_the_disk_is_interrupted_in_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes on the disk are wrong, so that each read is passed on in the end: the INTERRUPT has come before
+    Python knew of it."""
+    content = random_bytes(40 * LEAF, 21)
+
     async def main() -> None:
-        monkeypatch.setattr(Operations, "read", wait)
-        async with uninitialized() as (asking, reader), trio.open_nursery() as nursery:
-            await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
-            await reader.initialized()
-            nursery.start_soon(deliver, reader)
-            with staging(tmp_path, bytes(len(content))) as (folder, path), trio.fail_after(60):
+        with staging(tmp_path, bytes(len(content))) as (folder, path):
+            async with interruptible(monkeypatch) as asking:
                 for leaf in range(40):
                     allow(folder, content, leaf)
                     leave_page_cache(path)
                     number = asking.send_read(3, leaf * LEAF, PIECE)
                     asking.send(INTERRUPT, 0, struct.pack("<Q", number))
                     assert await asking.answer() == (number, -errno.EINTR, b"")
-            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+
+
+def test_a_read_that_is_interrupted_while_it_waits_for_bytes_is_interrupted_in_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        async with interruptible(monkeypatch) as asking:
+            ReadWindows(7, 1, CID).expect(0, PIECE)
+            for _ in range(40):
+                others = [asking.send_read(7, 0, 10) for _ in range(2)]
+                number = asking.send_read(7, 0, 10)
+                asking.send(INTERRUPT, 0, struct.pack("<Q", number))
+                assert await asking.answer() == (number, -errno.EINTR, b"")
+                for other in others:
+                    asking.send(INTERRUPT, 0, struct.pack("<Q", other))
+                    assert await asking.answer() == (other, -errno.EINTR, b"")
 
     trio.run(main)
 
