@@ -299,7 +299,7 @@ def test_ten_thousand_reads_through_everything_bad_and_one_good_source() -> None
             server.__enter__()
         try:
             sources: list[Source] = [gateway(server) for server in servers]
-            pool = SourcePool(sources, chance=random.Random(2))
+            pool = SourcePool(sources, rng=random.Random(2))
             left = iter(wanted)
 
             async def read() -> None:

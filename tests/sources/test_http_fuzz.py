@@ -276,7 +276,7 @@ def test_every_read_is_right_whatever_one_gateway_sends(own: bool, monkeypatch: 
             with trio.fail_after(30):
                 try:
                     await READS[number // 4 % len(READS)](
-                        SourcePool([first, beside], chance=random.Random(1)), case.chance
+                        SourcePool([first, beside], rng=random.Random(1)), case.chance
                     )
                 except BaseException as exc:
                     exc.add_note(f"IPFSFUSE_HTTP_FIRST={number}")
