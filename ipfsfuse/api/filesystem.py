@@ -119,7 +119,7 @@ class Filesystem:
     async def resolve(self, path: str) -> str:
         """`path` with its IPNS name, if it has one, replaced by what that stands for now: `/ipfs/CID/...`.
         Raises NotFound, Unavailable, NotACid, UsageError."""
-        return os.fsdecode(bytes(await self._content.names.path_of(path)))
+        return (await self._content.names.path_of(path)).text
 
     async def stat(self, path: str, *, follow_symlinks: bool = True) -> Stat:
         """Raises NotFound, NotADirectory, Unavailable, WrongBlock, Malformed, Unsupported."""

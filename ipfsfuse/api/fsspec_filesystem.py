@@ -318,10 +318,10 @@ class _ThroughMount:
     def _at(self, path: str) -> str:
         """Raises NotFound for a path that would leave the mount, NotAllowed where a symlink leads out of the
         root."""
-        names = os.fsencode(path).split(b"/")
-        if not all(map(can_hold, names)):
+        stored = path.encode("utf-8", "surrogateescape")
+        if not all(map(can_hold, stored.split(b"/"))):
             raise errors.NotFound(f"{path} is not a path below a CID")
-        return place_in_mount(self._mountpoint, path)
+        return place_in_mount(self._mountpoint, os.fsdecode(stored))
 
     def stat(self, path: str) -> Stat:
         return self._stat(self._at(path))

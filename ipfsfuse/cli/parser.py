@@ -6,6 +6,7 @@ called.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -144,6 +145,11 @@ def _path(text: str) -> str:
     return text
 
 
+def _as_stored(text: str) -> str:
+    """A path below a CID: its bytes are those of the names in IPFS, whatever the locale makes of them."""
+    return os.fsencode(text).decode("utf-8", "surrogateescape")
+
+
 _SIZE, _SIZE_OR_ZERO, _DURATION = _type(units.size), _type(units.size_or_zero), _type(units.duration)
 _COUNT, _OWNER, _OCTAL, _PATH = _type(units.count), _type(units.owner), _type(units.octal), _type(_path)
 
@@ -251,7 +257,7 @@ def _content(commands: Any) -> None:
     export = _command(
         commands, "export", "reading:export", "write a CID and everything below it to a CAR file"
     )
-    export.add_argument("cid", metavar="CID", help="the root to write")
+    export.add_argument("cid", type=_as_stored, metavar="CID", help="the root to write")
     export.add_argument(
         "file", metavar="FILE.car", type=_PATH, help="the file to write; - for standard output"
     )
@@ -262,7 +268,7 @@ def _content(commands: Any) -> None:
         "reading:push",
         "send a CID and everything below it to a Kubo node, and pin it there",
     )
-    push.add_argument("cid", metavar="CID", help="the root to send")
+    push.add_argument("cid", type=_as_stored, metavar="CID", help="the root to send")
     push.add_argument(
         "--to",
         metavar="NODE",
@@ -273,10 +279,14 @@ def _content(commands: Any) -> None:
         commands, "cat", "reading:cat", "print a file, without a mount",
         "print lines of JSON: the content in base64 pieces, then its size",
     )  # fmt: skip
-    cat.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b")
+    cat.add_argument(
+        "path", type=_as_stored, metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b"
+    )
     _switches(cat, {"--raw": "print the block itself, whatever its codec"})
     get = _command(commands, "get", "reading:get", "copy a file or a directory, without a mount")
-    get.add_argument("path", metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b")
+    get.add_argument(
+        "path", type=_as_stored, metavar="CID/PATH", help="/ipfs/CID/a/b, CID/a/b, or /ipns/NAME/a/b"
+    )
     get.add_argument(
         "-o",
         "--output",
@@ -440,7 +450,7 @@ def _to_a_mount(commands: Any) -> None:
 
     def items(parser: argparse.ArgumentParser, number: str = "+", more: str = "") -> None:
         says = f"a CID, CID/a/b, /ipns/NAME, or a path in a mount{more}"
-        parser.add_argument("items", metavar="CID|PATH", nargs=number, help=says)
+        parser.add_argument("items", type=_as_stored, metavar="CID|PATH", nargs=number, help=says)
 
     status = command("status", "status:run", "show how a running mount is doing: sources, cache, pins")
     _switches(status, {"--watch": "show a live view until Ctrl-C"})

@@ -343,7 +343,7 @@ async def _root(arguments: argparse.Namespace) -> Cid:
     """The CID that is named. Raises UsageError for a path below one, and as `_path`."""
     if paths.split_ipns(arguments.cid) is None:
         return cid_alone(arguments.cid)
-    return cid_alone(os.fsdecode(bytes(await _path(arguments, arguments.cid))))
+    return cid_alone((await _path(arguments, arguments.cid)).text)
 
 
 def _sources_beside_mount(arguments: argparse.Namespace) -> Sequence[str]:

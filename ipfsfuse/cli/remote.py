@@ -95,9 +95,10 @@ def _target(arguments: argparse.Namespace, text: str) -> tuple[Path, str]:
 
     try:
         if paths.split_ipns(text) is None:
-            text = os.fsdecode(bytes(paths.parse(text)))
+            text = paths.parse(text).text
         path = text
     except (UsageError, NotACid) as exc:
+        text = os.fsdecode(text.encode("utf-8", "surrogateescape"))  # it may be a path of this machine
         found = folders.in_mount(text)
         if found is None:
             where = ", nor is it in a mount of ipfsfuse" if os.path.lexists(text) else ""
@@ -108,7 +109,7 @@ def _target(arguments: argparse.Namespace, text: str) -> tuple[Path, str]:
         live = folders.live_mount(found.mountpoint, None)
         main = client.call(control, "status", timeout=ANSWER_SECONDS)["mountpoint"]
         top = "ipfs" if live is None or str(live.mountpoint) == main else "ipns"
-        path = f"/{top}/{found.below}"
+        path = f"/{top}/{os.fsencode(found.below).decode('utf-8', 'surrogateescape')}"
         if arguments.mount is None and arguments.origins.get("cache-dir") != "argument":
             return control, path
     return folders.control_socket(arguments), path

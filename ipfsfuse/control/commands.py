@@ -180,7 +180,7 @@ class Commands:
                     yield pin, cids.text(pin)
 
         async for each in staged_paths(self._cache.reader, roots()):
-            path = os.fsdecode(each.path)
+            path = each.path.decode("utf-8", "surrogateescape")
             paths[each.item.cid].append(path)
             if arguments.get("tree") is True:
                 entry = {"path": path, "kind": each.kind, **_entry(each.item), "size": each.size}
@@ -203,7 +203,7 @@ class Commands:
             raise UsageError("resolve: name is a text")
         found = await (await self._names.resolver()).resolve_text(name)
         return {
-            "path": os.fsdecode(bytes(found.path)),
+            "path": found.path.text,
             "seconds": max(0.0, found.until - trio.current_time()),
         }
 

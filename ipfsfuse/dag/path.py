@@ -28,6 +28,11 @@ class IpfsPath:
         """`/ipfs/CID/a/b`, the names as they are stored."""
         return b"/".join((b"/ipfs", cids.text(self.root).encode(), *self.names))
 
+    @property
+    def text(self) -> str:
+        """The same as text, which `parse` takes; bytes that are not UTF-8 are lone surrogates."""
+        return bytes(self).decode("utf-8", "surrogateescape")
+
     def __str__(self) -> str:
         return "/".join(
             ("/ipfs", cids.text(self.root), *(name.decode("utf-8", "replace") for name in self.names))

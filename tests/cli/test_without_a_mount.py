@@ -197,6 +197,32 @@ def test_names_are_bytes_in_every_locale(user: Home) -> None:
     subprocess.run(["diff", "-r", "--no-dereference", folder, user.folder / "copy"], check=True)
 
 
+@pytest.mark.fuse
+def test_paths_are_bytes_in_a_locale_that_is_not_utf8(user: Home) -> None:
+    """They were decoded by the locale, and encoded as UTF-8: the names in IPFS were not found."""
+    folder = user.folder / "names"
+    folder.mkdir()
+    (folder / "é").write_text("x")
+    cid = user.add(folder)
+    locale = user.folder / "locales" / "en_US.ISO-8859-1"
+    locale.parent.mkdir()
+    if subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", locale], check=False).returncode:
+        pytest.skip("makes a locale by localedef, with Debian's package locales")
+    user.env |= {"LC_ALL": locale.name, "LOCPATH": str(locale.parent), "PYTHONUTF8": "0"}
+    encoding = "import sys; print(sys.getfilesystemencoding())"
+    told = subprocess.run([sys.executable, "-c", encoding], env=user.env, capture_output=True, check=True)
+    assert told.stdout == b"iso8859-1\n"
+    assert user.run("cat", f"{cid}/é").stdout == "x"
+    user.run("get", f"{cid}/é", "-o", user.folder / "ö")
+    assert (user.folder / "ö").read_text() == "x"
+    with user.mounted() as mount:
+        assert user.run("cat", f"{cid}/é").stdout == "x"
+        user.run("get", f"{cid}/é", "-o", user.folder / "ä")
+        assert (user.folder / "ä").read_text() == "x"
+        user.run("prefetch", f"{cid}/é")
+        user.run("prefetch", mount.path / cid / "é")
+
+
 def test_add_as_fingers_type_it(user: Home) -> None:
     (user.folder / "d").mkdir()
     (user.folder / "d" / "f").write_text("x")
