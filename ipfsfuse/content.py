@@ -168,7 +168,7 @@ class WholeBlocks:
         known = self._places.get(cids.canonical(cid))
         block = None if known is None else await self._staged(*known, fetch)
         if block is None:
-            block = await (self._cache.block(cid) if fetch else self._here(cid))
+            block = await (self._cache.block(cid, early=True) if fetch else self._here(cid))
         if cids.codec(cid) == cids.DAG_PB:
             node = await threads.run_sync(_parsed, cid, block)
             if isinstance(node, File):
@@ -189,7 +189,9 @@ class WholeBlocks:
         made again."""
         content: FileContent | None
         try:
-            content = await (self._cache.leaf(file, leaf) if fetch else self._cache.store.leaf(file, leaf))
+            content = await (
+                self._cache.leaf(file, leaf, early=True) if fetch else self._cache.store.leaf(file, leaf)
+            )
         except IpfsFuseError:
             return None
         if content is None:

@@ -53,6 +53,7 @@ class Pinning:
             if not self._store.budget.is_pinned(file.cid):
                 self._own_files.add(file.cid)
             self._store.budget.pin(file.cid)
+            self._store.not_kept.discard(file.cid)
         self.check()
 
     def check(self) -> None:
@@ -68,6 +69,10 @@ class Pinning:
             )
         if self._store.backoff.reason:
             raise StoreFailed(f"{cids.text(self._root)} can't be pinned: {self._store.backoff.reason}")
+        if not self._store.not_kept.isdisjoint(self._files):
+            raise StoreFailed(
+                f"{cids.text(self._root)} can't be pinned: not all of it could be written: try again"
+            )
 
     async def pin_structure(self, reader: Reader) -> None:
         """Pins every block of the DAG that is in packs: directories, symlinks, interior nodes, small
@@ -282,6 +287,8 @@ class PinnedDags:
         pinned = set[Key]().union(*(pin.keys or () for pin in pins), *(job.keys for job in jobs))
         for key in keys:
             self._store.budget.refused.discard(key)
+            if not isinstance(key, int):
+                self._store.not_kept.discard(key)
             if key not in pinned and not unknown:
                 self._store.budget.unpin(key)
 

@@ -17,7 +17,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout, nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf, Node
-from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources.base import Blocks, Fetched, LeafRange, Source, Subtree, Verified
@@ -48,6 +48,11 @@ answer and the reader's next request would wait for that."""
 MAX_BEHIND = 4 << 20
 """Bytes that readers may have got and that are not written yet. Without a limit, a fast source would outrun a
 slow disk."""
+MAX_AHEAD = 64 << 20
+"""The same of what was fetched ahead, for all files."""
+DISK_PART = 1 / 3
+"""The part of the deadline for which a reader waits for the disk. If there is no room then, it gets its
+bytes, and they are not staged."""
 
 
 # -- keys ---------------------------------------------------------------------------------------------------
@@ -161,6 +166,13 @@ class Reader:
         self.misses = 0
         self._blocks = blocks
         self._patience = deadline * ANSWER_PART
+        self._disk_patience = deadline * DISK_PART
+        self._is_stuck = False
+        """Whether a reader has waited for the disk in vain, and nothing was written since."""
+        self._written = trio.Event()
+        """Set when something was written."""
+        self._ahead = 0
+        """Bytes that were fetched ahead and are not written yet."""
         self._behind = 0
         """Bytes that readers have got and that are not written yet."""
         self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
@@ -222,8 +234,8 @@ class Reader:
         self, cid: Cid, leaf_of: tuple[FileRef, Leaf] | None, early: bool
     ) -> AsyncGenerator[FetchResult]:
         """Yields the block of `cid`, or with `leaf_of` the content of that leaf, from a staging file or from
-        a source. Stages what it fetched. With `early`, yields before that, unless too much waits to be
-        staged."""
+        a source, and then stages what it fetched. If too much waits to be staged, it waits for that before it
+        yields. `early`: whether its reader does not wait until it is staged."""
         own = cids.canonical(cid) if leaf_of is None else leaf_of[0].cid
         if self.store.staging.find(own) is not None:
             staged = await (self._raw_file(cid) if leaf_of is None else self.store.leaf(*leaf_of))
@@ -240,8 +252,11 @@ class Reader:
         else:
             file, leaf = leaf_of
             result = await result_of_leaf(file, leaf, fetched.block, fetched.source)
-        if fetched.source.in_place or not early or self._behind + size > MAX_BEHIND:
-            await self._stage([(file, leaf, result)])
+        if fetched.source.in_place:
+            yield result
+            return
+        if not await self._has_room(lambda: not self._behind or self._behind + size <= MAX_BEHIND):
+            self.store.note_not_kept(file.cid)
             yield result
             return
         self._behind += size
@@ -249,15 +264,37 @@ class Reader:
         try:
             yield result
             with trio.CancelScope(shield=True):  # what was read is staged, even if the mount ends
-                await trio.sleep(BEHIND_SECONDS)
+                if early:
+                    await trio.sleep(BEHIND_SECONDS)
                 await self._stage([(file, leaf, result)])
         finally:
             self._behind -= size
+            self._note_written()
             self.store.arriving[own] -= 1
             if not self.store.arriving[own]:
                 del self.store.arriving[own]
                 if self.store.pins.anywhere and not self.store.holds(own):  # it could not be staged
                     self.store.pins.remove(own)
+
+    async def _has_room(self, has_room: Callable[[], bool]) -> bool:
+        """Waits until `has_room`. False if the disk does not make any in time; until it does, nobody else
+        waits."""
+        if has_room():
+            return True
+        if not self._is_stuck:
+            with trio.move_on_after(self._disk_patience):
+                while not has_room():
+                    await self._written.wait()
+                return True
+            self._is_stuck = True
+            late = StoreFailed(f"the disk does not keep up: it took nothing for {self._disk_patience:.1f} s")
+            self.store.backoff.failed(str(self.store.folder), late)
+        return False
+
+    def _note_written(self) -> None:
+        self._is_stuck = False
+        self._written.set()
+        self._written = trio.Event()
 
     async def settle(self) -> None:
         await self._flights.settle()
@@ -265,13 +302,13 @@ class Reader:
     async def _stage(self, arrived: Iterable[tuple[FileRef, Leaf, FetchResult]]) -> None:
         """Stages what arrived together: adjacent leaves of a file in one write, small blocks in a few
         writes."""
-        small: list[tuple[Cid, bytes]] = []
+        small: list[tuple[tuple[Cid, bytes], FileRef]] = []
         runs: list[tuple[FileRef, str, list[Leaf], list[Content]]] = []
         for file, leaf, result in arrived:
             if result.source is None or result.source.in_place:
                 continue
             if result.place is None or file.size <= MAX_PACKED:
-                small.append((leaf.cid, bytes(result.block)))
+                small.append(((leaf.cid, bytes(result.block)), file))
             elif len(result.content) == leaf.size:  # otherwise its parent states a wrong size
                 last = runs[-1][2][-1] if runs and runs[-1][0] == file else None
                 if last is None or leaf.offset != last.offset + last.size:
@@ -279,11 +316,16 @@ class Reader:
                 runs[-1][2].append(leaf)
                 runs[-1][3].append(result.content)
         for file, source, leaves, contents in runs:
-            if not await self.store.put_leaves(file, leaves, contents, source) and len(leaves) > 1:
+            kept = await self.store.put_leaves(file, leaves, contents, source)
+            if not kept and len(leaves) > 1:
+                kept = True
                 for leaf, content in zip(leaves, contents, strict=True):  # there may be room for some of them
-                    await self.store.put_leaves(file, [leaf], [content], source)
-        if small:
-            await self.store.blocks.put_many(small)
+                    kept &= await self.store.put_leaves(file, [leaf], [content], source)
+            if not kept:
+                self.store.note_not_kept(file.cid)
+        if small and not await self.store.blocks.put_many([each for each, _file in small]):
+            for _each, file in small:
+                self.store.note_not_kept(file.cid)
 
     def gather(self, subtree: Subtree, wanted: Iterable[Cid], seen: Seen) -> trio.Event:
         some = list(wanted) if subtree.limit <= self.store.budget.limit // OF_BUDGET else []
@@ -431,6 +473,8 @@ class Reader:
             by_key.setdefault(cids.canonical(leaf.cid), []).append(leaf)
 
         async def clone(wanted: Sequence[Leaf], files: Sequence[str], source: str) -> Sequence[Block]:
+            if self._is_stuck:
+                return []
             found = await self.store.clone_leaves(file, wanted, files, source)
             cloned.update((leaf.offset, data.obj) for leaf, data in zip(wanted, found, strict=False))
             return found
@@ -438,14 +482,47 @@ class Reader:
         async def fetch(batch: Batch[bytes, FetchResult]) -> None:
             keys = batch.keys
             wanted = LeafRange(file.cid, file.size, [by_key[key][0] for key in keys], clone)
-            room = trio.Semaphore(STAGED_TOGETHER)
             async with trio.open_nursery() as nursery, self._blocks.stream(wanted) as stream:
                 async for delivery in stream:
                     # what readers have got is staged, even if they leave
                     with trio.CancelScope(shield=True):
                         came_now = await give(batch, keys, delivery)
-                        await room.acquire()
-                        nursery.start_soon(stage, batch, came_now, delivery.release, room)
+                        size = sum(map(len, delivery.blocks))
+                        if await self._has_room(partial(has_room, size)):
+                            nursery.start_soon(stage, batch, came_now, delivery.release, count(size))
+                        else:
+                            leave(batch, came_now, delivery.release)
+
+        unwritten = 0
+
+        def has_room(size: int) -> bool:
+            return unwritten < STAGED_TOGETHER and (not self._ahead or self._ahead + size <= MAX_AHEAD)
+
+        def count(size: int) -> Callable[[], None]:
+            """Counts a delivery of so many bytes as not written yet, until the result is called."""
+            nonlocal unwritten
+            unwritten += 1
+            self._ahead += size
+
+            def end() -> None:
+                nonlocal unwritten
+                unwritten -= 1
+                self._ahead -= size
+                self._note_written()
+
+            return end
+
+        def leave(
+            batch: Batch[bytes, FetchResult],
+            came_now: Sequence[tuple[bytes, FetchResult]],
+            release: Callable[[], None],
+        ) -> None:
+            """Stages nothing of a delivery."""
+            for key, _result in came_now:
+                cloned.pop(by_key[key][0].offset, None)
+                batch.staged(key)
+            self.store.note_not_kept(file.cid)
+            release()
 
         async def give(
             batch: Batch[bytes, FetchResult], keys: Sequence[bytes], delivery: Verified
@@ -467,7 +544,7 @@ class Reader:
             batch: Batch[bytes, FetchResult],
             came_now: Sequence[tuple[bytes, FetchResult]],
             release: Callable[[], None],
-            room: trio.Semaphore,
+            end: Callable[[], None],
         ) -> None:
             first = [(file, by_key[key][0], result) for key, result in came_now]
             with trio.CancelScope(shield=True):
@@ -485,7 +562,7 @@ class Reader:
                             await self._stage([(file, leaf, result)])
                     batch.staged(key)
             release()
-            room.release()
+            end()
 
         try:
             await self._flights.run_batch(by_key, fetch)

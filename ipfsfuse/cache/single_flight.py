@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 import trio
 
-from ipfsfuse.errors import IpfsFuseError, Unavailable
+from ipfsfuse.errors import IpfsFuseError, StoreFailed, Unavailable
 from ipfsfuse.sources.base import Request, current_request
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ class SingleFlight(Generic[K, V]):
         until the fetch has ended. `spelled`: this caller's spelling of the key, for messages.
 
         Raises the error of the fetch. Raises Unavailable after the deadline, or at the deadline of the
-        current request. A caller that asks again within the next seconds gets the same error at once."""
+        current request; StoreFailed if only the end of the fetch did not come until then. A caller that asks
+        again within the next seconds gets the same error at once, but for StoreFailed."""
         name = partial(self._name, key if spelled is None else spelled)
         began = trio.current_time()
         known = self._failed.get(key)
@@ -124,6 +125,7 @@ class SingleFlight(Generic[K, V]):
                 raise copy.copy(known[1]) from known[1]
             del self._failed[key]
         until = min(began + self._deadline, current_request.get().deadline)
+        came = False
         with trio.move_on_at(until):
             while trio.current_time() < until:
                 flight = self._flights.get(key)
@@ -137,13 +139,16 @@ class SingleFlight(Generic[K, V]):
                     with flight.fetch.waiting(until):
                         await flight.done.wait()
                 if flight.result is not None:
+                    came = True
                     if ended and not flight.ended.is_set():
                         await flight.ended.wait()
                     return flight.result[0]
                 if flight.error is not None:
                     raise copy.copy(flight.error) from flight.error
-        cause = self._cause(key)
         waited = trio.current_time() - began
+        if came:
+            raise StoreFailed(f"{name()}: the disk has not written it within {round(waited, 1):g} s")
+        cause = self._cause(key)
         said = f"{name()}: no source gave it within {round(min(waited, self._deadline), 1):g} s"
         late = Unavailable(f"{said}: {cause}" if cause else said)
         if waited >= self._deadline * LONG_ENOUGH:

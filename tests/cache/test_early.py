@@ -9,12 +9,14 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from ipfsfuse.cache import reader as reading
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.reader import MAX_BEHIND
 from ipfsfuse.cache.single_flight import SingleFlight
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.errors import StoreFailed
 from tests.cache.standin import Chain, Recorder, make_file, staged, staged_items
 
 BUDGET = 64 << 20
@@ -167,6 +169,63 @@ def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
             await wait_all_tasks_blocked()
             assert got == list(leaves[: MAX_BEHIND // MIB])
         assert got == list(leaves)
+
+    trio.run(main)
+
+
+async def read_within_deadline(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf]) -> bytes:
+    with trio.fail_after(10):
+        return b"".join([bytes(await cache.reader.leaf(file, leaf, early=True)) for leaf in leaves])
+
+
+@pytest.mark.logs("does not keep up")
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_disk_that_hangs_keeps_no_bytes_from_a_reader_and_does_not_fill_the_memory(
+    tmp_path: Path, ahead: bool
+) -> None:
+    """Readers got an error at their deadline, once 4 MiB waited for the disk. And each file that was read ahead
+    left its bytes in memory."""
+
+    async def main() -> None:
+        chain = Chain()
+        files = [make_file(chain, MAX_BEHIND + 4 * MIB, MIB, seed) for seed in range(4)]
+        async with PinsetCache.open(tmp_path, chain, BUDGET * 2, deadline=1.0) as cache:
+            async with trio.open_nursery() as nursery, nothing_written(cache):
+                for file, leaves, content in files:
+                    if ahead:
+                        nursery.start_soon(cache.reader.ahead, file, leaves, lambda _leaf, _content: None)
+                    assert await read_within_deadline(cache, file, leaves) == content
+                assert "does not keep up" in cache.trouble
+                await wait_all_tasks_blocked()
+                waits = [flight.result for flight in cache.reader._flights._flights.values() if flight.result]
+                size = sum(len(result[0].content) for result in waits)
+                assert 0 < size <= (MAX_BEHIND if not ahead else reading.MAX_AHEAD)
+            await cache.reader.settle()
+            cache.store.backoff._until = 0  # its five seconds are over
+            file, leaves, content = make_file(chain, 2 * MIB, MIB, seed=100)
+            assert await read_within_deadline(cache, file, leaves) == content
+            await cache.reader.settle()
+            assert cache.trouble == ""
+            assert await cache.store.has_leaf(file, leaves[1])
+
+    trio.run(main)
+
+
+@pytest.mark.logs("does not keep up")
+def test_who_wants_a_leaf_staged_is_told_that_the_disk_hangs_and_who_reads_it_is_not(tmp_path: Path) -> None:
+    """That failure was remembered, and the next reader got it."""
+
+    async def main() -> None:
+        chain = Chain()
+        file, leaves, content = make_file(chain, 2 * MIB, MIB)
+        async with (
+            PinsetCache.open(tmp_path, chain, BUDGET, deadline=0.5) as cache,
+            nothing_written(cache),
+        ):
+            with pytest.raises(StoreFailed, match="the disk has not written it"):
+                await cache.reader.leaf(file, leaves[0])
+            assert await cache.reader.leaf(file, leaves[0], early=True) == content[:MIB]
+            assert len(chain.asked) == 1
 
     trio.run(main)
 

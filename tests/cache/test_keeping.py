@@ -1,5 +1,7 @@
 """Pinned, and checked on demand."""
 
+import errno
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store.staging import Entry, Staging
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, file_layout, nodes
 from ipfsfuse.dag.cid import Cid
@@ -168,6 +171,48 @@ def test_a_pin_that_fails_keeps_nothing(tmp_path: Path) -> None:
                 await read_all(cache, root, pin=True)
             assert cache.statistics().pinned == 0
             assert list(cache.named_roots()) == []
+
+    trio.run(main)
+
+
+@pytest.mark.logs("reads go on without the cache")
+def test_a_pin_fails_if_a_write_failed_though_the_disk_is_well_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file had a hole."""
+
+    async def pin(cache: PinsetCache, cid: Cid) -> None:
+        async with cache.pinned.pin(cid) as pinning:
+            file = _file(cid, await cache.reader.block(cid))
+            ref = FileRef(cid, file.size)
+            await pinning.file(ref)
+            for leaf in await drive(cache, file_layout.leaves(file, 0, file.size)):
+                await cache.reader.leaf(ref, leaf)
+                cache.store.backoff._until = 0  # its five seconds are over
+            assert not cache.store.backoff.reason
+
+    async def main() -> None:
+        chain = Chain()
+        cid = file_node(chain, MIB, 100)
+        write = Staging.write
+
+        def fail(
+            staging: Staging, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]
+        ) -> tuple[int, OSError | None]:
+            if offset == 3 << 17:
+                return 0, OSError(errno.EIO, "Input/output error")
+            return write(staging, entry, offset, parts)
+
+        async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
+            with monkeypatch.context() as patch:
+                patch.setattr(Staging, "write", fail)
+                with pytest.raises(StoreFailed, match="can't be pinned: not all of it could be written"):
+                    await pin(cache, cid)
+            assert not cache.pinned.roots
+            await pin(cache, cid)
+            chain.asked.clear()
+            await cache.store.evict()
+            assert await fetches(cache, chain, cid) == 0
 
     trio.run(main)
 

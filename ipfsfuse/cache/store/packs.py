@@ -457,25 +457,26 @@ class BlockStore:
                 pack_set or self.pack_set, [made]
             )
 
-    async def put_many(self, blocks: Iterable[tuple[Cid, bytes]]) -> None:
-        """Stores several new blocks in a few writes: opening a pack costs as much as writing a small
-        block."""
+    async def put_many(self, blocks: Iterable[tuple[Cid, bytes]]) -> bool:
+        """Stores several new blocks in a few writes: opening a pack costs as much as writing a small block.
+        Whether all of them are stored now."""
         if self._backoff.waiting or not self._budget.counted.is_set():
-            return
+            return False
         async with holding(self._appending):
-            together: list[Section] = []
+            stored, together = True, list[Section]()
             room = self.packs.limit - self.packs.sizes.get(self.pack_set.pack, 0)
             for made in (section(cids.canonical(cid), block) for cid, block in blocks):
                 if self._set_aside and await self._repaired(made, None):
                     continue
                 if len(made.data) > room:
                     if together:
-                        await self._append(self.pack_set, together)
+                        stored &= await self._append(self.pack_set, together)
                     together, room = [], self.packs.limit  # a new pack is begun
                 together.append(made)
                 room -= len(made.data)
             if together:
-                await self._append(self.pack_set, together)
+                stored &= await self._append(self.pack_set, together)
+            return stored
 
     async def _repaired(self, made: Section, pack_set: PackSet | None) -> bool:
         """Writes the block where a wrong one was set aside, so that what is pinned stays pinned. Returns

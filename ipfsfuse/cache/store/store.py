@@ -87,6 +87,8 @@ class Store:
             opened.pop_all()
         self.pinned: dict[Cid, PinRecord] = {}
         """The pins when the store was opened."""
+        self.not_kept: set[Cid] = set()
+        """Pinned files of which a part could not be staged."""
         self.order_until: float | None = None
         """The time of the latest use of an earlier run, in seconds since 1970, if the index has all uses of
         that run; otherwise None."""
@@ -308,6 +310,11 @@ class Store:
                 last = leaves[len(found) - 1]
                 entry.extents.add(start, last.offset + last.size)
             return found
+
+    def note_not_kept(self, cid: Cid) -> None:
+        """A part of the file `cid` could not be staged."""
+        if self.budget.is_pinned(cid):
+            self.not_kept.add(cid)
 
     def note_proved(self, file: FileRef, leaves: Sequence[Leaf]) -> None:
         """Notes that the caller has verified adjacent leaves that `clone_leaves` returned."""
