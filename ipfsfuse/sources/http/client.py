@@ -49,8 +49,7 @@ UNCOUNTED: Final = 64 * 1024
 """Smaller bodies do not count against the body budget."""
 MAX_THREADS: Final = 16
 SHORTEST_SILENCE, SILENCE = 1.0, 3.0
-"""The shortest and the longest time, in seconds, until a request over a kept connection is sent again over a
-new one."""
+"""Seconds, at least and at most, until a request over a kept connection is sent again over a new one."""
 END_SECONDS: Final = 1.0  # for the end of a body after its last byte
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
@@ -103,10 +102,9 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
 
 
 class _HttpcoreConnection:
-    """A connection to any server through httpcore, with the interface of `Connection`.
-
-    It has one request at a time, also with HTTP/2. In httpcore, three stalled streams block a fourth, an
-    abandoned stream is not reset, and a stream that is cancelled at its start breaks all others."""
+    """A connection to any server through httpcore, with the interface of `Connection`. It has one request at
+    a time, also with HTTP/2: in httpcore, three stalled streams block a fourth, an abandoned stream is not
+    reset, and a stream that is cancelled at its start breaks all others."""
 
     def __init__(self, origin: Origin, settings: HttpSettings, named: bool) -> None:
         """`named`: the user named this server; a redirect did not."""
@@ -192,7 +190,6 @@ AnyConnection = Connection | _HttpcoreConnection
 class _Transport(httpx.AsyncBaseTransport):
     """Connections with one request at a time. Connections to the server `named` are kept. With `own`,
     requests to that server use `Connection`: plain HTTP/1.1.
-
     Headers of a response are not given to httpx, so that it keeps no cookies: servers could recognise a
     client by them. The headers are in the `connection` of the response's extensions."""
 
@@ -360,8 +357,7 @@ class Http:
         self.origin = origin
         self.settings = s = settings or HttpSettings()
         self.share = BodyShare(s.budget)
-        """For bodies that are not `read` whole. Their receiver takes room for each piece and gives it
-        back."""
+        """For bodies that are not `read` whole: the receiver takes room for each piece and gives it back."""
         self._answered = -math.inf  # when the last head came
         self._named = replace(origin, base="")
         self._host = origin.authority  # the Host header for the origin itself
@@ -371,8 +367,7 @@ class Http:
         own = OWN_TRANSPORT and origin.is_local and origin.scheme == "http" and not s.public_only
         self._transport = _Transport(self._named, s, own)
         self._client = _Client(transport=self._transport, trust_env=False)
-        # to make the headers takes half as long as a small block
-        self._headers = functools.lru_cache(64)(self._make_headers)
+        self._headers = functools.lru_cache(64)(self._make_headers)  # half as long as all else for a block
 
     async def aclose(self) -> None:
         """Requests after this still work: each opens a connection of its own."""
@@ -433,8 +428,7 @@ class Http:
     async def _send(
         self, origin: Origin, method: str, path: str, headers: Headers, file: bytes | None, repeatable: bool
     ) -> Response:
-        """Sends the request and receives the response's head. If a kept connection turns out to be dead,
-        sends a `repeatable` request again."""
+        """The response's head. A `repeatable` request is sent again if a kept connection turns out dead."""
         if not TARGET.fullmatch(path):
             raise SourceFailed(f"{self.origin.text}: {one_line(path)[:80]!r} can't be asked for", PROTOCOL)
         request = httpx.Request(
@@ -447,8 +441,7 @@ class Http:
         )
         began, patience = trio.current_time(), math.inf
         if repeatable and self._transport.idle and origin == self._named:
-            # A kept connection may be dead without notice: after the machine has slept or changed its
-            # network.
+            # A kept connection may be dead without notice: after the machine slept or changed its network.
             current = current_request.get()
             left = min(current.deadline, current.wanted_until) - began
             patience = max(SHORTEST_SILENCE, min(SILENCE, left / 3))

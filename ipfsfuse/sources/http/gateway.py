@@ -101,7 +101,6 @@ class Gateway(Source):
 
     async def _send_ranges(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         """Fetches the file's bytes by HTTP ranges and cuts them into leaves. `streams.can_range` must hold.
-
         Raises NotOffered, SourceFailed."""
         count, size = len(wanted.leaves), sum(leaf.size for leaf in wanted.leaves)
         parts = max(1, min(self._connections, size // RANGE_PART))
@@ -130,7 +129,6 @@ class Gateway(Source):
 
     async def _send_car_of_range(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         """Fetches the blocks by a CAR of the range. Drops other blocks. Missing blocks are not an error here.
-
         Raises NotOffered, NotHere, SourceFailed."""
         first, last = wanted.leaves[0], wanted.leaves[-1]
         end = max(first.offset, last.offset + last.size - 1)
@@ -149,7 +147,6 @@ class Gateway(Source):
 
     async def _car(self, root: Cid, scope: str, limit: int) -> AsyncGenerator[Sequence[tuple[Cid, bytes]]]:
         """The blocks of a CAR, some at a time, until it ends, which may be early.
-
         Raises NotOffered, NotHere, SourceFailed, and CarTooLong after `limit` bytes."""
         accept = ("Accept", f"{CAR_TYPE}; version=1; order=dfs; dups=n")
         parser = StreamParser()

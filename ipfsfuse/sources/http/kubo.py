@@ -27,8 +27,7 @@ from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.streams import Delivery, Hashed, Send
 
 NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
-"""Failures of the gateway port, not of the block: the port is off, guarded, or of another program. The RPC
-API may have the block."""
+"""Failures of the gateway port (off, guarded, another program's). The RPC API may still have the block."""
 
 
 class Kubo(Source):
@@ -84,9 +83,7 @@ class Kubo(Source):
             await self.aclose()
 
     async def ipns_record(self, name: str) -> bytes:
-        """The newest record that the node finds for the IPNS name `name`, unverified.
-
-        Raises NotHere, SourceFailed."""
+        """The newest record that the node finds of `name`, unverified. Raises NotHere, SourceFailed."""
         arguments = [("arg", f"/ipns/{name}")] + [("offline", "true")] * self._offline
         said = await self.rpc().call("routing/get", arguments)
         try:
@@ -186,9 +183,8 @@ class Rpc:
     async def call(
         self, command: str, arguments: Headers = (), limit: int = 65536, file: bytes | None = None
     ) -> bytes:
-        """Sends a command and returns the body of the response, of at most `limit` bytes. `file` is sent as
-        the file of a form. Raises NotHere if the node can't find something, SourceFailed otherwise, also for
-        a body that broke off."""
+        """Sends a command, with `file` as the file of a form. Returns the response's body, of at most `limit`
+        bytes. Raises NotHere if the node can't find something, SourceFailed otherwise."""
         repeatable = command in _REPEATABLE
         target = f"/api/v0/{command}" + (f"?{urlencode(arguments)}" if arguments else "")
         async with self.http.ask("POST", target, file=file, repeatable=repeatable) as response:
