@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ipfsfuse.errors import IpfsFuseError
 
@@ -95,15 +95,6 @@ def replace_text(path: Path, text: str) -> None:
         write_file(folder, path.name, text.encode(), lasting=False, mode=0o666)
 
 
-def write_parts(file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
-    """Writes `parts`, at most 1,024, one behind the other from `offset` on. Raises OSError."""
-    done = os.pwritev(file, parts, offset)
-    for part in parts:  # a short write is rare: what it left out is written part by part
-        if done < len(part):
-            write_all(file, memoryview(part)[done:], offset + done)
-        done, offset = max(0, done - len(part)), offset + len(part)
-
-
 def punch_hole(file: int, start: int, size: int) -> None:
     """Frees the blocks of `size` bytes by fallocate(2). Writes zeros where the file system has no holes.
     Raises OSError."""
@@ -163,47 +154,56 @@ class Direct:
         """False once the file system refused O_DIRECT."""
 
     def read(self, file: int, parts: Sequence[memoryview], offset: int) -> None:
-        """Fills `parts`, one behind the other, as far as the file goes. Raises OSError."""
-        if not self._call(os.preadv, file, parts, offset):
+        """Fills `parts`, one after the other, up to the file's end. Raises OSError."""
+        if self._call(os.preadv, file, parts, offset) is None:
             os.preadv(file, parts, offset)
 
     def write(self, file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
-        """As `write_parts`."""
+        """Writes `parts`, at most 1,024, one after the other from `offset` on. Raises OSError."""
+        done: int | None = None
         if self._buffered_writes:
             self._buffered_writes -= 1
-            write_parts(file, parts, offset)
-            return
-        start = time.monotonic()
-        if not self._call(write_parts, file, parts, offset):
-            write_parts(file, parts, offset)
-            return
-        pace = (time.monotonic() - start - THREAD_SWITCH) / sum(map(len, parts))
-        self._pace += WEIGHT * (max(pace, 0.0) - self._pace)
-        if self._pace > SLOW:
-            self._buffered_writes, self._pace = BUFFERED_WRITES, SLOW  # the next direct write decides
+        else:
+            start = time.monotonic()
+            done = self._call(os.pwritev, file, parts, offset)
+            if done is not None:
+                pace = (time.monotonic() - start - THREAD_SWITCH) / sum(map(len, parts))
+                self._pace += WEIGHT * (max(pace, 0.0) - self._pace)
+            if self._pace > SLOW:
+                self._buffered_writes, self._pace = BUFFERED_WRITES, SLOW  # the next direct write decides
+        if done is None:
+            done = os.pwritev(file, parts, offset)
+        for part in parts:  # a short write is rare: what it left out is written part by part
+            if done < len(part):
+                write_all(file, memoryview(part)[done:], offset + done)
+            done, offset = max(0, done - len(part)), offset + len(part)
 
     def _call(
-        self, call: Callable[..., object], file: int, parts: Sequence[bytes | memoryview], offset: int
-    ) -> bool:
-        """Calls `call(file, parts, offset)` with O_DIRECT. False if that can't be done."""
+        self,
+        call: Callable[[int, Any, int], int],
+        file: int,
+        parts: Sequence[bytes | memoryview],
+        offset: int,
+    ) -> int | None:
+        """The result of `call(file, parts, offset)` with O_DIRECT. None if that can't be done."""
         if not self._supported or offset % ALIGNED:
-            return False
+            return None
         for part in parts:
             if not isinstance(part, memoryview) or part.readonly or not part.contiguous or not part:
-                return False  # its address can't be known
+                return None  # its address can't be known
             if len(part) % ALIGNED or ctypes.addressof(ctypes.c_char.from_buffer(part)) % ALIGNED:
-                return False
+                return None
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         try:
             fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
-            call(file, parts, offset)
+            return call(file, parts, offset)
         except OSError as exc:
             if exc.errno != errno.EINVAL:
                 raise
             self._supported = False
         finally:
             fcntl.fcntl(file, fcntl.F_SETFL, flags)
-        return self._supported
+        return None
 
 
 # -- whole files ---------------------------------------------------------------------------------------------

@@ -365,9 +365,10 @@ class Staging:
             with entry.lock:
                 if entry.dead:
                     raise Removed
+                before = entry.seen
                 with self._open_to_write(entry) as file:
                     share_extents(copy, file, end - start, start)
-                    grown = _grown(entry, file)
+                grown = entry.seen - before
             return grown, self._read_into_buffers(copy, leaves[:shared], 0)
 
     def _share_each(self, to: int, leaves: Sequence[Leaf], files: Sequence[str]) -> int:
@@ -412,20 +413,18 @@ class Staging:
             before = entry.seen
             try:
                 with self._open_to_write(entry) as file:
-                    try:
-                        self._direct.write(file, parts, offset)
-                    finally:
-                        _grown(entry, file)
+                    self._direct.write(file, parts, offset)
             except OSError as exc:
                 return entry.seen - before, exc
             return entry.seen - before, None
 
     @contextlib.contextmanager
     def _open_to_write(self, entry: Entry) -> Iterator[int]:
-        """The open file of `entry`, under its lock. A file that is made for this is removed again if the
-        block raises OSError. Raises OSError."""
-        flags = os.O_RDWR | (0 if entry.complete else os.O_CREAT)
-        with Closing(self.folder.open(_name(entry), flags)) as file:
+        """The open file of `entry`, under its lock; `entry.seen` is set at the end. A file that is made for
+        this is removed again if the block raises OSError. Raises OSError."""
+        name = _name(entry)
+        file = self.folder.open(name, os.O_RDWR | (0 if entry.complete else os.O_CREAT))
+        try:
             is_new = not entry.seen and not os.fstat(file).st_size
             try:
                 if not entry.seen:
@@ -435,9 +434,13 @@ class Staging:
                 if is_new:
                     if exc.errno == errno.EFBIG:
                         self.too_large = min(self.too_large, entry.size)
-                    self.folder.unlink(_name(entry))
-                    entry.seen = 0
+                    self.folder.unlink(name)
                 raise
+            finally:
+                status = os.fstat(file)
+                entry.seen = status.st_blocks * 512 if status.st_nlink else 0
+        finally:
+            os.close(file)
 
     def finish(self, entry: Entry) -> int:
         """Syncs the file, then gives it its final name. Returns by how many bytes it grew on disk."""

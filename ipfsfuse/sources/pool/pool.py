@@ -376,7 +376,9 @@ class HedgedFetch:
         pause, longest = FIRST_PAUSE, min(LONGEST_PAUSE, self._pool.deadline / 4)
         retried = False
         while self.found is None:
-            wait = self._pool.wait(managed)
+            wait = managed.health.wait(trio.current_time())
+            if wait > 0:  # less where no other source can be asked
+                wait = self._pool.wait(managed)
             if wait == 0:
                 self.said.setdefault(managed.source.name, f"{managed.source.name} has not answered")
                 began, request = trio.current_time(), current_source_request.get()
