@@ -1,1 +1,1 @@
-"""Pure code over blocks: bytes in, values out. No I/O and nothing asynchronous lives here."""
+"""Pure code over blocks: bytes in, values out. It has no I/O and is synchronous."""

@@ -1,8 +1,8 @@
 """Builds blocks from files, directories and symlinks, with the CIDs that Kubo 0.43 gives them.
 
-Pure. Chunks and names come in. Every block goes to a sink as (cid, block), children before parents, and
-`Built` describes the result. Profiles: https://specs.ipfs.tech/ipips/ipip-0499/. Memory holds the links of
-one node for each level of a file, and a directory as a whole.
+Pure. Every block goes to a sink as (cid, block), children before parents, and `Built` describes the result.
+Profiles: https://specs.ipfs.tech/ipips/ipip-0499/. A file takes memory for the links of one node of each
+level, a directory for all its links.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ Sink = Callable[[Cid, bytes], object]
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """All that decides a CID besides the content."""
+    """The settings that determine the CID of a content."""
 
     name: str
     cid_version: Literal[0, 1]
@@ -30,16 +30,16 @@ class Profile:
     chunk_size: int
     """Bytes of content in a leaf."""
     file_links: int
-    """Children of a file node, at most."""
+    """The most children of a file node."""
     estimate: Literal["block", "links"]
-    """How a directory's size is counted: its encoded block, or the names and CIDs in it alone."""
+    """How a directory's size is counted: its encoded block, or only the names and CIDs in it."""
     shard_threshold: int = 256 << 10
-    """A directory of a larger size than this becomes a HAMT."""
+    """A larger directory becomes a HAMT."""
     hamt_width: int = 256
 
     def with_metadata(self) -> "Profile":
-        """The variant for files with a mode or time, which raw leaves can't carry: Kubo then makes none at
-        all."""
+        """The variant for files with a mode or time. It has no raw leaves, as in Kubo, since they can't hold
+        attributes."""
         return replace(self, raw_leaves=False)
 
 
@@ -50,7 +50,7 @@ PROFILES = {profile.name: profile for profile in (UNIXFS_V1_2025, UNIXFS_V0_2015
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """The attributes to store with a file, directory or symlink; None for none."""
+    """The attributes to store with a file, directory or symlink. None if an attribute is not stored."""
 
     mode: int | None = None
     """The low 12 bits of st_mode."""
@@ -105,7 +105,8 @@ def leaf(profile: Profile, chunk: bytes, stored: Stored = NOTHING) -> Block:
 
 
 class FileBuilder:
-    """The balanced layout: all leaves at one depth, every node full but the last of each level."""
+    """Builds the balanced layout: all leaves have the same depth, and only the last node of a level may not
+    be full."""
 
     def __init__(self, profile: Profile, sink: Sink) -> None:
         self._profile = profile
@@ -114,8 +115,8 @@ class FileBuilder:
         """The nodes that have no parent yet: leaves, then nodes of height 1, and so on."""
 
     def add(self, leaf: Built) -> None:
-        """The next leaf. The caller gives its block to the sink: only the caller knows whether it is the
-        file's only leaf."""
+        """Adds the next leaf. The caller gives its block to the sink, since only the caller knows whether it
+        is the file's only leaf."""
         self._push(0, leaf)
 
     def _push(self, level: int, child: Built) -> None:
@@ -153,9 +154,9 @@ class FileBuilder:
 
 
 def directory(profile: Profile, children: Sequence[tuple[bytes, Built]], stored: Stored, sink: Sink) -> Built:
-    """A directory of `children`, whose names differ: basic, or a HAMT where that would be too large.
+    """A directory of `children` with distinct names: a basic directory, or a HAMT if that is too large.
 
-    Raises Unsupported for more than a few names whose hashes are equal in 64 bits.
+    Raises Unsupported for a HAMT with two names of the same 64-bit hash.
     """
     links = sorted(
         (Link(built.cid, name, built.tsize) for name, built in children), key=lambda link: link.name
@@ -174,9 +175,8 @@ def directory(profile: Profile, children: Sequence[tuple[bytes, Built]], stored:
 def _sharded(profile: Profile, links: Sequence[Link], stored: Stored, sink: Sink) -> Built:
     """A HAMT (https://specs.ipfs.tech/unixfs/#dag-pb-hamtdirectory).
 
-    Its shape is a function of the names alone: a trie over the bits of their hashes. So it is built from all
-    links at once, and need not grow by insertion as Kubo's does. Raises Unsupported if hashes can't tell two
-    names apart.
+    Its shape depends only on the names: it is a trie over the bits of their hashes. So it is built from all
+    links at once; Kubo inserts them one by one. Raises Unsupported if two names have the same hash.
     """
     width = profile.hamt_width
     bits = width.bit_length() - 1
@@ -214,7 +214,7 @@ def _sharded(profile: Profile, links: Sequence[Link], stored: Stored, sink: Sink
 
 
 def symlink(profile: Profile, target: bytes, stored: Stored, sink: Sink) -> Built:
-    """A symlink. It stores only the time of the attributes."""
+    """A symlink. Of the attributes, it stores only the time."""
     block = node(profile, (), replace(stored, mode=None).on(UnixFS(Type.SYMLINK, target)))
     sink(block.built.cid, block.block)
     return block.built

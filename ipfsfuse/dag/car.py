@@ -1,10 +1,11 @@
-"""CAR files as bytes: headers, sections, the version 2 frame, indexes and streams, both ways, strictly.
+"""Decodes and encodes CAR files: headers, sections, the version 2 frame, indexes and streams. Decoding is
+strict.
 
 Pure: `sources` reads the files and streams. Sources: https://ipld.io/specs/transport/car/carv1/ and carv2/.
-The bound of a section is go-car's. All errors are Malformed and say where.
+The largest section is that of go-car. All errors are Malformed and name the place.
 
-All numbers of an index but its format's varint are little-endian. An index is a claim: what it says of a
-place has to be checked at that place.
+All numbers of an index are little-endian, except the varint of its format. An index only claims offsets: the
+caller must check the section there.
 """
 
 import struct
@@ -20,27 +21,27 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
 
 MAX_HEADER = 8 << 20
-"""Bytes of the largest header of a file: 200,000 roots. It takes a second to parse: in a worker thread."""
+"""Bytes of the largest header of a file: 200,000 roots. To parse it takes a second, in a worker thread."""
 MAX_STREAM_HEADER = 64 << 10
-"""Bytes of the largest header of a stream, which is parsed where it is read: an answer to one question has
+"""Bytes of the largest header of a stream, which is parsed on the event loop. The response to a request has
 one root."""
 MAX_SECTION = 8 << 20
 
 HEAD_BYTES = 9 + cids.MAX_CID_BYTES
-"""A section's length and CID are never longer than this."""
+"""The most bytes of a section's length and CID."""
 
 PRAGMA = b"\x0a\xa1gversion\x02"
-"""What every version 2 file begins with: a version 1 header without roots that says 2."""
+"""The start of every version 2 file: a header as in version 1, with the version 2 and without roots."""
 
 V2_BYTES = len(PRAGMA) + 40
-"""The frame of a version 2 file: pragma and fixed header."""
+"""Bytes of the frame of a version 2 file: pragma and fixed header."""
 
 _V2 = struct.Struct("<16sQQQ")
 
 
 class Section(NamedTuple):
-    """One section's place, in bytes from where its CAR data begins (the index's offsets): the varint's, the
-    block's, its end's."""
+    """One section: its CID, and the offsets of its start, its block and its end. They are counted as the
+    caller of `section` counts."""
 
     cid: Cid
     start: int
@@ -50,8 +51,7 @@ class Section(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class V2Header:
-    """Where a version 2 file keeps its parts, in bytes from its start; `index_offset` is 0 where it has no
-    index."""
+    """The offsets of the parts of a version 2 file, in bytes. `index_offset` is 0 if there is no index."""
 
     data_offset: int
     data_size: int
@@ -63,9 +63,9 @@ class V2Header:
 
 
 def header_length(data: bytes, most: int = MAX_HEADER) -> int:
-    """How many bytes at the start of `data` are the header with its length, from its first 9 bytes.
+    """The size of the header at the start of `data`, with its length field. The first 9 bytes suffice.
 
-    Raises Malformed, for one of over `most` bytes too."""
+    Raises Malformed, also for a header of over `most` bytes."""
     try:
         length, at = varint.get(data, 0)
     except Malformed as exc:
@@ -76,7 +76,9 @@ def header_length(data: bytes, most: int = MAX_HEADER) -> int:
 
 
 def decode_header(data: bytes) -> tuple[Cid, ...]:
-    """The roots that a version 1 header (length included, exactly `data`) names. Raises Malformed."""
+    """The roots of a version 1 header. `data` is the header with its length field, and nothing more.
+
+    Raises Malformed."""
     version, roots = _header_map(data, header_length(data))
     if version != 1:
         raise Malformed(f"a CAR of version {version} where version 1 belongs")
@@ -86,8 +88,7 @@ def decode_header(data: bytes) -> tuple[Cid, ...]:
 
 
 def is_v2(data: bytes) -> bool:
-    """Whether a file that begins with `data` is of version 2. Raises Malformed for versions that nobody
-    knows."""
+    """Whether a file that begins with `data` is of version 2. Raises Malformed for an unknown version."""
     if data.startswith(PRAGMA):
         return True
     length = header_length(data)
@@ -129,7 +130,8 @@ def encode_v2(header: V2Header) -> bytes:
 
 
 def section_length(data: bytes | memoryview, at: int = 0, base: int = 0) -> int:
-    """How many bytes the section that begins at `at` has in all, from its first 9. `base` as for `section`.
+    """The size of the section that begins at `at`. Its first 9 bytes suffice. `base` as for `section`.
+
     Raises Malformed."""
     try:
         length, head = varint.get(data, at)
@@ -143,10 +145,9 @@ def section_length(data: bytes | memoryview, at: int = 0, base: int = 0) -> int:
 
 
 def section(data: bytes | memoryview, at: int, base: int = 0) -> Section:
-    """The section that begins at index `at` of `data`, of which its first HEAD_BYTES need to be there, no
-    more.
+    """The section that begins at index `at` of `data`. Its first HEAD_BYTES suffice.
 
-    `base` is added to the places that come back. Raises Malformed.
+    `base` is added to the returned offsets. Raises Malformed.
     """
     end = at + section_length(data, at, base)
     head = varint.get(data, at)[1]
@@ -158,7 +159,7 @@ def section(data: bytes | memoryview, at: int, base: int = 0) -> Section:
 
 
 def section_head(cid: Cid, size: int) -> bytes:
-    """What stands before a block of `size` bytes."""
+    """The bytes of a section before its block of `size` bytes."""
     return varint.put(len(cid) + size) + cid
 
 
@@ -192,7 +193,7 @@ def _header_map(data: bytes, length: int) -> tuple[int, tuple[Cid, ...] | None]:
 def _cbor_links(data: bytes, at: int) -> tuple[tuple[Cid, ...], int]:
     count, at = _cbor_expect(data, at, 4, "list of roots")
     roots = []
-    for _ in range(count):  # each takes a byte at least, so a lying count ends with the data
+    for _ in range(count):  # each takes at least a byte, so a wrong count ends with the data
         tag, at = _cbor_expect(data, at, 6, "CID")
         link, at = _cbor_bytes(data, at, 2, "CID")
         if tag != 42 or link[:1] != b"\0":
@@ -212,8 +213,8 @@ def _cbor_bytes(data: bytes, at: int, major: int, what: str) -> tuple[bytes, int
 
 
 def _cbor_expect(data: bytes, at: int, major: int, what: str) -> tuple[int, int]:
-    """(value, index behind) of one dag-cbor head of the kind `major` (RFC 8949 section 3, shortest form
-    only)."""
+    """(value, index after it) of one dag-cbor head of major type `major` in its shortest form (RFC 8949,
+    section 3)."""
     if at >= len(data) or data[at] >> 5 != major or data[at] & 31 > 27:
         raise Malformed(f"not a CAR: its header has no {what} where one belongs")
     small = data[at] & 31
@@ -240,17 +241,17 @@ def _cbor_link(cid: Cid) -> bytes:
 # -- the index, read -----------------------------------------------------------------------------------------
 
 INDEX_SORTED = 0x0400
-"""Buckets by digest length, of whichever hash function."""
+"""Has a bucket for each digest length."""
 MULTIHASH_INDEX_SORTED = 0x0401
-"""The same for each hash function."""
+"""Has a bucket for each hash function and digest length."""
 
 ReadIndex = Callable[[int, int], bytes]
-"""(offset in the index, length) -> that many bytes, fewer if the index ends there."""
+"""(offset in the index, length) -> that many bytes, or fewer at the end of the index."""
 
 _MAX_BUCKETS = 4096
-"""Far more than there are allowed hash functions and lengths."""
+"""Far more than the allowed hash functions and digest lengths."""
 _MAX_COPIES = 16
-"""Of so many copies of one block the first are enough."""
+"""The most copies of one block that are returned."""
 _WINDOW = 4096
 _COUNT = struct.Struct("<i")
 _CODE = struct.Struct("<Q")
@@ -262,7 +263,7 @@ class IndexBucket(NamedTuple):
     digest, then 8 bytes of offset."""
 
     code: int | None
-    """The hash function; None in INDEX_SORTED, which does not say."""
+    """The hash function; None in INDEX_SORTED, which does not name it."""
     width: int
     start: int
     records: int
@@ -290,7 +291,7 @@ def index_buckets(read: ReadIndex) -> tuple[IndexBucket, ...]:
 
 
 def _numbers(read: ReadIndex, at: int, form: struct.Struct) -> tuple[tuple[int, ...], int]:
-    """The numbers at `at`, and the offset behind them."""
+    """The numbers at `at`, and the offset after them."""
     data = read(at, form.size)
     if len(data) < form.size:
         raise Malformed("the CAR's index is cut short")
@@ -319,7 +320,8 @@ def index_find(buckets: Sequence[IndexBucket], wanted: bytes, read: ReadIndex) -
 
 
 def _search(bucket: IndexBucket, digest: bytes, read: ReadIndex) -> list[int]:
-    """What one bucket has. Digests are spread evenly: interpolation takes 2 reads, bisection 10."""
+    """The offsets in one bucket. Digests are spread evenly, so interpolation takes 2 reads; bisection takes
+    10."""
     width, span = bucket.width, _WINDOW // bucket.width
     low, high, below, above = 0, bucket.records, 0, 1 << 64
     key, guesses = _key(digest), 4
@@ -361,23 +363,23 @@ def _key(digest: bytes) -> int:
 
 
 def index_record(digest: bytes, offset: int) -> bytes:
-    """Records of one digest length sort as bytes."""
+    """A record of an index. Records of one digest length are sorted as bytes."""
     return digest + offset.to_bytes(8, "little")
 
 
 def index_head(codes: int) -> bytes:
-    """What a MultihashIndexSorted of `codes` hash functions begins with."""
+    """The start of a MultihashIndexSorted for `codes` hash functions."""
     return varint.put(MULTIHASH_INDEX_SORTED) + _COUNT.pack(codes)
 
 
 def index_code_head(code: int, widths: int) -> bytes:
-    """What stands before the `widths` buckets of one hash function; functions ascend by code, buckets by
+    """The bytes before the `widths` buckets of one hash function. Functions are sorted by code, buckets by
     width."""
     return _CODE.pack(code) + _COUNT.pack(widths)
 
 
 def index_bucket_head(width: int, count: int) -> bytes:
-    """What stands before the `count` records of `width` bytes of one bucket."""
+    """The bytes before the `count` records (of `width` bytes each) of one bucket."""
     return _BUCKET.pack(width, count * width)
 
 
@@ -387,10 +389,10 @@ _MIN_HEADER = len(encode_header(()))
 
 
 class StreamParser:
-    """Takes a CAR stream, version 1 or 2, apart as it comes.
+    """Parses a CAR stream of version 1 or 2 as it comes.
 
-    `feed` returns the blocks that the bytes complete. `finish` checks that the stream ended where it may. It
-    holds at most one section and what was fed last. Not for several tasks at once.
+    `feed` returns the blocks that are complete. `finish` checks that the stream is complete. Memory holds at
+    most one section and the last bytes fed. Not for several tasks at once.
     """
 
     def __init__(self) -> None:
@@ -398,17 +400,18 @@ class StreamParser:
         """None until the header has come."""
         self._buffer = bytearray()
         self._need = _MIN_HEADER
-        """Nothing can be done before the buffer holds so much."""
+        """Bytes that the buffer needs for the next step."""
         self._padded = False
-        """Whether the zeros have begun that may stand behind the last section."""
+        """Whether the zeros after the last section have begun."""
         self._skip = 0
         self._left: int | None = None
-        """Bytes of CAR data still to come; known for version 2 alone, where what is behind them is
+        """Bytes of CAR data still to come; None for version 1. In version 2, bytes after the data are
         ignored."""
 
     def feed(self, data: bytes) -> Iterator[tuple[Cid, bytes]]:
-        """The blocks that `data` completes, unverified. To be consumed before the next is fed. Raises
-        Malformed."""
+        """The blocks that `data` completes, unverified. Consume them before the next call.
+
+        Raises Malformed."""
         self._buffer += data
         while len(self._buffer) >= self._need:
             if self._skip:
@@ -425,7 +428,7 @@ class StreamParser:
                     yield found
 
     def finish(self) -> None:
-        """The stream has ended. Raises Malformed if that was inside of something."""
+        """To be called at the end of the stream. Raises Malformed if the stream is incomplete."""
         if self.roots is None or (self._buffer and self._left != 0) or (self._left and not self._padded):
             raise Malformed("the CAR stream is cut short")
 
@@ -436,7 +439,7 @@ class StreamParser:
         self._need = 1 if self._skip else _MIN_HEADER
 
     def _drop_zeros(self) -> None:
-        """A section of no bytes ends the CAR: what is behind it is padding. Source: go-car's
+        """A section of no bytes ends the CAR: the zeros after it are padding. Source: go-car's
         ZeroLengthSectionAsEOF."""
         count = len(self._buffer) if self._left is None else min(self._left, len(self._buffer))
         if self._buffer.count(0, 0, count) != count:
@@ -458,7 +461,7 @@ class StreamParser:
     def _section(self) -> tuple[Cid, bytes] | None:
         head = bytes(self._buffer[:HEAD_BYTES])
         if len(head) < HEAD_BYTES and not self._has(_announced(head)):
-            # a head that is cut short looks like a broken one: wait for the whole section, it is short too
+            # an incomplete head looks like a broken one: wait for the whole section, which is short too
             return None
         found = section(head, 0)
         if not self._has(found.end):
@@ -481,8 +484,8 @@ class StreamParser:
 
 
 def _announced(head: bytes) -> int:
-    """How many bytes the section that `head` begins has, or one more than there are where its length is not
-    whole."""
+    """The size of the section that begins with `head`. If its length is incomplete: one byte more than
+    `head` has."""
     if len(head) < 9 and all(byte & 0x80 for byte in head):
         return len(head) + 1
     return section_length(head)

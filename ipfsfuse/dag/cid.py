@@ -1,8 +1,7 @@
 """CIDs as bytes.
 
-A `Cid` is the binary form of a CID (https://github.com/multiformats/cid), checked once where it enters:
-hashable, comparable and free to copy. Text is for people: it is parsed at the edges by `parse` and made by
-`text`.
+A `Cid` is the binary form of a CID (https://github.com/multiformats/cid), checked when it is made. It can be
+hashed and compared. `parse` reads the text form, and `text` makes it.
 """
 
 import hashlib
@@ -23,16 +22,16 @@ DAG_PB = 0x70
 DAG_CBOR = 0x71
 DAG_JSON = 0x0129
 LIBP2P_KEY = 0x72
-"""Of the names of keys: such a CID is not that of a block."""
+"""The codec of IPNS names: such a CID names a key and not a block."""
 VALUE = 0x300000
-"""Of the range that the multicodec table leaves for private use: a value within a block (`value`)."""
+"""The codec of a value within a block (`value`), from the range for private use of the multicodec table."""
 
 MAX_CID_BYTES = 512
-"""No allowed hash makes a longer one. Only a link may hold a longer (identity) CID. Such a link can't be
-followed, but its directory can be listed."""
+"""The longest CID of an allowed hash. A link may hold a longer identity CID. Such a link can't be followed,
+but its directory can be listed."""
 
 MAX_BLOCK = 2 << 20
-"""Bytes of the largest block that is read, from wherever: what Bitswap passes on between nodes.
+"""Bytes of the largest block that is read: the limit of Bitswap.
 Source: https://specs.ipfs.tech/bitswap-protocol/#block-sizes"""
 
 _V0_PREFIX = multihashes.SHA2_256_PREFIX
@@ -48,11 +47,11 @@ _CODEC_NAMES = {
     0x0200: "json",
 }
 CODECS = tuple(_CODEC_NAMES)
-"""Those that have a name here, the usual ones first."""
+"""The codecs with a name here, the usual ones first."""
 
 
 def decode(data: bytes) -> Cid:
-    """The CID that is exactly `data`. Raises NotACid for anything else, trailing bytes included."""
+    """`data` as a CID. Raises NotACid, also for bytes after the CID."""
     if len(data) == 36 and data[:4] in _COMMON_V1:
         return Cid(data)
     if data[:2] == _V0_PREFIX:
@@ -66,7 +65,7 @@ def decode(data: bytes) -> Cid:
 
 
 def decode_prefix(data: bytes | memoryview, start: int = 0) -> tuple[Cid, int]:
-    """The CID that begins at `start`, and the index behind it (as in a CAR section). Raises NotACid."""
+    """The CID that begins at `start` (as in a CAR section), and the index after it. Raises NotACid."""
     head = bytes(data[start : start + MAX_CID_BYTES])
     if head[:2] == _V0_PREFIX:
         if len(head) < 34:
@@ -77,7 +76,7 @@ def decode_prefix(data: bytes | memoryview, start: int = 0) -> tuple[Cid, int]:
 
 
 def _check(data: bytes) -> int:
-    """The index behind the version 1 CID at the start of `data`."""
+    """The index after the version 1 CID at the start of `data`."""
     if (
         len(data) >= 4
         and data[0] == 1
@@ -102,7 +101,9 @@ def _check(data: bytes) -> int:
 
 
 def parse(text_form: str) -> Cid:
-    """The CID that `text_form` spells: version 0 in base58btc, version 1 in any multibase. Raises NotACid."""
+    """The CID with the text form `text_form`: version 0 in base58btc, version 1 in any multibase.
+
+    Raises NotACid."""
     if len(text_form) > 8 * MAX_CID_BYTES:
         raise NotACid(f"{text_form[:80]!r}...: far too long for a CID")
     try:
@@ -136,12 +137,13 @@ def text(cid: Cid) -> str:
 
 
 def brief(cid: Cid) -> str:
-    """`text` for messages. Of a long identity CID it gives only the length."""
+    """`text` for messages. For a long identity CID, only its length."""
     return text(cid) if len(cid) <= 80 else f"a CID of {len(cid)} bytes"
 
 
 def multihash_base32(cid: Cid) -> str:
-    """The multihash alone in base32, upper case without padding: how Kubo's repositories name a block."""
+    """The multihash in base32, in upper case and without padding: the name of a block in Kubo's
+    repositories."""
     return libipld.encode_multibase("B", multihash(cid))[1:]
 
 
@@ -164,7 +166,7 @@ def codec_name(cid: Cid) -> str:
 
 
 def multihash(cid: Cid) -> bytes:
-    """The multihash bytes: what blocks are stored and looked up by."""
+    """The multihash. Blocks are stored and found by it."""
     if cid[:2] == _V0_PREFIX:
         return cid
     return cid[2:] if cid[1] < 0x80 else cid[varint.get(cid, 1)[1] :]
@@ -179,11 +181,11 @@ EMPTY = make(RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(b"").digest())
 
 
 def implied_block(cid: Cid) -> bytes | None:
-    """The block that is known without a source: what an identity CID carries in itself, and the empty block.
-    None for every other CID. Raises Unsupported for an identity CID of over 128 bytes.
+    """The block of an identity CID, which is in the CID, and the empty block: they need no source. None for
+    every other CID. Raises Unsupported for an identity CID of over 128 bytes.
 
-    The empty block is the content of an empty file. No node sends it: Bitswap can't tell it from a missing
-    one."""
+    The empty block is the content of an empty file. No node sends it, since Bitswap can't tell it from a
+    missing block."""
     if cid[:4] in _COMMON_V1:
         return b"" if cid == EMPTY else None
     carried = multihash(cid)
@@ -194,13 +196,13 @@ def implied_block(cid: Cid) -> bytes | None:
 
 
 def inline(cid: Cid) -> bytes | None:
-    """Like `implied_block`, for identity CIDs alone: the empty block is a block of its own."""
+    """`implied_block` for identity CIDs only. None for the empty block."""
     return None if cid[:4] in _COMMON_V1 else implied_block(cid)
 
 
 def value(block: Cid, number: int) -> Cid:
-    """How ipfsfuse alone names a value within a dag-cbor or dag-json block, which has no CID of its own: the
-    identity hash of its number and the block's CID. It needs no memory of the block."""
+    """A private name for a value within a dag-cbor or dag-json block: the identity hash of the value's number
+    and the block's CID. So no table of such values is needed."""
     carried = varint.put(number) + block
     return make(VALUE, b"\0" + varint.put(len(carried)) + carried)
 
@@ -213,13 +215,13 @@ def is_value(cid: Cid) -> bool:
 
 
 def block_of(cid: Cid) -> Cid:
-    """The CID of the block that has to be read for `cid`: its own, except for a value within a block."""
+    """The CID of the block to read for `cid`: `cid` itself, except for a value within a block."""
     return value_place(cid)[0] if is_value(cid) else cid
 
 
 def value_place(cid: Cid) -> tuple[Cid, int]:
-    """The block that holds a value, and its number there; of any other CID itself and 0: the whole. Raises
-    Malformed for a `VALUE` that `value` does not make."""
+    """The CID of the block with a value, and the value's number. For any other CID: `cid` and 0, the number
+    of the whole block. Raises Malformed for a wrong CID with the codec VALUE."""
     if not is_value(cid):
         return cid, 0
     try:
@@ -234,9 +236,9 @@ def value_place(cid: Cid) -> tuple[Cid, int]:
 
 
 def verify(cid: Cid, block: bytes | memoryview) -> None:
-    """Raises WrongBlock if `block` is not what `cid` names, Unsupported for a hash that is not allowed.
+    """Raises WrongBlock if `block` does not match `cid`, Unsupported for a hash that is not allowed.
 
-    Hashing lets other threads run; blocks of over some KiB belong in a worker thread.
+    Other threads run meanwhile. Verify blocks of more than some KiB in a worker thread.
     """
     if not multihashes.matches(multihash(cid), (block,)):
         raise WrongBlock(f"{brief(cid)}: the block's bytes do not match its CID")

@@ -1,11 +1,11 @@
 """The dag-pb codec: one block <-> its links and data.
 
-Strict as the specification (https://ipld.io/specs/codecs/dag-pb/spec/) and go-codec-dagpb are: unknown
-fields, wrong wire types, fields out of order or twice, and links without a valid CID are refused. Data may
-stand before the links or behind them, as old blocks have it. `encode` writes the canonical form: links as the
-caller orders them, then data.
+`decode` is as strict as the specification (https://ipld.io/specs/codecs/dag-pb/spec/) and go-codec-dagpb: it
+refuses unknown fields, wrong wire types, fields out of order or twice, and links without a valid CID. Data
+may come before or after the links, as in old blocks. `encode` writes the canonical form: links in the
+caller's order, then data.
 
-Pure functions; a block of 2 MiB can take some 100 ms, so large ones belong in a worker thread.
+Pure functions. A block of 2 MiB can take some 100 ms: decode large blocks in a worker thread.
 """
 
 from array import array
@@ -30,9 +30,9 @@ class Link(NamedTuple):
 class Links(Sequence[Link]):
     """The links of one block, made when they are used.
 
-    It keeps the block, and 24 bytes for each link: where its CID and its name lie in the block, and its
-    tsize. A block of 2 MiB can hold 65,000 links. As objects they would take ten times the block, and
-    Python's cycle collector would visit each of them, during which nothing else runs.
+    It keeps the block, and 24 bytes for each link: the places of its CID and its name in the block, and its
+    tsize. A block of 2 MiB can hold 65,000 links. As objects they would take ten times as much memory as the
+    block, and Python's cycle collector would visit each of them while everything else waits.
     """
 
     __slots__ = ("block", "spans", "tsizes")
@@ -40,7 +40,7 @@ class Links(Sequence[Link]):
     def __init__(self, block: bytes = b"") -> None:
         self.block = block
         self.spans = array("I")
-        """Of each link the start and end of its CID, then of its name."""
+        """For each link: the start and end of its CID, then of its name."""
         self.tsizes = array("Q")
 
     def __len__(self) -> int:
@@ -81,7 +81,7 @@ class Links(Sequence[Link]):
 
     @property
     def size(self) -> int:
-        """Bytes of memory."""
+        """Its memory, in bytes."""
         return len(self.block) + 24 * len(self)
 
     def cid(self, index: int) -> Cid:
@@ -102,29 +102,29 @@ _NO_LINKS = Links()
 
 
 class PBNode(NamedTuple):
-    """A decoded block. `data` is None where the field is absent. A link without a name has b"", one without a
-    tsize 0."""
+    """A decoded block. `data` is None if the field is absent. A link without a name has the name b"", one
+    without a tsize has 0."""
 
     links: Links
     data: bytes | None
 
 
 MAX_LINKS = 1 << 16
-"""A block of 2 MiB holds more links only if each is shorter than a hash: such a block is an attack."""
+"""A block of 2 MiB can have more links only if each is shorter than a hash: such a block is an attack."""
 
 _DATA, _LINKS = 0x0A, 0x12
 _HASH, _NAME, _TSIZE = 0x0A, 0x12, 0x18
-"""Field number << 3 | wire type, all of one byte. A tag in a longer form, which nobody writes, is refused."""
+"""Field number << 3 | wire type, in one byte. A tag in a longer form, which no encoder writes, is refused."""
 
 _V1_HEADS = (b"\x0a\x24\x01\x70\x12\x20", b"\x0a\x24\x01\x55\x12\x20")
-"""How nearly every link begins: the Hash field with a version 1 CID, dag-pb or raw, of sha2-256."""
+"""The start of nearly every link: the Hash field with a version 1 CID, dag-pb or raw, of sha2-256."""
 _V1_END = 38
 _V0_HEAD = b"\x0a\x22\x12\x20"
 _V0_END = 36
 
 
 def decode(block: bytes) -> PBNode:
-    """What `block` holds. Raises Malformed."""
+    """The links and the data of `block`. Raises Malformed."""
     links = _NO_LINKS
     data: bytes | None = None
     at, end = 0, len(block)
@@ -144,9 +144,9 @@ def decode(block: bytes) -> PBNode:
 
 
 def _links(block: bytes, at: int, links: Links) -> int:
-    """Appends the run of links that begins at `at`; the index behind it.
+    """Appends the run of links that begins at `at`. Returns the index after it.
 
-    The loop knows by its bytes the form that nearly every link has (1 us a link); `_link` reads any other.
+    The loop itself reads links in the usual form (1 us for each). `_link` reads all others.
     """
     end = len(block)
     add_span, add_tsize = links.spans.append, links.tsizes.append

@@ -1,8 +1,7 @@
-"""What a directory lists, page by page.
+"""Lists the entries of a directory, page by page.
 
-The `place` of an entry depends only on its position (in a basic directory its index, in a HAMT its hash). So
-a reader resumes exactly where it stopped, also after a restart. Pure. A page is bounded whatever the blocks
-say.
+The `place` of an entry is its index in a basic directory, and comes from its hash in a HAMT. So a reader
+resumes exactly where it stopped, even after a restart. Pure. The size of a page is bounded for any blocks.
 """
 
 from typing import NamedTuple
@@ -15,19 +14,18 @@ from ipfsfuse.dag.path import can_hold
 from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 
 PAGE = 2000
-"""Entries after which a page is full. A page of a HAMT may have some more, because a step's result is not
-cut."""
+"""Entries of a full page. A page of a HAMT may have some more, since the last step adds all its entries."""
 MOST_TOGETHER = 32
-"""HAMT nodes that are fetched side by side."""
+"""The most HAMT nodes that are fetched in parallel."""
 FIRST = 4
-"""HAMT nodes that are expanded before it is known how many entries a node has."""
+"""HAMT nodes that are expanded first, when the number of entries of a node is not known yet."""
 MAX_FRONTIER = 4 * PAGE
-"""Parts of a trie that one call keeps: a node that is expanded ahead can hold any number."""
+"""The most parts of a trie that one call keeps: a node that is expanded ahead can have any number."""
 
 
 class Entry(NamedTuple):
-    """One name. `tsize` is its publisher's claim, negative if there is none. 0 < `place` < 2**63, greater
-    than that of every entry before it."""
+    """One entry. `tsize` is its publisher's claim, or negative if there is none. `place` is between 0 and
+    2**63, and greater than that of every earlier entry."""
 
     name: bytes
     cid: Cid
@@ -38,8 +36,8 @@ class Entry(NamedTuple):
 class Page(NamedTuple):
     """Entries in the directory's own order. Only the last page (`end`) may be empty.
 
-    `skipped` counts the entries left out before the last entry: names that no file system can hold, and
-    second entries of one name.
+    `skipped` counts the entries that were left out before the last entry: those with a name that no file
+    system can hold, and second entries of a name.
     """
 
     entries: list[Entry]
@@ -50,7 +48,7 @@ class Page(NamedTuple):
 def entries(directory: Directory | Shard, after: int) -> Walk[Page]:
     """The next entries whose place is greater than `after` (0 for the first page). Raises Malformed.
 
-    The places of a HAMT follow the trie, depth first by bit index. Its nodes are fetched ahead, side by side.
+    The places of a HAMT follow the trie, depth first by bit index. Its nodes are fetched ahead, in parallel.
     """
     skipped = 0
     while True:
@@ -68,8 +66,8 @@ def entries(directory: Directory | Shard, after: int) -> Walk[Page]:
 
 
 def _stored(directory: Directory, after: int) -> tuple[list[Entry], bool]:
-    """Entries in the order stored. The second entry of a name gets an empty name, which no file system can
-    hold."""
+    """The entries in the order stored. A second entry of a name gets an empty name, so that it is left
+    out."""
     links = directory.links
     stop = min(after + PAGE, len(links))
     claims, distinct = not holds_values(directory.cid), directory.has_distinct_names
@@ -102,7 +100,7 @@ def _in_trie(root: Shard, after: int) -> Walk[tuple[list[Entry], bool]]:
 
 
 def _slots(shard: Shard, spot: Spot, after: int) -> _Frontier:
-    """The slots of a node at `spot` that come after the place `after`."""
+    """The entries and subnodes of a node at `spot` that come after the place `after`."""
     frontier: _Frontier = []
     first = hamt.below(spot, shard, 0)
     shift = hamt.HASH_BITS - first.bits
@@ -121,11 +119,11 @@ def _slots(shard: Shard, spot: Spot, after: int) -> _Frontier:
 
 
 def _distinct(found: list[Entry]) -> list[Entry]:
-    """The same entries, but an entry whose hash agrees with the previous one in 63 bits loses its name: both
-    have one place.
+    """Removes the name of each entry with the same place as the entry before it: their hashes agree in 63
+    bits.
 
-    By chance, one directory in ten million with a million entries has such a pair. Each can still be looked
-    up.
+    Of directories with a million entries, one in ten million has such a pair by chance. Both entries can be
+    looked up.
     """
     for index in range(1, len(found)):
         if found[index].place == found[index - 1].place:

@@ -1,17 +1,17 @@
-"""Which leaves hold a range of a file, and what a leaf holds.
+"""Finds the leaves of a range of a file, and the content of a leaf.
 
-Only its block shows whether a dag-pb child is a leaf or an interior node. Fetching a leaf's block here would
-fetch it twice, because the reader fetches it again, into staging. So the size that the parent states for the
-child decides:
+Only the block of a dag-pb child shows whether the child is a leaf or an interior node. But a leaf's block
+that is fetched here is fetched twice, because the reader fetches it again, into staging. So the child's size,
+as its parent states it, decides:
 
 - A child of 2 MiB or more is interior. No block is larger, and a dag-pb block needs some bytes beside the
   content.
-- Any other child is what its parent's first child is by that rule. Importers make balanced trees, in which
-  all children of a node have the same height. So a short last subtree is recognised by its long siblings.
+- Any other child is of the same kind as its parent's first child. Importers make balanced trees, in which all
+  children of a node have the same height. So a short last subtree is recognised by its long siblings.
 
-Trees of tiny chunks and the tail of a trickle tree break this assumption. Then `leaf_content` raises NotALeaf
-for an interior node that was taken for a leaf, and the caller walks again with `sure=True`, which expands
-every dag-pb child and is right for every tree.
+Trees of tiny chunks and the tail of a trickle tree break this rule. Then `leaf_content` raises NotALeaf for
+an interior node that was taken for a leaf, and the caller walks again with `sure=True`. That expands every
+dag-pb child, and is right for every tree.
 
 The bytes that a node holds itself come before those of its children, as in Kubo. A part whose size differs
 from what its parent states is Malformed.
@@ -33,14 +33,14 @@ from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
 
 MAX_FRONTIER = 4096
-"""Leaves that one call returns at most. A file of tiny chunks has a million of them in a MiB."""
+"""The most leaves that one call returns. A file of tiny chunks has a million of them in a MiB."""
 BUDGET = 512
-"""Nodes that one call expands before it returns the leaves that it has, if it has any."""
+"""After expanding so many nodes, a call returns the leaves that it has, if it has any."""
 FIRST, MOST_TOGETHER = 4, 32
-"""Nodes that are fetched side by side: at first, and at most."""
+"""Nodes that are fetched in parallel: at first, and at most."""
 MAX_CHILDREN = 1 << 16
-"""Children that the nodes fetched side by side may have together, estimated by the nodes before them: 15 MB
-of memory."""
+"""The most children of the nodes that are fetched in parallel, estimated from earlier nodes: 15 MB of
+memory."""
 MAX_HEIGHT = 128
 """Levels below a root. A tree with two links in each node and 2**63 leaves has 63; a higher one is an
 attack."""
@@ -58,10 +58,10 @@ _Frontier = Frontier[Leaf, _Subtree]
 
 
 def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[Leaf]]:
-    """The leaves that overlap `size` bytes at `offset`, in order. At least the first one, if there is any.
+    """The leaves that overlap `size` bytes at `offset`, in order. If there are any, at least the first one.
 
-    If the list ends before the range does, ask again from the end of its last leaf. Raises Malformed if a
-    node is not a file node, or if its size differs from what its parent states.
+    If the list ends before the range, call again from the end of its last leaf. Raises Malformed if a node is
+    not a file node, or if its size differs from its parent's statement.
     """
     start, stop = max(offset, 0), min(offset + size, file.size)
     if start >= stop:
@@ -117,9 +117,9 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
 
 # -- the content of one leaf ---------------------------------------------------------------------------------
 
-# A staging file holds only a file's content. The content of a raw leaf is its block. A dag-pb leaf wraps the
-# content in an envelope of a few bytes, in one of the few forms that importers write. So staged content can
-# be verified again without its block: by its own hash, or by that of one of those envelopes around it.
+# A staging file holds only a file's content. The content of a raw leaf is its block. A dag-pb leaf has an
+# envelope of a few bytes around the content, in one of the few forms that importers write. So staged content
+# can be verified again without its block: by its own hash, or by the hash of the content in an envelope.
 
 Buffer = bytes | bytearray | memoryview
 
@@ -127,9 +127,8 @@ Buffer = bytes | bytearray | memoryview
 def leaf_content(leaf: Leaf, block: bytes) -> memoryview:
     """The content of `leaf`, `leaf.size` bytes, from its verified block.
 
-    Raises NotALeaf for an interior node that was taken for a leaf (`leaves(..., sure=True)` tells them
-    apart), Malformed for a block whose number of bytes differs from what its parent states, and what
-    `block_content` raises.
+    Raises NotALeaf for an interior node that was taken for a leaf (then use `leaves(..., sure=True)`),
+    Malformed if the size differs from the parent's statement, and the errors of `block_content`.
     """
     found = block_content(leaf.cid, block)
     if found.fits(leaf):
@@ -145,7 +144,7 @@ class BlockContent(NamedTuple):
 
     data: memoryview
     size: int
-    """Bytes with those of its children, as it states them."""
+    """Bytes of the node and its children, as the node states them."""
     interior: bool = False
     """Whether it has children."""
 
@@ -155,17 +154,17 @@ class BlockContent(NamedTuple):
 
 
 def block_content(cid: Cid, block: Buffer) -> BlockContent:
-    """The content that `block`, verified, holds itself: all of a raw block, the data of a UnixFS file node.
+    """The content in a verified `block` itself: all of a raw block, the data of a UnixFS file node.
 
-    It is a view of `block`, except for a dag-pb block in a form that no importer writes. Raises Malformed for
-    a block that is not a file, Unsupported for another codec.
+    It is a view of `block`, except for a dag-pb block in an unusual form. Raises Malformed for a block that
+    is not a file, Unsupported for another codec.
     """
     codec = cids.codec(cid)
     if codec == cids.RAW:
         return BlockContent(memoryview(block), len(block))
     if codec != cids.DAG_PB:
         raise Unsupported(f"{cids.brief(cid)}: a part of a file can't be a {cids.codec_name(cid)} block")
-    block = bytes(block)  # no copy, where it is that
+    block = bytes(block)  # bytes are not copied
     span = _canonical_span(block)
     if span is not None:
         return BlockContent(memoryview(block)[span[0] : span[1]], span[1] - span[0])
@@ -181,41 +180,40 @@ def block_content(cid: Cid, block: Buffer) -> BlockContent:
 
 
 def is_canonical(cid: Cid, block: Buffer) -> bool:
-    """Whether `proves(cid, block_content(cid, block).data)` holds: every other block must be kept whole, if
-    at all."""
+    """Whether `proves(cid, block_content(cid, block).data)` is true. Any other block can only be kept
+    whole."""
     codec = cids.codec(cid)
     return codec == cids.RAW or (codec == cids.DAG_PB and _canonical_span(bytes(block)) is not None)
 
 
 def proves(cid: Cid, data: Buffer) -> bool:
-    """Whether `data` is the content of the leaf `cid`, by its hash or that of a canonical envelope around it.
+    """Whether `data` is the content of the leaf `cid`: raw, or in a canonical envelope.
 
-    Raises Unsupported for a hash that is not allowed. Costs one hash for a raw leaf. For a dag-pb leaf it
-    costs one or two, and up to `len(_FORMS)` if it does not match. Hashing lets other threads run.
+    Raises Unsupported for a hash that is not allowed. A raw leaf costs one hash. A dag-pb leaf costs one or
+    two, and up to `len(_FORMS)` if no form matches. Other threads run meanwhile.
     """
     return _around(cid, data) is not None
 
 
 def leaf_block(cid: Cid, data: Buffer) -> bytes | None:
-    """The verified block of the leaf `cid`, made of its content; None where `proves` is False."""
+    """The verified block of the leaf `cid`, made of its content; None if `proves` is false."""
     found = _around(cid, data)
     return None if found is None else b"".join((found[0], data, found[1]))
 
 
 def _around(cid: Cid, data: Buffer) -> tuple[bytes, bytes] | None:
-    """What stands before and behind `data` in the block of `cid`; None where it is not that block's
-    content."""
+    """The bytes before and after `data` in the block of `cid`; None if `data` is not its content."""
     wanted = cids.multihash(cid)
     forms = iter(((b"", b""),)) if cids.codec(cid) == cids.RAW else _envelopes(len(data))
     return next(((head, tail) for head, tail in forms if multihash.matches(wanted, (head, data, tail))), None)
 
 
 _FORMS = ((Type.FILE, True), (Type.RAW, True), (Type.FILE, False), (Type.RAW, False))
-"""(type, whether filesize stands behind the data): go, js and old go importers write the first two."""
+"""(type, whether filesize follows the data). Importers in Go and JavaScript write the first two."""
 
 
 def _envelopes(size: int) -> Iterator[tuple[bytes, bytes]]:
-    """What stands before and behind `size` bytes of content in each canonical dag-pb leaf."""
+    """The bytes before and after `size` bytes of content, in each form of a canonical dag-pb leaf."""
     for kind, sized in _FORMS:
         for with_data in (True,) if size else (False, True):
             yield _envelope(kind, sized, size, with_data)
@@ -228,10 +226,10 @@ def _envelope(kind: Type, sized: bool, size: int, with_data: bool) -> tuple[byte
 
 
 def _canonical_span(block: bytes) -> tuple[int, int] | None:
-    """Where the content lies in a canonical dag-pb leaf; None if `block` is not one."""
+    """The place of the content in a canonical dag-pb leaf; None if `block` is not one."""
     try:
         start, end = protobuf.span(block, 1, len(block))
-        start = end = start + 2  # behind the type
+        start = end = start + 2  # after the type
         if block[start : start + 1] == b"\x12":
             start, end = protobuf.span(block, start + 1, len(block))
     except Malformed:

@@ -1,9 +1,9 @@
-"""HAMT directories: where in the trie a name belongs.
+"""HAMT directories: finds the place of a name in the trie.
 
-A name's place is its hash, read from the most significant bit in pieces of log2(width) bits, one for each
-level (https://specs.ipfs.tech/unixfs/). A `Spot` is a place in the trie: the bits consumed so far. Every
-entry that is read is checked against its spot. So no block can be at two places, and a trie that repeats one
-block ends at the first entry. Pure functions.
+The hash of a name is its path in the trie: from the most significant bit on, each level takes log2(width)
+bits (https://specs.ipfs.tech/unixfs/). A `Spot` is a place in the trie: the bits that lead to it. Every entry
+that is read is checked against its spot. So no block can be in two places, and a trie that repeats a block
+fails at its first entry. Pure functions.
 """
 
 from bisect import bisect_left
@@ -36,7 +36,7 @@ def hash64(name: bytes) -> int:
 
 
 def below(spot: Spot, shard: Shard, index: int) -> Spot:
-    """The spot of slot `index` in `shard`, a node at `spot`. Raises Malformed where the hash has no bits
+    """The spot of slot `index` in `shard`, a node at `spot`. Raises Malformed if the hash has no bits
     left."""
     level = shard.width.bit_length() - 1
     if spot.bits + level > HASH_BITS:
@@ -67,7 +67,7 @@ def deeper(shard: Shard) -> list[Cid]:
 
 
 def entry_name(shard: Shard, link: Link) -> bytes:
-    """The name of the entry that `link` is; b"" if it leads to a deeper node instead."""
+    """The name of the entry `link`; b"" if the link leads to a deeper node."""
     return link.name[prefix_length(shard.width) :]
 
 
@@ -86,8 +86,8 @@ def misplaced(name: bytes, shard: Shard) -> Malformed:
 
 
 def subshard(node: Node) -> Shard:
-    """`node`, found in a HAMT below its root. Raises Malformed if it is not a HAMT node, or if it is empty
-    (an endless trie)."""
+    """`node` as a HAMT node below a root. Raises Malformed if it is not one, or if it is empty, since a trie
+    of empty nodes can be endless."""
     if not isinstance(node, Shard) or not node.links:
         raise Malformed(
             f"{cids.brief(node.cid)}: is linked in a HAMT directory, but is not a HAMT node, or is an "

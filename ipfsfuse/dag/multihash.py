@@ -1,7 +1,7 @@
-"""Multihashes: which functions are allowed, and whether bytes match one.
+"""Multihashes: the allowed functions, and the check of bytes against a multihash.
 
-The allow-list and its bounds are those of boxo's `verifcid` (digests of 20 to 128 bytes, identity of at most
-128); a digest shorter than its function's counts as cut off, as in go-multihash. Pure functions.
+The allowed functions and lengths are those of boxo's `verifcid` (digests of 20 to 128 bytes, identity of at
+most 128). A digest may be a prefix of its function's digest, as in go-multihash. Pure functions.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from ipfsfuse.errors import Malformed, NotACid, Unsupported
 IDENTITY = 0x00
 SHA2_256 = 0x12
 SHA2_256_PREFIX = b"\x12\x20"
-"""How nearly every multihash begins: SHA-256, and the length of its digest."""
+"""The start of nearly every multihash: SHA-256, and the length of its digest."""
 MIN_DIGEST = 20
 MAX_DIGEST = 128
 
 Buffer = bytes | bytearray | memoryview
 Hash = Callable[[Buffer, int], bytes]
-"""(data, wanted length in bytes) -> digest of at least that length where the function can give it."""
+"""(data, wanted length in bytes) -> digest, of at least that length if the function can make it."""
 
 
 def _lib(name: str) -> Hash:
@@ -78,7 +78,7 @@ _FUNCTIONS: dict[int, tuple[str, Hash]] = {
 
 
 def split(multihash: bytes) -> tuple[int, bytes]:
-    """(code, digest) of a multihash. Raises NotACid if its length is not what it says."""
+    """(code, digest) of a multihash. Raises NotACid if its length is wrong."""
     if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:
         return SHA2_256, multihash[2:]
     try:
@@ -92,7 +92,7 @@ def split(multihash: bytes) -> tuple[int, bytes]:
 
 
 def check_allowed(multihash: bytes) -> None:
-    """Raises Unsupported, naming the function, for a multihash that boxo's `verifcid` would refuse."""
+    """Raises Unsupported, with the function's name, for a multihash that boxo's `verifcid` would refuse."""
     if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:
         return
     code, digest = split(multihash)
@@ -103,7 +103,7 @@ def check_allowed(multihash: bytes) -> None:
     if code not in _FUNCTIONS:
         raise Unsupported(f"hash function 0x{code:x} is not allowed")
     if code in _KECCAK:
-        extras.require("keccak")  # asked before anything is fetched
+        extras.require("keccak")  # fails before anything is fetched
     if not MIN_DIGEST <= len(digest) <= MAX_DIGEST:
         raise Unsupported(
             f"a {_FUNCTIONS[code][0]} digest of {len(digest)} bytes: {MIN_DIGEST} to {MAX_DIGEST} are allowed"
@@ -111,9 +111,9 @@ def check_allowed(multihash: bytes) -> None:
 
 
 def matches(multihash: bytes, parts: Sequence[Buffer]) -> bool:
-    """Whether the bytes of `parts`, one after the other, hash to `multihash`. Raises Unsupported if the hash
-    is not allowed."""
-    # all but a few: nothing is copied
+    """Whether the bytes of all `parts` in order hash to `multihash`. Raises Unsupported if the hash is not
+    allowed."""
+    # the usual case: nothing is copied
     if len(multihash) == 34 and multihash[0] == SHA2_256 and multihash[1] == 32:
         hasher = hashlib.sha256()
         for part in parts:

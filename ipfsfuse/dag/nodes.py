@@ -1,11 +1,10 @@
-"""What blocks mean: a verified block in, a file, directory, shard or symlink out.
+"""Parses verified blocks into files, directories, shards and symlinks.
 
 The layers above use the types defined here. All are frozen. Links hold binary CIDs and raw name bytes. They
-are made when they are used: a node keeps its block and a few bytes for each link.
-`parse` is strict where the format has rules (https://specs.ipfs.tech/unixfs/): a block that breaks one raises
-Malformed.
+are made when they are used: a node keeps its block and a few bytes for each link. `parse` is strict: a block
+that breaks a rule of the format (https://specs.ipfs.tech/unixfs/) raises Malformed.
 
-Pure functions. A directory block of 2 MiB takes some 100 ms to parse: give those to a worker thread
+Pure functions. A directory block of 2 MiB takes some 100 ms to parse: parse such blocks in a worker thread
 (MAX_PARSED_ON_LOOP).
 """
 
@@ -28,11 +27,11 @@ from ipfsfuse.dag.values import Document, Kind
 from ipfsfuse.errors import Malformed, Unsupported
 
 MAX_FILE = (1 << 63) - 1
-"""The largest file, in bytes, whose offsets a file system can express."""
+"""Bytes of the largest file that a file system can hold."""
 MAX_PARSED_ON_LOOP = 100 << 10
 """Bytes of the largest block that is parsed on the event loop: about 10 ms."""
 MAX_VALUES_ON_LOOP = 8 << 10
-"""The same of dag-cbor and dag-json, which can have a value in each byte."""
+"""The same for dag-cbor and dag-json, which can have a value in each byte."""
 MAX_TARGET = 4095
 """The longest target of a symlink that Linux can follow, in bytes."""
 MURMUR3 = 0x22
@@ -40,17 +39,17 @@ MURMUR3 = 0x22
 
 
 class Leaf(NamedTuple):
-    """A piece of a file whose bytes one block holds: `size` content bytes at `offset` of the file.
+    """A piece of a file that is in one block: `size` content bytes at `offset` of the file.
 
-    `cid` names the block: a raw block, a dag-pb leaf, or an interior node with inline data (whose content is
-    that data).
+    `cid` names the block: a raw block, a dag-pb leaf, or an interior node with inline data (the data is the
+    content).
     """
 
     cid: Cid
     offset: int
     size: int
     interior: bool = False
-    """Whether its node is known to have children too, whose content follows in other leaves."""
+    """Whether its node is known to have children, with the content of later leaves."""
 
 
 class Child(NamedTuple):
@@ -67,11 +66,11 @@ class Children:
     __slots__ = ("_links", "_offsets", "first_size")
 
     def __init__(self, links: Links, offsets: "array[int]") -> None:
-        """`offsets` has one for each of `links`, and the end of the last child."""
+        """`offsets` has the offset of each child, and then the end of the last one."""
         self._links = links
         self._offsets = offsets
         self.first_size = offsets[1] - offsets[0] if links else 0
-        """Bytes of the first child."""
+        """Content bytes of the first child."""
 
     def __len__(self) -> int:
         return len(self._links)
@@ -85,7 +84,7 @@ class Children:
         return self._links.cids()
 
     def between(self, start: int, stop: int) -> Iterator[Child]:
-        """Those with content in [start, stop), in order."""
+        """The children with content in [start, stop), in order."""
         block, spans, offsets = self._links.block, self._links.spans, self._offsets
         first = max(bisect_right(offsets, start) - 1, 0)
         for at in range(first, len(offsets) - 1):
@@ -101,8 +100,8 @@ NO_CHILDREN = Children(Links(), array("Q"))
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """Stored attributes. `mode` is masked to 0o7777, None where none is stored; `mtime` in nanoseconds since
-    1970."""
+    """Stored attributes; None if an attribute is not stored. `mode` is masked to 0o7777. `mtime` is in
+    nanoseconds since 1970."""
 
     mode: int | None = None
     mtime: int | None = None
@@ -113,48 +112,49 @@ NO_META = Meta()
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file's root (or an interior node of one): its content is `inline` bytes, then the children in
-    order."""
+    """The root or an interior node of a file. Its content is `inline` bytes, then the content of the children
+    in order."""
 
     cid: Cid
     size: int
     inline: int
-    """Content bytes that this very block holds, at the front (a leaf: all of them)."""
+    """Content bytes in this block itself. They come first. In a leaf, they are all."""
     children: Children = NO_CHILDREN
     meta: Meta = NO_META
 
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """A basic directory: links in the order stored. Of two with one name the first counts."""
+    """A basic directory: links in the order stored. If two have the same name, the first counts."""
 
     cid: Cid
     links: Links
     meta: Meta = NO_META
     block: Document | None = None
-    """Of a dag-cbor or dag-json block, which links more than its entries: all its values."""
+    """All values of a dag-cbor or dag-json block, since such a block links more than its entries."""
     _by_name: Sequence[int] = field(init=False, repr=False, compare=False)
-    """The indices of the links, sorted by name. The sort is stable: of equal names the first counts."""
+    """The indices of the links, sorted by name. The sort is stable, so that the first of equal names is
+    found."""
 
     def __post_init__(self) -> None:
         names = self.links.names()
         order: Sequence[int] = range(len(names))
-        if not all(map(operator.lt, names, islice(names, 1, None))):  # as no importer writes it
+        if not all(map(operator.lt, names, islice(names, 1, None))):  # rare: importers sort the links
             order = array("I", sorted(order, key=names.__getitem__))
         object.__setattr__(self, "_by_name", order)
 
     def find(self, name: bytes) -> Link | None:
-        """The entry `name`, or None."""
+        """The entry `name`; None if there is none."""
         index = self._index(name)
         return None if index is None else self.links[index]
 
     @property
     def has_distinct_names(self) -> bool:
-        """True if the links stand in the order of their names, as every importer writes them."""
+        """True if the links are sorted by name, as importers write them."""
         return isinstance(self._by_name, range)
 
     def counts(self, index: int) -> bool:
-        """Whether the link at `index` is the first of its name."""
+        """Whether the link at `index` is the first with its name."""
         return self.has_distinct_names or self._index(self.links.name(index)) == index
 
     def _index(self, name: bytes) -> int | None:
@@ -187,10 +187,10 @@ Node = File | Directory | Shard | Symlink
 
 
 def parse(cid: Cid, block: bytes) -> Node:
-    """What `block`, verified, is. Raises Malformed, or Unsupported for a codec that is not shown.
+    """The node in a verified `block`. Raises Malformed, or Unsupported for a codec that is not shown.
 
-    For an identity CID `block` is what it carries (`cid.inline`), for a value in a block that block
-    (`cid.block_of`).
+    For an identity CID, `block` is `cid.inline`. For a value within a block, `block` is the block of
+    `cid.block_of`.
     """
     codec = cids.codec(cid)
     if codec == cids.RAW:
@@ -222,7 +222,7 @@ def holds_values(cid: Cid) -> bool:
 
 
 def document(cid: Cid, block: bytes) -> Document:
-    """The values of `block`, that of `cid` or of the value `cid`. Raises Malformed, Unsupported."""
+    """The values of `block`. `cid` names the block, or a value within it. Raises Malformed, Unsupported."""
     try:
         return values.shown(cids.codec(cids.block_of(cid)), block)
     except Malformed as exc:
@@ -232,8 +232,8 @@ def document(cid: Cid, block: bytes) -> Document:
 
 
 def value_node(cid: Cid, found: Document) -> Node:
-    """The directory or file that the value `cid` of a document is. Raises Malformed for a number that the
-    document does not have."""
+    """The value `cid` of a document, as a directory or file. Raises Malformed if the document has no such
+    value."""
     block, number = cids.value_place(cid)
     if number >= len(found):
         raise Malformed(f"{cids.brief(block)} has {len(found)} values, and none with the number {number}")
@@ -244,7 +244,7 @@ def value_node(cid: Cid, found: Document) -> Node:
 
 
 def children(node: Node) -> list[Cid]:
-    """The CIDs that the block of a node links; none of a value within a block."""
+    """The CIDs that the block of a node links. For a value within a block: none."""
     if isinstance(node, Directory) and holds_values(node.cid):
         return node.block.targets() if node.block is not None else []
     if isinstance(node, File):
@@ -253,7 +253,8 @@ def children(node: Node) -> list[Cid]:
 
 
 def links(cid: Cid, block: bytes) -> list[Cid]:
-    """The CIDs that a block links, in their order: of dag-pb, dag-cbor and dag-json; none of other codecs.
+    """The CIDs that a dag-pb, dag-cbor or dag-json block links, in order; for other codecs none.
+
     Raises Malformed."""
     codec = cids.codec(cid)
     if codec == cids.DAG_PB:
@@ -279,12 +280,12 @@ def _node(cid: Cid, links: Links, message: UnixFS) -> Node:
         return _shard(cid, links, message, meta)
     if kind is Type.SYMLINK:
         return _symlink(cid, message, meta)
-    # nor by Kubo's mount and gateway
+    # Kubo's mount and gateway do not show them either
     raise Unsupported(f"{cids.brief(cid)}: UnixFS Metadata nodes are not shown")
 
 
 def file_of(cid: Cid, links: Links, message: UnixFS, meta: Meta = NO_META) -> File:
-    """The file node that a dag-pb block with these is. Raises Malformed."""
+    """The file node of a dag-pb block with these links and this message. Raises Malformed."""
     sizes = message.blocksizes
     if len(sizes) != len(links):
         raise Malformed(f"a file node with {len(links)} links and {len(sizes)} block sizes")
@@ -333,6 +334,5 @@ def _shard(cid: Cid, links: Links, message: UnixFS, meta: Meta) -> Shard:
 
 @cache
 def prefix_length(width: int) -> int:
-    """How many hexadecimal digits stand before each name in a HAMT node of this width, one of a few powers of
-    two."""
+    """The number of hexadecimal digits before each name in a HAMT node of this width."""
     return len(f"{width - 1:X}")

@@ -1,6 +1,6 @@
-"""Names and paths as people write them: `/ipfs/CID/a/b`, `CID/a/b`, `ipfs://CID/a`.
+"""Parses names and paths: `/ipfs/CID/a/b`, `CID/a/b`, `ipfs://CID/a`.
 
-`parse` checks a text once, where it enters. Its result needs no further checks. Pure functions.
+The result of `parse` needs no further checks. Pure functions.
 """
 
 import re
@@ -18,14 +18,13 @@ MAX_NAME = 255
 
 @dataclass(frozen=True, slots=True)
 class IpfsPath:
-    """A place below a CID. No name is empty, `.` or `..`, none holds `/` or NUL, or is over 255 bytes
-    long."""
+    """A path below a CID. No name is empty, `.` or `..`, contains `/` or NUL, or is longer than 255 bytes."""
 
     root: Cid
     names: tuple[bytes, ...] = ()
 
     def __bytes__(self) -> bytes:
-        """`/ipfs/CID/a/b`, the names as they are stored."""
+        """`/ipfs/CID/a/b`, with the names as they are stored."""
         return b"/".join((b"/ipfs", cids.text(self.root).encode(), *self.names))
 
     @property
@@ -40,15 +39,15 @@ class IpfsPath:
 
 
 def can_hold(name: bytes) -> bool:
-    """Whether a file system can have an entry of this name."""
+    """Whether a file system can have an entry with this name."""
     return 0 < len(name) <= MAX_NAME and name not in (b".", b"..") and b"/" not in name and b"\0" not in name
 
 
 def parse(text: str) -> IpfsPath:
-    """The path that `text`, a command line's argument, spells. Repeated slashes and `.` are ignored.
+    """Parses a path from the command line. Repeated slashes and `.` are ignored.
 
-    In the form of a URL, names are percent-encoded. Raises NotACid, NameTooLong, or UsageError for `..`, NUL,
-    a query or fragment, and for anything that is not a path below a CID.
+    In a URL, names are percent-encoded. Raises NotACid, NameTooLong, and UsageError for `..`, NUL, a query or
+    fragment, and anything that is not a path below a CID.
     """
     rest, quoted = _below_ipfs(text)
     root, _, tail = rest.partition("/")
@@ -61,8 +60,8 @@ def parse(text: str) -> IpfsPath:
 
 
 def split_ipns(text: str) -> tuple[str, tuple[bytes, ...]] | None:
-    """The IPNS name, and the names below it, of a path that begins with one; None for any other text. Raises
-    as `parse` for names that can't be."""
+    """The IPNS name of an IPNS path, and the names below it; None for any other text. Raises NameTooLong,
+    UsageError for wrong names."""
     found = _IPNS.match(text)
     if found is None:
         return None
@@ -71,14 +70,12 @@ def split_ipns(text: str) -> tuple[str, tuple[bytes, ...]] | None:
 
 
 def names(tail: str, quoted: bool = False, whole: str = "") -> tuple[bytes, ...]:
-    """The names in `tail`, a path below a root; `whole` is what messages show. Raises NameTooLong,
-    UsageError."""
+    """The names in `tail`, a path below a root. Messages show `whole`. Raises NameTooLong, UsageError."""
     return tuple(_name(part, quoted, whole or tail) for part in tail.split("/") if part not in ("", "."))
 
 
 def cid_alone(text: str) -> Cid:
-    """The CID that `text` spells, as CID, /ipfs/CID or ipfs://CID. Raises UsageError, for a path below one
-    too."""
+    """The CID in `text`: CID, /ipfs/CID or ipfs://CID. Raises UsageError, also for a path below a CID."""
     try:
         found = parse(text)
     except NotACid as exc:

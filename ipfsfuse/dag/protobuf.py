@@ -1,8 +1,8 @@
-"""The three things of the protobuf wire format that dag-pb and UnixFS need
+"""The parts of the protobuf wire format that dag-pb and UnixFS need
 (https://protobuf.dev/programming-guides/encoding/).
 
-All take a buffer and the half-open range they may read, and raise Malformed. Protobuf's own varints need not
-be in their shortest form and go up to 10 bytes, unlike those of multiformats (`dag.varint`).
+All functions take a buffer, the index to read at and the end, and raise Malformed. Varints of protobuf need
+not be in their shortest form, and have up to 10 bytes; those of multiformats differ (`dag.varint`).
 """
 
 from ipfsfuse.errors import Malformed
@@ -13,7 +13,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 def varint(data: Buffer, at: int, end: int) -> tuple[int, int]:
-    """The value (0 to 2**64 - 1) at index `at`, and the index behind it."""
+    """The value (0 to 2**64 - 1) at index `at`, and the index after it."""
     value = shift = 0
     while at < end:
         byte = data[at]
@@ -30,7 +30,7 @@ def varint(data: Buffer, at: int, end: int) -> tuple[int, int]:
 
 
 def tag(data: Buffer, at: int, end: int) -> tuple[int, int, int]:
-    """(field number, wire type, index behind) of the tag at `at`."""
+    """(field number, wire type, index after it) of the tag at `at`."""
     value, at = varint(data, at, end)
     if not 8 <= value < 1 << 32:
         raise Malformed(f"protobuf: no field has the tag {value}")
@@ -38,7 +38,7 @@ def tag(data: Buffer, at: int, end: int) -> tuple[int, int, int]:
 
 
 def span(data: Buffer, at: int, end: int) -> tuple[int, int]:
-    """Where the bytes lie whose length stands at `at`: start and end index."""
+    """The start and end index of the bytes of a field. Their length is at `at`."""
     if at < end and data[at] < 0x80:  # the usual length of one byte
         size, at = data[at], at + 1
     else:
@@ -49,7 +49,7 @@ def span(data: Buffer, at: int, end: int) -> tuple[int, int]:
 
 
 def skip(data: Buffer, at: int, end: int, wire: int) -> int:
-    """The index behind a value that nobody needs, of wire type `wire`."""
+    """The index after an unneeded value of wire type `wire`."""
     if wire == VARINT:
         return varint(data, at, end)[1]
     if wire == BYTES:

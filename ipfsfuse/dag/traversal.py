@@ -1,15 +1,14 @@
 """Traversals of a DAG without I/O.
 
-A `Walk` is a generator. It yields the CIDs of the nodes that it needs next, to be fetched side by side, and
-must be sent those nodes in the same order. It returns its result. The CIDs that it yields are distinct, and
-none of them is an identity CID. A walk that computes for long yields an empty sequence, so that other tasks
-can run. A walk keeps no state between calls, so it can be dropped at any yield. Because it does no I/O, a
-test without a network covers it. `drive` runs it.
+A `Walk` is a generator. It yields the CIDs of the nodes that it needs next, to be fetched in parallel. Those
+nodes must be sent to it in the same order. It returns its result. The CIDs that it yields are distinct, and
+none is an identity CID. A walk that computes for long yields an empty sequence, so that other tasks can run.
+A walk can be dropped at any yield. Since it does no I/O, it can be tested without a network. `drive` runs it.
 
 `child` and `resolve` go down by name. `directory_pages.entries` lists a directory, and `file_layout.leaves`
 finds the leaves that hold a range of a file; both expand a `Frontier`.
 
-`BlockWalk` is the order in which all blocks of a DAG are visited, for whoever needs them all.
+`BlockWalk` visits all blocks of a DAG in order.
 """
 
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
@@ -31,8 +30,8 @@ Walk = Generator[Sequence[Cid], Sequence[Node], T]
 
 
 async def drive(walk: Walk[T], fetch: Callable[[Sequence[Cid]], Awaitable[Sequence[Node]]]) -> T:
-    """Runs a walk to its result. `fetch` returns the nodes of its CIDs in their order. It is called without
-    CIDs where other tasks should run."""
+    """Runs a walk to its result. `fetch` returns the nodes of its CIDs in order. Without CIDs, it should let
+    other tasks run."""
     try:
         wanted = next(walk)
         while True:
@@ -67,7 +66,7 @@ def node(cid: Cid) -> Walk[Node]:
 
 
 def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
-    """The entry `name` of a directory, as a link whose name is `name`. None if it is proved absent.
+    """The entry `name` of a directory, as a link with the name `name`. None if it is proved absent.
 
     In a HAMT only the nodes on the way to the name are read. If a directory has two entries of one name, the
     first counts, as in Kubo. A name that no file system can hold is in no directory.
@@ -89,8 +88,8 @@ def child(parent: Directory | Shard, name: bytes) -> Walk[Link | None]:
 
 
 def resolve(path: IpfsPath) -> Walk[Node]:
-    """The node at `path`. A symlink is not followed. Raises NotFound or NotADirectory, which name the part of
-    the path."""
+    """The node at `path`. Symlinks are not followed. Raises NotFound or NotADirectory, which name the part of
+    the path that failed."""
     here: Node = yield from node(path.root)
     for depth, name in enumerate(path.names):
         if not isinstance(here, Directory | Shard):
@@ -108,18 +107,18 @@ def resolve(path: IpfsPath) -> Walk[Node]:
 MAX_PARTS_AT_A_TIME = 4000
 """Parts that are made before other tasks can run: about 10 ms."""
 NODE_COST = 100
-"""Parts that a node counts for besides its own: those that were looked at and left out."""
+"""A node counts as so many more parts, since parts that are left out take time too."""
 
 
 class Unexpanded(NamedTuple, Generic[State]):
-    """A node of a frontier that has not been fetched yet, and what is known of its position."""
+    """A node of a frontier that has not been fetched yet. `state` describes its position."""
 
     cid: Cid
     state: State
 
 
 Frontier = list[Ready | Unexpanded[State]]
-"""Consecutive parts of a tree, in order: parts that are known, and nodes that are still to be expanded."""
+"""Consecutive parts of a tree, in order: known parts, and nodes to be expanded."""
 
 
 def expand(
@@ -127,7 +126,7 @@ def expand(
     count: int,
     parts_of: Callable[[Unexpanded[State], Node], Frontier[Ready, State]],
 ) -> Walk[None]:
-    """Fetches the first `count` unexpanded nodes side by side, and replaces each by its parts."""
+    """Fetches the first `count` unexpanded nodes in parallel, and replaces each by its parts."""
     unexpanded = ((index, part) for index, part in enumerate(frontier) if isinstance(part, Unexpanded))
     chosen = list(islice(unexpanded, count))
     fetched = yield from nodes([part.cid for _index, part in chosen])
@@ -156,19 +155,19 @@ def ready(frontier: Frontier[Ready, State]) -> list[Ready]:
 
 
 class BlockWalk(Generic[State]):
-    """The order in which the blocks of some DAGs are visited: depth first, a parent before its children, the
-    children in their order, each CID once.
+    """Visits the blocks of some DAGs: depth first, parents before their children, the children in order, each
+    CID once.
 
     Iterate over it, get each block, and `add` the children. Two CIDs of one block with different codecs are
-    two: only one of them may have links. Raw identity CIDs are left out; another identity CID may have links
-    (`cid.implied_block` has its block). `state` is whatever the caller has to know of a place.
+    both visited, since only one of them may have links. Raw identity CIDs are left out. Another identity CID
+    may have links (`cid.implied_block` has its block). The caller may keep any `state` with a CID.
     """
 
     def __init__(self, roots: Iterable[Cid], state: State) -> None:
         self.seen: set[Cid] = set()
         """The CIDs that were visited, in canonical form."""
         self._waiting: list[Unexpanded[State]] = []
-        """What comes next stands last."""
+        """A stack: the last item is visited next."""
         self.add(roots, state)
 
     def __iter__(self) -> Iterator[Unexpanded[State]]:
@@ -176,7 +175,7 @@ class BlockWalk(Generic[State]):
             yield found[0]
 
     def take(self, count: int) -> list[Unexpanded[State]]:
-        """The next `count` to visit, fewer at the end."""
+        """The next `count` items to visit, or fewer at the end."""
         found: list[Unexpanded[State]] = []
         while self._waiting and len(found) < count:
             item = self._waiting.pop()
@@ -191,11 +190,11 @@ class BlockWalk(Generic[State]):
         self._waiting += reversed(items)
 
     def upcoming(self, count: int) -> list[Cid]:
-        """At most `count` CIDs that will be visited soon, as far as is known."""
+        """At most `count` CIDs that are to be visited soon."""
         return [item.cid for item in self._waiting[: -count - 1 : -1] if not self._is_done(item.cid)]
 
     def add(self, children: Iterable[Cid], state: State) -> None:
-        """What is visited next."""
+        """Adds `children`, to be visited next."""
         new = [Unexpanded(cid, state) for cid in dict.fromkeys(children) if not self._is_done(cid)]
         new.reverse()
         self._waiting += new

@@ -1,7 +1,8 @@
 """The UnixFS message that dag-pb nodes carry in their data (https://specs.ipfs.tech/unixfs/).
 
-Read as protobuf demands, as Kubo does: fields in any order, of two the last counts, unknown ones are skipped,
-and `blocksizes` may be packed. `encode` writes fields in ascending order, which every importer does.
+`decode` follows the rules of protobuf, as Kubo does: fields may be in any order, the last of two equal fields
+counts, unknown fields are skipped, and `blocksizes` may be packed. `encode` writes fields in ascending order,
+as importers do.
 """
 
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ MAX_SECONDS = 253_402_300_799
 """9999-12-31T23:59:59Z, the last one."""
 _TYPES = {int(kind): kind for kind in Type}
 MAX_FIELDS = 1000
-"""Fields of one message, neighbouring block sizes as one: more are a block made to cost time."""
+"""The most fields of a message. Neighbouring block sizes count as one. A block with more is an attack."""
 MAX_STAMP = 64
 """Bytes of an IPFSTimestamp: its two fields need 16."""
 _NUMBERS = (3, 5, 6, 7)
@@ -54,8 +55,9 @@ class UnixFS:
 
 
 def decode(message: bytes | memoryview) -> UnixFS:
-    """What `message` says; its `data` is a slice of it, so that of a memoryview is not copied. Raises
-    Malformed."""
+    """Decodes `message`. `data` is a slice of it, so the data of a memoryview is not copied.
+
+    Raises Malformed."""
     kind: Type | None = None
     data: bytes | memoryview | None = None
     mtime: int | None = None
@@ -91,7 +93,7 @@ def decode(message: bytes | memoryview) -> UnixFS:
 
 
 def _blocksizes(message: bytes | memoryview, at: int, wire: int, sizes: list[int]) -> int:
-    """Reads a packed list, or one value and its unpacked neighbours in one go, since a file has thousands."""
+    """Reads a packed list, or a run of unpacked values: a file node has thousands of them."""
     end = len(message)
     packed = wire == BYTES
     if packed:
@@ -111,8 +113,8 @@ def _blocksizes(message: bytes | memoryview, at: int, wire: int, sizes: list[int
 
 
 def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
-    """The nanoseconds since 1970 of an IPFSTimestamp: required int64 seconds = 1, optional fixed32 nanos =
-    2."""
+    """An IPFSTimestamp in nanoseconds since 1970. Its fields are a required int64 seconds = 1 and an optional
+    fixed32 nanos = 2."""
     seconds: int | None = None
     # the specification allows 1 to 999,999,999; ipfs-unixfs (JavaScript) writes 0 for a whole second
     nanos = 0

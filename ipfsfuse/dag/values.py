@@ -1,12 +1,12 @@
-"""The dag-cbor and dag-json codecs: the values in one block, and where each lies in it.
+"""The dag-cbor and dag-json codecs: finds the values in a block, and their places.
 
-A map or a list is shown as a directory, a link as what it links, and any other value as a file: bytes and
-text as they are, a number, true, false or null as its dag-json text. The entries of a list are named 0, 1, 2
-and so on.
+A map or a list is shown as a directory, a link as its target, and any other value as a file. The file holds
+bytes and text as they are, and a number, true, false or null as dag-json text. The entries of a list are
+named 0, 1, 2 and so on.
 
-dag-cbor is checked by `libipld` (https://ipld.io/specs/codecs/dag-cbor/spec/), dag-json here
-(https://ipld.io/specs/codecs/dag-json/spec/). Pure functions. A block of 2 MiB can take a second: give large
-ones to a worker thread.
+`libipld` checks dag-cbor (https://ipld.io/specs/codecs/dag-cbor/spec/), this module checks dag-json
+(https://ipld.io/specs/codecs/dag-json/spec/). Pure functions. A block of 2 MiB can take a second: decode
+large blocks in a worker thread.
 """
 
 import base64
@@ -28,9 +28,9 @@ from ipfsfuse.errors import Malformed, NotACid, Unsupported
 
 CODECS = (cids.DAG_CBOR, cids.DAG_JSON)
 MAX_VALUES = 1 << 17
-"""Values in the largest block that is shown. Each takes some 60 bytes of memory in a listing."""
+"""The most values of a block that is shown. In a listing, each takes some 60 bytes of memory."""
 MAX_DEPTH = 128
-"""Maps and lists, one within the other, of the deepest block that is shown."""
+"""The deepest nesting of maps and lists that is shown."""
 
 
 class Kind(IntEnum):
@@ -41,7 +41,7 @@ class Kind(IntEnum):
 
 
 class Document:
-    """The values of one block, by their number: a map or list before what it holds, the whole is 0.
+    """The values of one block, by number. The whole is number 0. A map or list comes before its values.
 
     It keeps the block, and 21 bytes for each value.
     """
@@ -50,15 +50,15 @@ class Document:
 
     def __init__(self) -> None:
         self.buffer = b""
-        """The content of all values: of dag-cbor the block, with the texts of its numbers behind it."""
+        """The content of all values. For dag-cbor: the block, followed by the texts of its numbers."""
         self.depth = 0
         self.irregular = ""
-        """What a strict decoder refuses, though it can be read."""
+        """The reason why a strict decoder would refuse this block, though it can be read."""
         self._kinds = bytearray()
         self._ends = array("I")
-        """Of each value the number behind the last that it holds."""
+        """For each value, the number after the last value in it."""
         self._spans = array("I")
-        """Of each value where its content, or the CID, begins and ends in `buffer`; then of its key, in a
+        """For each value, the start and end of its content or CID in `buffer`; then those of its key in a
         map."""
 
     def __len__(self) -> int:
@@ -66,14 +66,14 @@ class Document:
 
     @property
     def size(self) -> int:
-        """Bytes of memory."""
+        """Its memory, in bytes."""
         return len(self.buffer) + 21 * len(self)
 
     def kind(self, number: int) -> Kind:
         return Kind(self._kinds[number])
 
     def content(self, number: int) -> bytes:
-        """The content of a file. A block that is nothing but a link is one too: it shows as its dag-json."""
+        """The content of a file. A block that is only a link is a file too, with the dag-json of the link."""
         start, end = self._spans[4 * number : 4 * number + 2]
         found = self.buffer[start:end]
         if self._kinds[number] == Kind.LINK:
@@ -86,7 +86,8 @@ class Document:
         return self._spans[4 * number + 1] - self._spans[4 * number]
 
     def links(self, number: int, block_cid: Cid) -> Links:
-        """The entries of a map or list: links to CIDs, and to the other values by `cids.value`."""
+        """The entries of a map or list. The CID of an entry is the link itself, or `cids.value` for any other
+        value."""
         buffer, spans = bytearray(), list[int]()
         named = self._kinds[number] == Kind.MAP
         for place, child in enumerate(self._children(number)):
@@ -103,7 +104,7 @@ class Document:
         return links
 
     def targets(self) -> list[Cid]:
-        """All that the block links, in order."""
+        """All CIDs that the block links, in order."""
         return [
             Cid(self.buffer[self._spans[4 * number] : self._spans[4 * number + 1]])
             for number, kind in enumerate(self._kinds)
@@ -119,14 +120,14 @@ class Document:
     # -- filling ---------------------------------------------------------------------------------------------
 
     def add(self, kind: Kind, start: int, end: int, key: int, key_end: int) -> int:
-        """Appends a value that holds no other yet. Returns its number."""
+        """Appends a value. Returns its number."""
         self._kinds.append(kind)
         self._ends.append(len(self._kinds))
         self._spans.extend((start, end, key, key_end))
         return len(self._kinds) - 1
 
     def close(self, number: int) -> None:
-        """All that the map or list holds was added."""
+        """Ends a map or list: all its values were added."""
         self._ends[number] = len(self._kinds)
 
 
@@ -136,8 +137,8 @@ def decode(codec: int, block: bytes) -> Document:
 
 
 def shown(codec: int, block: bytes) -> Document:
-    """Decodes a block for showing it as files. Raises Malformed for a block that a strict decoder refuses,
-    Unsupported for one that is nested too deeply or has too many values."""
+    """Decodes a block to show it as files. Raises Malformed if a strict decoder would refuse the block,
+    Unsupported if it is nested too deeply or has too many values."""
     found = decode(codec, block)
     if found.irregular:
         raise Malformed(found.irregular)
@@ -163,7 +164,7 @@ def _cbor(block: bytes) -> Document:
         raise Malformed(f"not dag-cbor: {exc}") from exc
     found, texts = Document(), bytearray()
     inside: list[list[int]] = []
-    """Of each map or list that is open: its number, and how many values are to come."""
+    """For each open map or list: its number, and how many values are still to come."""
     at = 0
     while True:
         while inside and not inside[-1][1]:
@@ -180,7 +181,7 @@ def _cbor(block: bytes) -> Document:
         major, value, at = _head(block, at, found)
         if major == _TAG:
             _major, value, at = _head(block, at, found)
-            found.add(Kind.LINK, at + 1, at + value, key, key_end)  # behind a zero: the identity multibase
+            found.add(Kind.LINK, at + 1, at + value, key, key_end)  # after a zero, the identity multibase
             at += value
         elif major in (_BYTES, _TEXT):
             found.add(Kind.CONTENT, at, at + value, key, key_end)
@@ -198,7 +199,7 @@ def _cbor(block: bytes) -> Document:
 
 
 def _head(block: bytes, at: int, found: Document) -> tuple[int, int, int]:
-    """(major type, its number, the index behind) of one head of well-formed CBOR (RFC 8949 section 3)."""
+    """(major type, its number, the index after it) of one head of well-formed CBOR (RFC 8949, section 3)."""
     major, value = block[at] >> 5, block[at] & 31
     at += 1
     if value < 24:
@@ -211,7 +212,7 @@ def _head(block: bytes, at: int, found: Document) -> tuple[int, int, int]:
 
 
 def _scalar(block: bytes, at: int, major: int, value: int, found: Document) -> bytes:
-    """The dag-json text of a number, a boolean or null, whose head is at `at`."""
+    """The dag-json text of a number, a boolean or null. Its head is at `at`."""
     if major == 0:
         return b"%d" % value
     if major == 1:
@@ -278,8 +279,8 @@ def _json(block: bytes) -> Document:
 
 
 def _special(pairs: _Map) -> tuple[Kind, bytes] | None:
-    """What a map is that stands for a link or bytes; None for any other. Raises Malformed for another use of
-    the reserved key."""
+    """The link or the bytes that a map stands for; None for any other map. Raises Malformed for a wrong use
+    of the reserved key."""
     if not pairs or pairs[0][0] != "/":
         return None
     value = pairs[0][1]

@@ -5,7 +5,7 @@ from ipfsfuse.errors import Malformed
 
 
 def get(data: bytes | memoryview, at: int) -> tuple[int, int]:
-    """The value at index `at`, and the index behind it. Raises Malformed."""
+    """The value at index `at`, and the index after it. Raises Malformed."""
     if at < len(data) and data[at] < 0x80:  # nearly all
         return data[at], at + 1
     value = shift = 0
