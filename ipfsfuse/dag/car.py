@@ -40,8 +40,8 @@ _V2 = struct.Struct("<16sQQQ")
 
 
 class Section(NamedTuple):
-    """One section: its CID, and the offsets of its start, its block and its end. They are counted as the
-    caller of `section` counts."""
+    """One section: its CID, and the offsets of its start, its block and its end (with the `base` of
+    `section`)."""
 
     cid: Cid
     start: int
