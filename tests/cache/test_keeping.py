@@ -1,6 +1,7 @@
 """Pinned, and checked on demand."""
 
 import errno
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 import trio
 
 from ipfsfuse.cache.base import FileRef
+from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store.records import PinRecord, PinRecords
 from ipfsfuse.cache.store.staging import Entry, Staging
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, file_layout, nodes
@@ -275,3 +278,39 @@ def _file(cid: Cid, block: bytes) -> File:
     node = nodes.parse(cid, block)
     assert isinstance(node, File)
     return node
+
+
+@pytest.mark.logs("what belongs to that pin is looked for")
+def test_no_bit_that_turns_in_the_record_of_a_pin_changes_what_is_pinned(tmp_path: Path) -> None:
+    """A CID or a number with a turned bit is another one: the right file could be evicted."""
+    records = PinRecords(tmp_path / "pinned")
+    chain = Chain()
+    root, files = chain.add(b"root", cids.DAG_PB), [chain.add(b"%d" % number) for number in range(2)]
+    keys = frozenset[Key]([*files, 12, 7])
+    records.write(root, PinRecord(12_345, keys))
+    (path,) = staged(tmp_path, "pinned")
+    before = path.read_bytes()
+    unknown = 0
+    for bit in range(8 * len(before)):
+        turned = bytearray(before)
+        turned[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(turned)
+        found = records.load()[root].keys
+        assert found in (None, keys), turned
+        unknown += found is None
+    assert unknown > 4 * len(before)
+    for other in (b"5", b"[]", b'"text"', b"null"):
+        path.write_bytes(other)
+        assert records.load() == {root: PinRecord(0, None)}
+    path.write_bytes(before)
+    assert records.load() == {root: PinRecord(12_345, keys)}
+    records.folder.close()
+
+
+def test_a_record_of_a_pin_that_an_older_version_wrote_is_read(tmp_path: Path) -> None:
+    records = PinRecords(tmp_path / "pinned")
+    root = Chain().add(b"root", cids.DAG_PB)
+    text = {"cid": cids.text(root), "bytes": 5, "files": [], "packs": [3], "pinned": "2026-01-01T00:00:00Z"}
+    (tmp_path / "pinned" / cids.text(root)).write_text(json.dumps(text) + "\n")
+    assert records.load() == {root: PinRecord(5, frozenset({3}))}
+    records.folder.close()

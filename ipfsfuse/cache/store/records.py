@@ -1,7 +1,7 @@
 """Files that do not depend on the index: one for each pin, and the newest IPNS record of each name.
 
     pinned/<CID>    {"cid": ..., "bytes": ..., "files": [CIDs of staging files], "packs": [numbers], "pinned":
-    ISO time}
+    ISO time, "crc32": of the rest}
     names/<name>    the encoded record
 
 Concurrency: calls block until the disk is synced, so make them in a thread, except at the start. One process
@@ -16,6 +16,7 @@ import re
 import sqlite3
 import stat
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,9 @@ class PinRecords:
     def _read(self, name: str) -> PinRecord:
         try:
             values = json.loads(read_file(self.folder.fd, name, MAX_BYTES))
+            check = values.pop("crc32", None)
+            if check not in (None, _check(values)):
+                raise ValueError("its checksum is wrong")
             size = int(values["bytes"])
             if not 0 <= size < MAX_SIZE:
                 raise ValueError("its size is none that a pin can have")
@@ -89,7 +93,7 @@ class PinRecords:
             files = [cids.canonical(cids.parse(str(text))) for text in values["files"]]
             return PinRecord(size, frozenset([*files, *map(int, values["packs"])]))
         except (
-            OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError, NotACid,
+            OSError, ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError, NotACid,
         ) as exc:  # fmt: skip
             log.warning(
                 "%s is damaged (%s): what belongs to that pin is looked for", self.folder.path / name, exc
@@ -103,6 +107,7 @@ class PinRecords:
             values["files"] = sorted(cids.text(key) for key in record.keys if not isinstance(key, int))
             values["packs"] = sorted(key for key in record.keys if isinstance(key, int))
         values["pinned"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        values["crc32"] = _check(values)
         with as_store_failed(f"the pin of {cids.text(cid)} can't be written"):
             write_file(self.folder.fd, cids.text(cid), json.dumps(values).encode() + b"\n")
 
@@ -131,6 +136,12 @@ class PinRecords:
         for cid, record in self._unsaved.items():
             self.write(cid, record)
         self._unsaved.clear()
+
+
+def _check(values: object) -> str:
+    """The checksum of all else in a record. A CID with a turned bit is another CID. Records that an older
+    version wrote have none."""
+    return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
 
 def _cid(name: str) -> Cid | None:
