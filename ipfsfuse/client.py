@@ -1,6 +1,7 @@
-"""Asks a running mount, from another process. The command line and the runner share it.
+"""Sends commands to a running mount, from another process. The command line and the runner use it.
 
-Blocking, and quick to import: no trio, pyfuse3, httpx or wasmtime. `ipfsfuse.control` describes the protocol.
+The calls block. The module is quick to import: it needs no trio, pyfuse3, httpx or wasmtime.
+`ipfsfuse.control` describes the protocol.
 """
 
 import json
@@ -13,12 +14,12 @@ from typing import Any, Protocol, Self
 from ipfsfuse import errors
 
 MAX_ANSWER = 1 << 30
-"""Bytes in one line of an answer: `ls` of some millions of files, 250 bytes each."""
+"""The most bytes of one line of an answer: `ls` of some millions of files, 250 bytes each."""
 
 OnProgress = Callable[[dict[str, Any]], None]
 Answer = dict[str, Any]
 StrPath = str | os.PathLike[str]
-"""Not pathlib's, which a runner that starts often would wait for: with what it imports, 3 ms."""
+"""To import pathlib takes 3 ms, and a runner that starts often would wait for it."""
 
 
 class Socket(Protocol):
@@ -30,12 +31,12 @@ class Socket(Protocol):
 class Connection:
     """A connection to the daemon that listens at `path`. Use it as a context manager, or `release` it.
 
-    Raises DaemonFailed where nobody listens, MountFailed where another user does (root may ask the mounts of
-    others)."""
+    Raises DaemonFailed if no process listens, MountFailed if one of another user does. Root may connect to
+    the mounts of other users."""
 
     def __init__(self, path: StrPath, folder: int | None = None, timeout: float | None = None) -> None:
-        """`folder` is a descriptor of the folder of `path`, if that was checked already. `timeout` is in
-        seconds, for each line of an answer."""
+        """`folder` is a descriptor of the folder of `path`, if the caller has checked that folder. `timeout`
+        is in seconds, for each line of an answer."""
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.socket.settimeout(timeout)
         opened = folder
@@ -43,7 +44,7 @@ class Connection:
         try:
             if opened is None:
                 opened = os.open(parent or ".", os.O_PATH | os.O_CLOEXEC)
-            # an address has at most 108 bytes, and the folder may lie deeper than that
+            # an address has at most 108 bytes, and the path may be longer
             self.socket.connect(f"/proc/self/fd/{opened}/{name}")
             user = peer_uid(self.socket)
             if user != os.geteuid() and (folder is not None or os.geteuid() != 0):
@@ -80,9 +81,9 @@ class Connection:
         return self.socket.fileno()
 
     def ask(self, command: str, on_progress: OnProgress | None = None, /, **arguments: object) -> Answer:
-        """The answer to one command.
+        """Sends one command and returns its answer.
 
-        Raises the domain error that the mount names, and DaemonFailed where it does not answer."""
+        Raises the error that the mount names, and DaemonFailed if it does not answer."""
         try:
             self.socket.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             while line := self._lines.readline(MAX_ANSWER):
@@ -104,11 +105,12 @@ class Connection:
         raise errors.DaemonFailed(f"the mount ended before it had answered `{command}`")
 
     def hold(self) -> int:
-        """Holds the mount until this connection is closed; the number of connections that hold it now."""
+        """Holds the mount until this connection is closed. Returns how many connections hold it now."""
         return int(self.ask("hold").get("holders", 1))
 
     def release(self) -> bool:
-        """Lets the mount go. True where nobody else held it: a mount with --while-held then ends."""
+        """Closes the connection, so that it no longer holds the mount. True if no other connection holds it:
+        then a mount with --while-held ends."""
         try:
             return self.hold() == 1
         except errors.IpfsFuseError:
@@ -126,7 +128,7 @@ def call(
     timeout: float | None = None,
     **arguments: object,
 ) -> Answer:
-    """Opens a connection, asks one question by `Connection.ask`, and closes it."""
+    """Opens a connection, sends one command with `Connection.ask`, and closes the connection."""
     with Connection(path, timeout=timeout) as connection:
         return connection.ask(command, on_progress, **arguments)
 

@@ -1,9 +1,9 @@
-"""What a process gives up for good: new privileges, capabilities, and by landlock the files that it has no
-business with; and how it hides its memory.
+"""Gives up rights of this process for good: new privileges, capabilities, and, with landlock, access to
+files. Also hides its memory.
 
-By ctypes: packages for this take 50 ms to import. Used by the daemon of a mount and by the process of a guest
-(`ipfsfuse_run.lockdown`). The calls hold for the calling thread and for what it starts from then on, so make
-them before there are other threads.
+It uses ctypes, since packages for this take 50 ms to import. The daemon of a mount and the process of a guest
+(`ipfsfuse_run.lockdown`) use it. The calls apply to the calling thread and to the threads and processes that
+it starts later. So make them before there are other threads.
 """
 
 import ctypes
@@ -16,43 +16,44 @@ from typing import NamedTuple
 
 
 class Access(NamedTuple):
-    """What landlock allows below the open file or folder `file`."""
+    """What landlock allows for the open file or folder `file`, and below it."""
 
     file: int
     write: bool = False
     execute: bool = False
     remove_folders: bool = False
-    """Empty ones, where nothing else may be written."""
+    """Whether empty folders may be removed without `write`."""
 
 
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 
 def hide_memory() -> None:
-    """From now on, no other process of this user may trace this one, read its memory or open its files by
-    /proc, and no core is dumped: a guest that broke out of its room is a process of this user, too. A process
-    that is forked from it later is the same, until it is another program (prctl(2))."""
+    """From now on, no other process of this user can trace this one, read its memory or open its files in
+    /proc, and no core is dumped. A guest that has escaped would be such a process. The same holds for a
+    forked process until it executes another program (prctl(2))."""
     ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def refuse_new_privileges() -> bool:
-    """From here on no setuid program gives this thread more rights (no_new_privs, prctl(2)). Whether it
-    holds."""
+    """From now on, no setuid program gives this thread more rights (no_new_privs, prctl(2)). Returns whether
+    that is so."""
     libc = ctypes.CDLL(None, use_errno=True)
     return bool(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
 
 
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN = 1, 2, 21
-"""Root's rights to write, and to read, whatever the modes of files say; and to do many other things
+"""Root's rights to write and to read any file whatever its mode, and to do many other things
 (capabilities(7))."""
 _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
 def drop_capabilities(kept: Sequence[int] = ()) -> bool:
-    """From here on this thread has no capability but those of `kept` that it had. Whether that holds."""
+    """From now on, this thread has only those of its capabilities that are in `kept`. Returns whether that is
+    so."""
     libc = ctypes.CDLL(None, use_errno=True)
-    for number in range(64):  # what a file's capabilities, or being root, would give back at an exec
+    for number in range(64):  # else an exec gives them back to root, or by a file's capabilities
         libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0)
     libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     header = ctypes.create_string_buffer(struct.pack("Ii", _CAPABILITY_VERSION_3, 0))
@@ -77,7 +78,7 @@ ABSTRACT_SOCKETS, SIGNALS = 1, 2
 
 
 def landlock_abi() -> int:
-    """0 if the kernel has no landlock."""
+    """The version of landlock; 0 if the kernel has none."""
     libc = ctypes.CDLL(None, use_errno=True)
     return max(0, int(libc.syscall(_CREATE_RULESET, None, 0, 1)))
 
@@ -85,9 +86,9 @@ def landlock_abi() -> int:
 def restrict(
     allowed: Sequence[Access], tcp: int = BIND_TCP | CONNECT_TCP, scopes: int = ABSTRACT_SOCKETS | SIGNALS
 ) -> bool:
-    """Refuses this thread every file that is not `allowed`, mounting, and where the kernel can, `tcp` and
-    `scopes`: abstract sockets and processes that this thread did not start. Whether it holds; False where the
-    kernel has no landlock. Needs no_new_privs, or root."""
+    """Denies this thread all files that are not `allowed`, and mounting. If the kernel can, also denies `tcp`
+    and `scopes`: abstract sockets and signals to processes that this thread did not start. Returns whether
+    that is so; False if the kernel has no landlock. Needs no_new_privs or root."""
     libc = ctypes.CDLL(None, use_errno=True)
     abi = landlock_abi()
     if abi == 0:
@@ -108,7 +109,7 @@ def restrict(
             if not stat.S_ISDIR(os.fstat(each.file).st_mode):
                 rights &= _ON_FILES
             rule = struct.pack("=Qi", rights & handled, each.file)
-            # EBADFD: a file that has no path (memfd_create(2)), which landlock never refuses
+            # EBADFD: a file without a path (memfd_create(2)), which landlock never denies
             if libc.syscall(_ADD_RULE, ruleset, 1, rule, 0) != 0 and ctypes.get_errno() != errno.EBADFD:
                 return False
         return bool(libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0)

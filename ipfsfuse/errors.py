@@ -1,12 +1,12 @@
-"""The domain's exceptions, and nothing else: no errno, no I/O.
+"""The exceptions of this project.
 
-Every layer raises these; `fuse.errnos` alone translates them for the kernel and `cli` for people. A message
-is one line that names the thing and, where there is something to do, says what.
+Every layer raises them. `fuse.errnos` translates them into errnos, and `cli` into messages. A message is one
+line. It names the subject of the error and, if possible, what to do.
 """
 
 
 class IpfsFuseError(Exception):
-    """Anything this project says about its own work. A user never sees another exception."""
+    """The base class. Users never see another exception."""
 
 
 class UsageError(IpfsFuseError):
@@ -17,11 +17,11 @@ class UsageError(IpfsFuseError):
 
 
 class NotACid(IpfsFuseError):
-    """A text or byte string that is not a CID. Such a name in the mount's root does not exist."""
+    """A text or byte string that is not a CID. In the mount's root, such a name does not exist."""
 
 
 class NotFound(IpfsFuseError):
-    """Proved absent: a verified directory has no such name."""
+    """A verified directory proves that there is no such entry."""
 
 
 class NotADirectory(IpfsFuseError):
@@ -33,7 +33,7 @@ class IsADirectory(IpfsFuseError):
 
 
 class NotALink(IpfsFuseError):
-    """readlink of something else."""
+    """readlink of a file or a directory."""
 
 
 class NameTooLong(IpfsFuseError):
@@ -64,8 +64,8 @@ class Malformed(IpfsFuseError):
 
 
 class NotALeaf(Malformed):
-    """An interior file node that was taken for a leaf, of the right size: the walk must be made again,
-    opening every node."""
+    """An interior file node that was taken for a leaf, of the right size. Repeat the walk, and expand every
+    node."""
 
 
 class Unsupported(IpfsFuseError):
@@ -77,7 +77,7 @@ class NotInstalled(Unsupported):
 
 
 class Unavailable(IpfsFuseError):
-    """No source gave the block before the deadline (at once where the mount is offline)."""
+    """No source gave the block before the deadline. Raised at once if the mount is offline."""
 
 
 class Interrupted(IpfsFuseError):
@@ -85,17 +85,16 @@ class Interrupted(IpfsFuseError):
 
 
 class BlockTooLarge(IpfsFuseError):
-    """One source has the block, of more bytes than a block may have. Nobody needs to ask that source for it
-    again.
+    """One source has a block that is larger than the limit. That source need not be asked for it again.
 
-    Sources make it with `sources.base.too_large`, whose message names the source, the CID and the size."""
+    Sources make this error with `sources.base.too_large`, so that the message names source, CID and size."""
 
 
 # -- sources -------------------------------------------------------------------------------------------------
 
 
 class NotHere(IpfsFuseError):
-    """One source does not have the block: no answer about any other source."""
+    """One source does not have the block. Another may have it."""
 
 
 class SourceFailed(IpfsFuseError):
@@ -106,7 +105,7 @@ class SourceFailed(IpfsFuseError):
         super().__init__(message)
         self.kind = kind
         self.retry_after = retry_after
-        """Seconds the source asked us to stay away, where it did."""
+        """Seconds for which the source asked for no requests; None if it did not."""
 
 
 class QuotaReached(SourceFailed):
@@ -117,7 +116,8 @@ class QuotaReached(SourceFailed):
 
 
 class StoreFailed(IpfsFuseError):
-    """The cache folder or the library can't be used: the disk is full, read-only, gone, or not ours alone."""
+    """The cache folder or the library can't be used: the disk is full, read-only or gone, or other users can
+    change the folder."""
 
 
 class FolderInUse(StoreFailed):
@@ -125,12 +125,12 @@ class FolderInUse(StoreFailed):
 
 
 class AddFailed(IpfsFuseError):
-    """A file or folder that can't be added: not there, not readable, of another kind, or changed while it was
+    """A file or folder can't be added: it is missing, not readable, of another kind, or changed while it was
     read."""
 
 
 class MountFailed(IpfsFuseError):
-    """The mount can't be made: the mountpoint, /dev/fuse, fusermount3, or a setting stands in the way."""
+    """The mount can't be made because of the mountpoint, /dev/fuse, fusermount3 or a setting."""
 
 
 class DaemonFailed(IpfsFuseError):

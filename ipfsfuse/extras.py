@@ -1,5 +1,4 @@
-"""Optional parts: the packages that each needs, and one line that says what to install where they are
-missing.
+"""Optional parts: the packages that each needs, and the message that says what to install.
 
 The names are those of the extras in pyproject.toml."""
 
@@ -17,12 +16,12 @@ EXTRAS = {
     "sign": ("signed receipts need the package cryptography", "cryptography"),
     "watch": ("the live view needs the package rich", "rich"),
 }
-"""extra: (what needs it, its modules...)"""
+"""extra: (start of the message, modules...)"""
 
 
 @contextmanager
 def optional(extra: str) -> Iterator[None]:
-    """Import the modules of `extra` in this block. Raises NotInstalled where they are missing."""
+    """Import the modules of `extra` in this block. Raises NotInstalled if they are missing."""
     try:
         yield
     except ModuleNotFoundError as exc:
@@ -32,7 +31,7 @@ def optional(extra: str) -> Iterator[None]:
 
 
 def require(extra: str) -> None:
-    """Raises NotInstalled unless the modules of `extra` are there. Imports nothing."""
+    """Raises NotInstalled unless the modules of `extra` are installed. Imports nothing."""
     if not _is_installed(extra):
         raise NotInstalled(_how_to_install(extra))
 

@@ -1,5 +1,5 @@
-"""Small data structures: a dictionary that is bounded, counts for metrics, and one log line for each kind of
-event. Pure. Not for several threads."""
+"""Small data structures: a bounded dictionary, a histogram, and a limiter of log lines. Pure. Not for several
+threads."""
 
 from bisect import bisect_left
 from collections import OrderedDict
@@ -12,8 +12,8 @@ V = TypeVar("V")
 
 
 class Lru(Generic[K, V]):
-    """A dictionary that drops what was used least recently. All items weigh at most `limit` together. One
-    that is heavier is not kept."""
+    """A dictionary that drops the least recently used items. The weights of all items are at most `limit`
+    together. A heavier item is not kept."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -46,7 +46,7 @@ class Lru(Generic[K, V]):
 
 
 BOUNDS = (0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
-"""Seconds."""
+"""The upper bounds of the classes, in seconds."""
 
 
 @dataclass(slots=True)
@@ -61,22 +61,22 @@ class Histogram:
         self.sum += seconds
 
     def as_dict(self) -> dict[str, object]:
-        """The bounds in seconds, the number in each class (one more than bounds), and the sum."""
+        """The bounds in seconds, the counts of the classes (the last one has no bound), and the sum."""
         return {"bounds": list(BOUNDS), "counts": list(self.counts), "sum": self.sum}
 
 
 class LogLimiter:
-    """Says which events are logged, and how many like them were not: one line for each kind now and then."""
+    """Limits log lines: one line for each kind of event in a time. It says how many events were left out."""
 
     def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        """One event of a kind is logged in `seconds`, by `clock`."""
+        """At most one event of each kind is logged in `seconds`, measured by `clock`."""
         self._seconds, self._clock = seconds, clock
         self._logged: dict[object, tuple[float, int]] = {}
-        """By kind, which is hashable: when it was logged last, and how often it came since."""
+        """By kind: when it was logged last, and how many events came since."""
 
     def admit(self, kind: object) -> str | None:
-        """The end of the line for an event of this kind: "", or how many were left out since the last line.
-        None if this one is left out too."""
+        """To be called for each event. None if this event is not to be logged. Else the text to add to its
+        log line: "", or how many events were left out since the last line."""
         now = self._clock()
         since, count = self._logged.get(kind, (float("-inf"), 0))
         if now - since < self._seconds:

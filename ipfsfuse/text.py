@@ -1,17 +1,15 @@
-"""Text that came from outside (file names, gateways, nodes, receipts), made safe for a terminal and for a
-log. Pure."""
+"""Makes foreign text (of file names, gateways, nodes, receipts) safe for terminals and logs. Pure."""
 
 import re
 
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""The control characters C0, DEL and C1; what changes the direction of writing (Unicode Standard Annex 9) or
-begins a new line; and halves of surrogate pairs, which can't be encoded."""
+"""Control characters (C0, DEL, C1), characters that change the direction of writing (Unicode Standard Annex
+9) or begin a new line, and halves of surrogate pairs, which can't be encoded."""
 _SHORT = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
 def printable(text: str) -> str:
-    """`text` on one line, with every character escaped that a terminal would act on: `\\x1b`, `\\n`,
-    `\\u202e`.
+    """`text` on one line. Characters that a terminal would act on are escaped: `\\x1b`, `\\n`, `\\u202e`.
 
     A byte that Python could not decode (a lone surrogate of `surrogateescape`) is shown as that byte:
     `\\xff`."""

@@ -1,6 +1,6 @@
-"""Sizes, durations, times and numbers as people write them, for the command line and the runner. Pure.
+"""Parses and formats sizes, durations, times and numbers, for the command line and the runner. Pure.
 
-What can't be used raises UsageError, whose message says what could be."""
+A wrong text raises UsageError. The message says how to write it."""
 
 import re
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ def size(text: str) -> int:
 
 
 def size_or_zero(text: str) -> int:
-    """As `size`; 0 is allowed."""
+    """Like `size`, but 0 is allowed."""
     value = _scaled(text, _UNITS)
     if value is None:
         raise UsageError(f"{text[:80]!r} is not a size: write it as 10GiB, 500MB or a number of bytes")
@@ -46,14 +46,15 @@ def duration(text: str) -> float:
 
 
 def count(text: str) -> int:
-    """A number of things: 0 or more."""
+    """A whole number, 0 or more."""
     if not text.isascii() or not text.isdigit() or len(text) > 20:
         raise UsageError(f"{text[:80]!r} is not a number: it must be a whole number, 0 or more")
     return int(text)
 
 
 def owner(text: str) -> int:
-    """The number of a user or a group. The largest of 32 bits means "nobody" to the kernel."""
+    """The number of a user or a group. The largest 32-bit number is not allowed: to the kernel it means that
+    there is none."""
     number = count(text)
     if number > (1 << 32) - 2:
         raise UsageError(f"{text} is not a number of a user or group: {(1 << 32) - 2} is the largest")
@@ -69,10 +70,11 @@ def address(text: str) -> tuple[str, int]:
 
 
 def names_this_machine(host: str, others: Iterable[str] = ()) -> bool:
-    """Whether the header Host is an address, names this machine, or is one of `others`.
+    """Whether `host`, a Host header, is an address, names this machine, or is one of `others`.
 
-    By DNS rebinding a web page directs its own name to this machine. Its requests then carry that name."""
-    import socket  # late: a guest that starts would wait for them
+    With DNS rebinding, a web page lets its own name point to this machine. Its requests then have that name
+    in the header."""
+    import socket  # late: a starting guest would wait for these imports
     from ipaddress import ip_address
     from urllib.parse import urlsplit
 
@@ -100,9 +102,9 @@ def _scaled(text: str, units: dict[str, int] | dict[str, float]) -> float | None
 
 
 def timestamp(seconds: float) -> str:
-    """`seconds` since 1970 in ISO 8601, in UTC: `2026-01-31T12:00:00+00:00`. A clock that is wrong by more
-    than the format can say gives its first or last time."""
-    from datetime import UTC, datetime  # late: a guest that starts would wait for it
+    """`seconds` since 1970 in ISO 8601, in UTC: `2026-01-31T12:00:00+00:00`. A time outside the years 1 to
+    9999 gives the first or the last one."""
+    from datetime import UTC, datetime  # late: a starting guest would wait for this import
 
     return datetime.fromtimestamp(min(max(seconds, _YEAR_1), _YEAR_9999), UTC).isoformat("T", "seconds")
 
@@ -111,7 +113,7 @@ _YEAR_1, _YEAR_9999 = -62135596800, 253402300799
 
 
 def human(count: float) -> str:
-    """`count` bytes for people: 1.5 GiB."""
+    """`count` bytes as text: 1.5 GiB."""
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
     while count >= 1024 and len(units) > 1:
         count /= 1024
@@ -120,7 +122,7 @@ def human(count: float) -> str:
 
 
 def size_text(size: int) -> str:
-    """`size` so that `size_or_zero` gives it back: `64MiB`, or plain bytes where no unit fits."""
+    """`size` as text that `size_or_zero` can parse: `64MiB`, or the number of bytes if no unit fits."""
     for power, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if size and size % (1 << power) == 0:
             return f"{size >> power}{unit}"
@@ -128,5 +130,5 @@ def size_text(size: int) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """`seconds` so that `duration` gives it back."""
+    """`seconds` as text that `duration` can parse."""
     return f"{seconds:g}s" if seconds < 1e5 else f"{seconds:.0f}s"

@@ -1,1 +1,1 @@
-"""System calls on this machine's files, buffers and worker threads. Knows nothing of blocks."""
+"""Files of this machine, buffers and worker threads."""

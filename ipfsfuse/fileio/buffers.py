@@ -1,10 +1,10 @@
-"""Page-aligned buffers for large answers, used again and again.
+"""Page-aligned buffers for large answers, which are reused.
 
-The kernel clears each page of new memory when it is first touched. That costs 70 us of CPU for 1 MiB where
-pages are at hand, and several times that where a virtual machine must be given them first: more than what is
-then done with it.
+The kernel clears each page of new memory at its first use. For 1 MiB that takes 70 us of CPU, and several
+times as long if a virtual machine must get the pages first. That is more than all further work with the
+buffer.
 
-Concurrency: any thread. A buffer returns by itself when its last view is gone.
+Concurrency: any thread. A buffer is free again when its last view is gone.
 """
 
 import contextlib
@@ -17,43 +17,43 @@ from collections.abc import Iterator, Sequence
 from operator import mul
 
 SIZES = tuple(1 << power for power in range(16, 22))
-"""Of buffers that are used again, in bytes: 64 KiB to 2 MiB, the largest block."""
+"""Sizes of the reused buffers, in bytes: 64 KiB to 2 MiB, the largest block."""
 KEPT = 32 << 20
-"""Bytes of unused buffers that are kept of each size: a reader at full speed has as many on their way."""
+"""The most bytes of unused buffers of one size: a reader at full speed uses as many at a time."""
 KEPT_IN_ALL = 32 << 20
-"""Bytes of them, of all sizes, beyond which those of another size go when one is made: files mostly have
-leaves of one size."""
+"""The most bytes of unused buffers of all sizes. Beyond this, a new buffer replaces buffers of other sizes,
+since files mostly have leaves of one size."""
 KEPT_IDLE = 8 << 20
-"""Bytes of each size that `give_back` leaves."""
+"""Bytes of unused buffers of each size that `give_back` keeps."""
 
 _unused: dict[int, deque[mmap.mmap]] = {size: deque(maxlen=KEPT // size) for size in SIZES}
-"""By size. A deque that is full drops its oldest. `append` and `pop` are atomic: no Python code of ours runs
-where a buffer returns, which may be anywhere."""
+"""Unused buffers by size. A full deque drops its oldest item. `append` and `pop` are atomic, which is needed
+since a buffer may be freed at any point of the program."""
 
 
 def lend(size: int) -> memoryview:
-    """A buffer of `size` bytes, at least one, with any content."""
+    """A buffer of `size` bytes, at least one. Its content is undefined."""
     at = bisect_left(SIZES, size)
     kept = SIZES[at] if at < len(SIZES) else 0
     try:
         pages = _unused[kept].pop()
-    except LookupError:  # none is left, or it is larger than those that are kept
+    except LookupError:  # none is unused, or the size is larger than the reused ones
         left = sum(map(mul, _unused, map(len, _unused.values())))
-        for each in reversed(SIZES):  # of other sizes there may be too many, the largest go first
+        for each in reversed(SIZES):  # drop buffers of other sizes, the largest first
             while left > KEPT_IN_ALL and each != kept and _unused[each]:
                 with contextlib.suppress(IndexError):  # another thread took the last one
                     _unused[each].pop()
                 left -= each
         pages = mmap.mmap(-1, kept or size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
-    if kept:  # an mmap does not say when its last view ends, an array on it does
+    if kept:  # an mmap can't tell when its last view is gone, an array over it can
         weakref.finalize(array, _unused[kept].append, pages).atexit = False
     return memoryview(array).cast("B")[:size]
 
 
 def give_back() -> None:
-    """Gives unused memory back to the system, but for a part of it. To be called every few seconds: a reader
-    that is at full speed has new buffers cleared for it each time."""
+    """Gives most unused memory back to the system. Call it only every few seconds: a reader at full speed
+    then needs new buffers, which the kernel has to clear."""
     for size, pages in _unused.items():
         while len(pages) * size > KEPT_IDLE:
             with contextlib.suppress(IndexError):  # another thread took the last one
@@ -61,15 +61,15 @@ def give_back() -> None:
 
 
 TOGETHER = 4 << 20
-"""Bytes of leaves that are read, verified and written by one call: a call in a thread costs 60 us of CPU."""
+"""The most bytes of leaves that one call reads, verifies or writes. A call in a thread costs 60 us of CPU."""
 MOST_TOGETHER = 64
-"""Leaves, however small."""
+"""The most leaves of one call."""
 
 
 def together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-    """Cuts `sizes` into stretches that are read by one call each: the index of the first, and their sizes.
+    """Cuts `sizes` into stretches, each for one call. Yields (index of the first, sizes) for each.
 
-    The first stretch has one leaf, the next two: a reader that waits for it need not wait for more."""
+    The first stretch has one leaf, the next two, and so on: so a reader gets the first leaf soon."""
     start, most = 0, 1
     while start < len(sizes):
         end, left = start, TOGETHER
@@ -81,7 +81,7 @@ def together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
 
 
 def advance(left: list[memoryview], count: int) -> None:
-    """Removes the first `count` bytes of the buffers `left`: they are filled."""
+    """Removes the first `count` bytes of the buffers `left`, which are filled."""
     while left and count >= len(left[0]):
         count -= len(left.pop(0))
     if count:

@@ -1,7 +1,7 @@
-"""System calls on files that the standard library lacks, past the page cache where that is faster, and many
-small files at once.
+"""File operations that the standard library lacks: direct I/O, holes, shared extents, safe replacement, and
+the status of many files at once.
 
-Concurrency: any thread; every call blocks.
+Concurrency: any thread. Every call blocks.
 """
 
 import ctypes
@@ -22,8 +22,9 @@ from ipfsfuse.errors import IpfsFuseError
 
 
 def load_library(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
-    """The library of the extension module `name`. With RTLD_GLOBAL its functions come before those of the
-    same names in whatever is loaded later. Raises IpfsFuseError if it is missing or can't be loaded."""
+    """Loads the library of the extension module `name`. With RTLD_GLOBAL, its functions replace those of the
+    same names in libraries that are loaded later. Raises IpfsFuseError if it is missing or can't be
+    loaded."""
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:
         raise IpfsFuseError(
@@ -47,7 +48,7 @@ _LIBRARY.stat_files.restype = None
 
 
 class Closing:
-    """A descriptor that is closed at the end, as `contextlib.closing` closes an object."""
+    """Closes a descriptor at the end of a block, as `contextlib.closing` closes an object."""
 
     def __init__(self, file: int) -> None:
         self._file = file
@@ -60,7 +61,7 @@ class Closing:
 
 
 def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
-    """Writes all of `data` at `offset`, in as many calls as it takes. Raises OSError."""
+    """Writes all of `data` at `offset`, with as many calls as needed. Raises OSError."""
     view = memoryview(data)
     while view:
         done = os.pwrite(file, view, offset)
@@ -68,11 +69,10 @@ def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def write_file(folder: int, name: str, data: bytes, lasting: bool = True, mode: int = 0o600) -> None:
-    """Makes or replaces a file in the open `folder` by a rename: who reads it meanwhile reads the old one or
-    the new one, whole. A link of that name is replaced. Where the file is `lasting`, it is on the disk when
-    this returns.
+    """Makes or replaces a file in the open `folder` by a rename: other processes see either the old or the
+    new content. A link of that name is replaced. If `lasting`, the file is on the disk when this returns.
 
-    Raises OSError, having changed nothing."""
+    Raises OSError. Then nothing has changed."""
     temporary = f".{name[:200]}.{secrets.token_hex(8)}.tmp"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
@@ -90,13 +90,15 @@ def write_file(folder: int, name: str, data: bytes, lasting: bool = True, mode: 
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file that anybody may read, as `write_file` does. Raises OSError, having changed nothing."""
+    """Makes or replaces a file that all users may read, like `write_file`. Raises OSError. Then nothing has
+    changed."""
     with Closing(os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
         write_file(folder, path.name, text.encode(), lasting=False, mode=0o666)
 
 
 def punch_hole(file: int, start: int, size: int) -> None:
-    """Frees the blocks of `size` bytes by fallocate(2). Writes zeros where the file system has no holes.
+    """Frees the disk space of `size` bytes by fallocate(2). Writes zeros if the file system has no holes.
+
     Raises OSError."""
     if _libc.fallocate(file, _KEEP_SIZE_PUNCH_HOLE, start, size) == 0:
         return
@@ -110,48 +112,47 @@ def punch_hole(file: int, start: int, size: int) -> None:
 _FICLONERANGE = 0x4020940D
 _CLONE_RANGE = struct.Struct("=qQQQ")
 NOT_SHARED = frozenset({errno.EXDEV, errno.EOPNOTSUPP, errno.ENOTTY, errno.ENOSYS, errno.EINVAL, errno.EPERM})
-"""What the kernel says where two files can't share extents."""
+"""The errnos of two files that can't share extents."""
 
 
 def share_extents(source: int, to: int, size: int, offset: int) -> None:
-    """Makes the open file `to` have, from `offset` on, the first `size` bytes of the open file `source`,
-    without copying them: ioctl_ficlonerange(2), on XFS, btrfs and some others. `offset` and `size` must be
-    multiples of the file system's block, but for a `size` that ends both files. Raises OSError."""
+    """Puts the first `size` bytes of the open file `source` at `offset` of the open file `to`, without
+    copying them: ioctl_ficlonerange(2), on XFS, btrfs and some others. `offset` and `size` must be multiples
+    of the file system's block size, except for a `size` that ends both files. Raises OSError."""
     fcntl.ioctl(to, _FICLONERANGE, _CLONE_RANGE.pack(source, 0, size, offset))
 
 
 # -- direct I/O ----------------------------------------------------------------------------------------------
 
 ALIGNED = 4096
-"""Addresses, offsets and sizes must be multiples of this many bytes, on any disk."""
+"""Bytes of which addresses, offsets and sizes must be multiples: enough for any disk."""
 SLOW = 5e-9
-"""Seconds for a byte, on average: 200 MB/s. A single call may have waited for a processor most of the
-time."""
+"""Average seconds for a byte above which direct writes are slow: 200 MB/s. A single call says little, since
+it may have waited for a processor."""
 THREAD_SWITCH = 0.005
-"""Seconds that are not counted: a thread may wait so long for Python's lock after a call."""
+"""Seconds of each call that are not counted: a thread may wait so long for Python's lock after a call."""
 WEIGHT = 1 / 8
-"""Of the last call in the average."""
+"""The weight of the last call in the average."""
 BUFFERED_WRITES = 64
-"""Writes through the page cache after direct ones were slow, before these are tried again."""
+"""After slow direct writes, so many writes go through the page cache before a direct one is tried again."""
 
 
 class Direct:
-    """Writes and reads staged files with O_DIRECT, or through the page cache where that is faster.
+    """Writes and reads staged files with O_DIRECT, or through the page cache if that is faster.
 
-    Through the page cache 1 MiB costs 0.2 ms of CPU where the machine has free pages, and up to 2 ms where a
-    virtual machine must be given them first, and what is written goes to the disk later. With O_DIRECT it
-    costs 0.08 ms, and the mount's own page cache has the bytes anyway. But then a write waits for the disk. A
-    slow disk would slow every reader down, so there what is written goes to the page cache, until it is full.
-    A read has to wait for the disk in any case.
+    Through the page cache, 1 MiB costs 0.2 ms of CPU, and up to 2 ms if a virtual machine must get the pages
+    first. The data go to the disk later. With O_DIRECT it costs 0.08 ms, and the mount's own page cache has
+    the bytes anyway. But then a write waits for the disk, and a slow disk would delay every reader. So on a
+    slow disk, writes go through the page cache. A read waits for the disk in any case.
 
-    Two threads at a time may miscount the calls; that costs only speed.
+    Threads are not synchronised: a wrong count of calls costs only speed.
     """
 
     def __init__(self) -> None:
         self._buffered_writes = 0
         self._pace = 0.0
         self._supported = True
-        """False once the file system refused O_DIRECT."""
+        """False after the file system refused O_DIRECT."""
 
     def read(self, file: int, parts: Sequence[memoryview], offset: int) -> None:
         """Fills `parts`, one after the other, up to the file's end. Raises OSError."""
@@ -221,8 +222,8 @@ class Status(NamedTuple):
 
 
 def stat_files(folder: int, names: Sequence[str]) -> Iterator[Status | None]:
-    """What the disk says of `names` in the open folder `folder`, links not followed; None for what is not
-    there. One call in C. Raises OSError."""
+    """The status of each of `names` in the open folder `folder`; None for a missing file. Links are not
+    followed. Needs one call in C. Raises OSError."""
     numbers = (ctypes.c_int64 * (7 * len(names)))()
     _LIBRARY.stat_files(folder, b"\0".join(map(os.fsencode, names)) + b"\0", len(names), numbers)
     for at, name in enumerate(names):
@@ -233,8 +234,8 @@ def stat_files(folder: int, names: Sequence[str]) -> Iterator[Status | None]:
 
 
 def read_file(path: str, most: int) -> bytes | None:
-    """The content of one regular file of at most `most` bytes; None for anything else, and where it can't be
-    read. Links are not followed."""
+    """The content of a regular file of at most `most` bytes; None for anything else, and if it can't be read.
+    Links are not followed."""
     try:
         with regular(path, most) as (file, size):
             content = os.pread(file, size, 0)
@@ -245,8 +246,8 @@ def read_file(path: str, most: int) -> bytes | None:
 
 @contextmanager
 def regular(path: str, most: int) -> Iterator[tuple[int, int]]:
-    """A regular file of at most `most` bytes, open for reading, and its size. Raises FileNotFoundError for
-    anything else, without waiting for a pipe, and OSError."""
+    """Opens a regular file of at most `most` bytes for reading. Gives its descriptor and its size. Raises
+    FileNotFoundError for anything else, without waiting for a pipe, and OSError."""
     with Closing(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
         info = os.fstat(file)
         if not stat.S_ISREG(info.st_mode) or info.st_size > most:

@@ -1,6 +1,7 @@
-"""The blocks of a flatfs folder. One call in C reads and hashes a block; others are read ahead (`flatfs.c`).
+"""Reads the blocks of a flatfs folder. One call in C reads and hashes a block. Others are read ahead
+(`flatfs.c`).
 
-Concurrency: any thread. `read` blocks; `take` blocks for at most `patience` seconds.
+Concurrency: any thread. `read` blocks. `take` blocks for at most `patience` seconds.
 """
 
 import atexit
@@ -14,13 +15,13 @@ from ipfsfuse.fileio.files import load_library
 
 MISSING = -1
 MAX_CHARACTERS = 54
-"""A block's name has one more."""
+"""One less than the characters of a block's name."""
 
 _LIBRARY = load_library("ipfsfuse.fileio._native")
 
 
 class _Found(ctypes.Structure):
-    """As `struct found`."""
+    """`struct found` of flatfs.c."""
 
     _fields_ = (
         ("size", ctypes.c_int64),
@@ -61,7 +62,7 @@ for _name in ("stop", "close", "block", "free", "free_many", "read"):
 
 
 def _sha256() -> ctypes.Array[ctypes.c_void_p]:
-    """The functions of `struct sha256`, from the OpenSSL of `hashlib`; NULL where Python has none."""
+    """The functions of `struct sha256`, from the OpenSSL of `hashlib`; all NULL if Python has no OpenSSL."""
     names = ("MD_CTX_new", "DigestInit_ex", "DigestUpdate", "DigestFinal_ex", "MD_CTX_free", "sha256")
     functions = ctypes.c_void_p * len(names)
     try:
@@ -78,8 +79,8 @@ _SHA256 = _sha256()
 
 
 _open: set[int] = set()
-"""What `_close` may free."""
-os.register_at_fork(after_in_child=_open.clear)  # a child has none of the threads, and may have their locks
+"""The repositories that `_close` may free."""
+os.register_at_fork(after_in_child=_open.clear)  # a child has no such threads, and may have their locks
 
 
 def _close(repo: int) -> None:
@@ -90,23 +91,23 @@ def _close(repo: int) -> None:
 
 @atexit.register
 def _stop_all() -> None:
-    """Nothing is freed any more: a worker thread that was not waited for may still read."""
+    """Stops the threads and frees nothing: a worker thread that was not awaited may still read."""
     while _open:
         _LIBRARY.repo_stop(_open.pop())
 
 
 class Read(NamedTuple):
-    """A block as it was read, and its SHA-256 if that was taken meanwhile."""
+    """An unverified block, and its SHA-256 if it was hashed meanwhile."""
 
     block: bytes
     digest: bytes | None
 
 
 class BlockFiles:
-    """Blocks by the digests of their SHA-256 multihashes, and their codecs."""
+    """Finds blocks by the digest of their SHA-256 multihash. The codec is needed to read ahead."""
 
     def __init__(self, folder: str, characters: int) -> None:
-        """`characters`: how long the names of the folders below `folder` are."""
+        """`characters` is the length of the names of the folders in `folder`."""
         most = min(characters, MAX_CHARACTERS)
         self._repo = _LIBRARY.repo_open(os.fsencode(folder), most, _SHA256)
         if not self._repo:
@@ -116,32 +117,33 @@ class BlockFiles:
 
     @property
     def name_listener(self) -> tuple[int, int]:
-        """A function in C and its first argument: called with a name that is looked up, and its size, it
-        reads the block that the name is the CID of. Not after this object is gone."""
+        """A function in C and its first argument. Its other arguments are a name that is looked up, and the
+        size of the name. If the name is a CID, it reads that block ahead. This object must outlive its
+        use."""
         return ctypes.cast(_LIBRARY.repo_name, ctypes.c_void_p).value or 0, self._repo
 
     def take(self, digest: bytes, codec: int, patience: float) -> Read | int | None:
-        """The block as `read` gives it, if it was read ahead, or if the thread that reads ahead has it within
-        `patience` seconds; else None. With a negative `patience` always None: then a block that is asked for
-        alone is read ahead, and a later `read` gives it."""
+        """The block (like `read`) if it was read ahead, or if the thread that reads ahead can read it within
+        `patience` seconds; else None. With a negative `patience` always None: then the block is read ahead
+        for a later `read`, unless other blocks are being read."""
         found = _Found()
         taken = _LIBRARY.repo_take(self._repo, digest, codec, int(patience * 1e9), ctypes.byref(found))
         return _read(found) if taken else None
 
     def block_names(self, blocked: bool) -> None:
-        """Whether `name_listener` reads nothing from now on."""
+        """If `blocked`, `name_listener` reads nothing from now on."""
         _LIBRARY.repo_block(self._repo, blocked)
 
     def read(self, digest: bytes, codec: int) -> Read | int:
-        """The block, at once if it was read ahead; MISSING where there is no such file or it can't be read;
-        for one of over 2 MiB its size, negative."""
+        """The block, at once if it was read ahead. MISSING if there is no such file or it can't be read. The
+        negative size of a block of over 2 MiB."""
         found = _Found()
         _LIBRARY.repo_read(self._repo, digest, codec, ctypes.byref(found))
         return _read(found)
 
     def read_many(self, digests: Sequence[bytes], most: int) -> list[Read | int]:
-        """Several blocks as `read` gives them, by one call and some threads: the first, and as many of the
-        others, in their order, as have at most `most` bytes together."""
+        """Reads several blocks (like `read`) by one call with some threads: the first one, and the next ones
+        as long as they have at most `most` bytes together."""
         found = (_Found * len(digests))()
         first = ctypes.addressof(found)
         seen = _LIBRARY.repo_read_many(self._repo, b"".join(digests), len(digests), most, first)

@@ -1,4 +1,4 @@
-"""Tags of verified bytes, by which this process recognizes them when it reads them again (`tags.h`)."""
+"""Tags of verified bytes. By its tag, this process recognises a piece when it reads it again (`tags.h`)."""
 
 import ctypes
 import secrets
@@ -8,7 +8,7 @@ from ipfsfuse.fileio.files import load_library
 TAG = 16
 """Bytes of a tag."""
 KEY = secrets.token_bytes(32)
-"""Of this process. Who knows it can make other bytes with the same tag: it must not leave our memory."""
+"""The key of this process. With it, one can make other bytes with the same tag: it must stay secret."""
 
 _LIBRARY = load_library("ipfsfuse.fileio._native")
 _LIBRARY.tags_of.argtypes = (
@@ -22,8 +22,8 @@ _LIBRARY.tags_of.restype = None
 
 
 def tags_of(content: bytes | bytearray, piece: int) -> bytes:
-    """The tags of the pieces of `content`, of `piece` bytes each but for the last one, one behind the other.
-    1 MiB takes 0.25 ms, without Python's lock."""
+    """The tags of all pieces of `content`, in order. Pieces have `piece` bytes, only the last one may be
+    shorter. 1 MiB takes 0.25 ms, without Python's lock."""
     tags = ctypes.create_string_buffer(-(-len(content) // piece) * TAG)
     data = content if isinstance(content, bytes) else (ctypes.c_char * len(content)).from_buffer(content)
     _LIBRARY.tags_of(KEY, data, len(content), piece, tags)

@@ -1,7 +1,7 @@
-"""Blocking work in a worker thread, or without one where none can be started.
+"""Runs blocking work in a worker thread, or on the event loop if no thread can be started.
 
-A limit on processes (RLIMIT_NPROC, a cgroup's pids.max) may be reached at any time, by others too. Then the
-work is done on the event loop: everything else waits meanwhile, but nothing fails.
+A limit on processes (RLIMIT_NPROC, a cgroup's pids.max) may be reached at any time, also because of other
+programs. Work on the event loop delays everything else, but nothing fails.
 """
 
 import logging
@@ -16,7 +16,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 LOG_SECONDS = 60.0
-"""Seconds between two such lines in the log."""
+"""Seconds between two log lines about missing threads."""
 
 _logged = float("-inf")
 
@@ -27,8 +27,8 @@ async def run_sync(
     abandon_on_cancel: bool = False,
     limiter: trio.CapacityLimiter | None = None,
 ) -> T:
-    """`trio.to_thread.run_sync`; where no thread can be started, `function` is called on the event loop. It
-    must not start threads itself."""
+    """`trio.to_thread.run_sync`, but calls `function` on the event loop if no thread can be started.
+    `function` must not start threads itself."""
     try:
         return await trio.to_thread.run_sync(
             function, *arguments, abandon_on_cancel=abandon_on_cancel, limiter=limiter
