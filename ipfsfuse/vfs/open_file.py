@@ -262,49 +262,45 @@ class OpenFile:
             buffered = self._buffer.read(offset, size)
             if buffered is not None:
                 return buffered
-        try:
-            return await self._range(offset, size)
-        except NotALeaf:
-            self._sure = True
-            self._stretches.clear()
-            return await self._range(offset, size)
-
-    async def _range(self, offset: int, size: int) -> Content:
-        """The bytes of a read, from its leaves. For a sequential reader, puts the last leaf into the buffer,
-        so that it is hashed only once."""
-        parts: list[Content] = []
         cache, sequential = self._tree.cache, self._ahead.sequential
-        end = offset + size
+        parts: list[Content] = []
+        end, walked_again = offset + size, False
         while offset < end:
             leaves: Sequence[Leaf] = ()
             for stretch in self._stretches:  # leaves of the last walks
                 if not leaves and stretch[0].offset <= offset < stretch[-1].offset + stretch[-1].size:
                     first_leaf = bisect_right(stretch, offset, key=_OFFSET) - 1
                     leaves = stretch[first_leaf : bisect_left(stretch, end, key=_OFFSET)]
-            for leaf in leaves or await self._walk(offset, end - offset):
-                first, last = offset - leaf.offset, min(end - leaf.offset, leaf.size)
-                offset = leaf.offset + last
-                if self._tree.use is not None:
-                    self._tree.use(leaf.cid, ahead=False)
-                self._asked.append(leaf.offset)
-                data = self._buffer.leaves.get(leaf.offset)
-                if data is None and not sequential:
-                    content, pieces = await cache.part(self._ref, leaf, first, last, early=True)
+            try:
+                for leaf in leaves or await self._walk(offset, end - offset):
+                    if self._tree.use is not None:
+                        self._tree.use(leaf.cid, ahead=False)
+                    self._asked.append(leaf.offset)
+                    first, last = offset - leaf.offset, min(end - leaf.offset, leaf.size)
+                    data = self._buffer.leaves.get(leaf.offset)
+                    if data is None and not sequential:
+                        content, pieces = await cache.part(self._ref, leaf, first, last, early=True)
+                        if self._windows is not None and pieces is not None:
+                            folder, name, tags = pieces
+                            self._windows.allow(folder, name, leaf.offset, leaf.size, tags)
+                    else:
+                        # the rest of the leaf goes into the buffer, so that a leaf is hashed only once
+                        data = data or await cache.leaf(self._ref, leaf, early=True)
+                        content = memoryview(data)[first:last]
+                        if sequential and leaf.offset + last == self._file.size:
+                            self._buffer.clear()  # leaves that the C thread has given are still there
+                        elif last == leaf.size:
+                            self._buffer.drop(leaf.offset)
+                        elif sequential:
+                            self._buffer.put(leaf.offset, data)
+                        self._buffer.passed(leaf.offset)
                     parts.append(content)
-                    if self._windows is not None and pieces is not None:
-                        folder, name, tags = pieces
-                        self._windows.allow(folder, name, leaf.offset, leaf.size, tags)
-                    continue
-                if data is None:
-                    data = await cache.leaf(self._ref, leaf, early=True)
-                parts.append(memoryview(data)[first:last])
-                if sequential and offset == self._file.size:
-                    self._buffer.clear()  # leaves that the C thread has given are still there
-                elif last == leaf.size:
-                    self._buffer.drop(leaf.offset)
-                elif sequential:
-                    self._buffer.put(leaf.offset, data)
-                self._buffer.passed(leaf.offset)
+                    offset = leaf.offset + last
+            except NotALeaf:
+                if walked_again:
+                    raise
+                self._sure = walked_again = True
+                self._stretches.clear()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _walk(self, offset: int, size: int) -> Sequence[Leaf]:
