@@ -16,8 +16,7 @@ Concurrency: on the event loop; one reservation that evicts, or one removal, at 
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 
 import trio
@@ -37,19 +36,6 @@ RESERVE_PART, MAX_RESERVE = 20, 2 << 30
 """The default reserve: a twentieth of the file system, at most 2 GiB."""
 RETRY = 5.0
 """Seconds after a failed write during which nothing is written."""
-
-
-@asynccontextmanager
-async def holding(lock: trio.Lock) -> AsyncIterator[None]:
-    """`async with lock` without its checkpoint if the lock is free: a checkpoint costs 20 us."""
-    try:
-        lock.acquire_nowait()
-    except trio.WouldBlock:
-        await lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Budget:
@@ -117,7 +103,7 @@ class Budget:
             return 0
         size = (-(-end // self.unit) - start // self.unit + 1) * self.unit
         self._unlooked += size
-        async with holding(self._lock):
+        async with self._lock:
             if self._unlooked >= LOOK_BYTES:
                 self._look()
             if size > self.arc.capacity:
