@@ -35,8 +35,6 @@ OF_BUDGET = 4
 other."""
 REGISTERED_AT_A_TIME = 2000
 """Blocks of one answer that are registered in one step of the event loop: about 10 ms."""
-STAGED_TOGETHER = 2
-"""Deliveries of one `ahead` that may be written while the next one arrives."""
 LEAVES_TOGETHER = 4
 """Leaves that one `ahead` fetches in parallel, if it fetches them one by one."""
 READ_TASKS = 2
@@ -45,13 +43,11 @@ READ_TASKS = 2
 BEHIND_SECONDS = 0.01
 """Seconds after its reader got a block until it is staged. Small blocks are written on the event loop, so the
 answer and the reader's next request would wait for that."""
-MAX_BEHIND = 4 << 20
-"""Bytes that readers may have got and that are not written yet. Without a limit, a fast source would outrun a
-slow disk."""
-MAX_AHEAD = 64 << 20
-"""The same of what was fetched ahead, for all files."""
+MAX_UNWRITTEN = 16 << 20
+"""Bytes that readers may have got, or that were fetched ahead, and that are not written yet. Without a limit,
+a fast source would outrun a slow disk."""
 DISK_PART = 1 / 3
-"""The part of the deadline for which a reader waits for the disk. If there is no room then, it gets its
+"""The part of the deadline for which a fetch waits for the disk. If there is no room then, readers get the
 bytes, and they are not staged."""
 
 
@@ -136,6 +132,40 @@ def _whole(cid: Cid, size: int) -> tuple[FileRef, Leaf]:
     return FileRef(cids.canonical(cid), size), Leaf(cid, 0, size)
 
 
+class _Unwritten:
+    """The bytes that wait to be written: at most `MAX_UNWRITTEN`, or one block."""
+
+    def __init__(self, store: Store, patience: float) -> None:
+        """`patience`: seconds for which `add` waits for the disk."""
+        self._store, self._patience = store, patience
+        self._bytes = 0
+        self._fewer = trio.Event()
+        self.is_stuck = False
+        """Whether `add` has waited for the disk in vain, and nothing was written since."""
+
+    async def add(self, size: int) -> bool:
+        """Counts `size` more bytes, once there is room for them. False if the disk makes no room in time;
+        until it makes some, no other caller waits."""
+        if self._bytes > MAX_UNWRITTEN - size:
+            with trio.move_on_after(0 if self.is_stuck else self._patience):
+                while self._bytes > MAX_UNWRITTEN - size:
+                    await self._fewer.wait()
+        if self._bytes > MAX_UNWRITTEN - size:
+            if not self.is_stuck:
+                self.is_stuck = True
+                late = StoreFailed(f"the disk does not keep up: it took nothing for {self._patience:.1f} s")
+                self._store.backoff.failed(str(self._store.folder), late)
+            return False
+        self._bytes += size
+        return True
+
+    def remove(self, size: int) -> None:
+        self._bytes -= size
+        self.is_stuck = False
+        self._fewer.set()
+        self._fewer = trio.Event()
+
+
 class _Expected:
     """The blocks of one answer that a batch expects (implements `sources.base.Wanted`)."""
 
@@ -166,15 +196,7 @@ class Reader:
         self.misses = 0
         self._blocks = blocks
         self._patience = deadline * ANSWER_PART
-        self._disk_patience = deadline * DISK_PART
-        self._is_stuck = False
-        """Whether a reader has waited for the disk in vain, and nothing was written since."""
-        self._written = trio.Event()
-        """Set when something was written."""
-        self._ahead = 0
-        """Bytes that were fetched ahead and are not written yet."""
-        self._behind = 0
-        """Bytes that readers have got and that are not written yet."""
+        self._unwritten = _Unwritten(store, deadline * DISK_PART)
         self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
             nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
         )
@@ -255,11 +277,10 @@ class Reader:
         if fetched.source.in_place:
             yield result
             return
-        if not await self._has_room(lambda: not self._behind or self._behind + size <= MAX_BEHIND):
+        if not await self._unwritten.add(size):
             self.store.note_not_kept(file.cid)
             yield result
             return
-        self._behind += size
         self.store.arriving[own] += 1
         try:
             yield result
@@ -268,33 +289,12 @@ class Reader:
                     await trio.sleep(BEHIND_SECONDS)
                 await self._stage([(file, leaf, result)])
         finally:
-            self._behind -= size
-            self._note_written()
+            self._unwritten.remove(size)
             self.store.arriving[own] -= 1
             if not self.store.arriving[own]:
                 del self.store.arriving[own]
                 if self.store.pins.anywhere and not self.store.holds(own):  # it could not be staged
                     self.store.pins.remove(own)
-
-    async def _has_room(self, has_room: Callable[[], bool]) -> bool:
-        """Waits until `has_room`. False if the disk does not make any in time; until it does, nobody else
-        waits."""
-        if has_room():
-            return True
-        if not self._is_stuck:
-            with trio.move_on_after(self._disk_patience):
-                while not has_room():
-                    await self._written.wait()
-                return True
-            self._is_stuck = True
-            late = StoreFailed(f"the disk does not keep up: it took nothing for {self._disk_patience:.1f} s")
-            self.store.backoff.failed(str(self.store.folder), late)
-        return False
-
-    def _note_written(self) -> None:
-        self._is_stuck = False
-        self._written.set()
-        self._written = trio.Event()
 
     async def settle(self) -> None:
         await self._flights.settle()
@@ -473,7 +473,7 @@ class Reader:
             by_key.setdefault(cids.canonical(leaf.cid), []).append(leaf)
 
         async def clone(wanted: Sequence[Leaf], files: Sequence[str], source: str) -> Sequence[Block]:
-            if self._is_stuck:
+            if self._unwritten.is_stuck:
                 return []
             found = await self.store.clone_leaves(file, wanted, files, source)
             cloned.update((leaf.offset, data.obj) for leaf, data in zip(wanted, found, strict=False))
@@ -488,29 +488,10 @@ class Reader:
                     with trio.CancelScope(shield=True):
                         came_now = await give(batch, keys, delivery)
                         size = sum(map(len, delivery.blocks))
-                        if await self._has_room(partial(has_room, size)):
-                            nursery.start_soon(stage, batch, came_now, delivery.release, count(size))
+                        if await self._unwritten.add(size):
+                            nursery.start_soon(stage, batch, came_now, delivery.release, size)
                         else:
                             leave(batch, came_now, delivery.release)
-
-        unwritten = 0
-
-        def has_room(size: int) -> bool:
-            return unwritten < STAGED_TOGETHER and (not self._ahead or self._ahead + size <= MAX_AHEAD)
-
-        def count(size: int) -> Callable[[], None]:
-            """Counts a delivery of so many bytes as not written yet, until the result is called."""
-            nonlocal unwritten
-            unwritten += 1
-            self._ahead += size
-
-            def end() -> None:
-                nonlocal unwritten
-                unwritten -= 1
-                self._ahead -= size
-                self._note_written()
-
-            return end
 
         def leave(
             batch: Batch[bytes, FetchResult],
@@ -544,25 +525,27 @@ class Reader:
             batch: Batch[bytes, FetchResult],
             came_now: Sequence[tuple[bytes, FetchResult]],
             release: Callable[[], None],
-            end: Callable[[], None],
+            size: int,
         ) -> None:
-            first = [(file, by_key[key][0], result) for key, result in came_now]
-            with trio.CancelScope(shield=True):
-                are_clones = [
-                    memoryview(result.content).obj is cloned.pop(leaf.offset, self)
-                    for _file, leaf, result in first
-                ]
-                if all(are_clones):
-                    self.store.note_proved(file, [leaf for _file, leaf, _result in first])
-                else:
-                    await self._stage(first)
-                for key, result in came_now:
-                    for leaf in by_key[key][1:]:
-                        if result.place is not None and not await self._has(file, leaf):
-                            await self._stage([(file, leaf, result)])
-                    batch.staged(key)
-            release()
-            end()
+            try:
+                first = [(file, by_key[key][0], result) for key, result in came_now]
+                with trio.CancelScope(shield=True):
+                    are_clones = [
+                        memoryview(result.content).obj is cloned.pop(leaf.offset, self)
+                        for _file, leaf, result in first
+                    ]
+                    if all(are_clones):
+                        self.store.note_proved(file, [leaf for _file, leaf, _result in first])
+                    else:
+                        await self._stage(first)
+                    for key, result in came_now:
+                        for leaf in by_key[key][1:]:
+                            if result.place is not None and not await self._has(file, leaf):
+                                await self._stage([(file, leaf, result)])
+                        batch.staged(key)
+            finally:
+                release()
+                self._unwritten.remove(size)
 
         try:
             await self._flights.run_batch(by_key, fetch)

@@ -9,10 +9,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from ipfsfuse.cache import reader as reading
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.reader import MAX_BEHIND
+from ipfsfuse.cache.reader import MAX_UNWRITTEN
 from ipfsfuse.cache.single_flight import SingleFlight
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
@@ -158,7 +157,7 @@ def test_a_block_that_was_read_just_before_the_close_is_in_the_index(tmp_path: P
 def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
-        file, leaves, _content = make_file(chain, MAX_BEHIND + 2 * MIB, MIB)
+        file, leaves, _content = make_file(chain, MAX_UNWRITTEN + 2 * MIB, MIB)
         got: list[Leaf] = []
         async with (
             PinsetCache.open(tmp_path, chain, BUDGET) as cache,
@@ -167,7 +166,7 @@ def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
         ):
             nursery.start_soon(read_early, cache, file, leaves, got)
             await wait_all_tasks_blocked()
-            assert got == list(leaves[: MAX_BEHIND // MIB])
+            assert got == list(leaves[: MAX_UNWRITTEN // MIB])
         assert got == list(leaves)
 
     trio.run(main)
@@ -188,7 +187,7 @@ def test_a_disk_that_hangs_keeps_no_bytes_from_a_reader_and_does_not_fill_the_me
 
     async def main() -> None:
         chain = Chain()
-        files = [make_file(chain, MAX_BEHIND + 4 * MIB, MIB, seed) for seed in range(4)]
+        files = [make_file(chain, MAX_UNWRITTEN + 4 * MIB, MIB, seed) for seed in range(4)]
         async with PinsetCache.open(tmp_path, chain, BUDGET * 2, deadline=1.0) as cache:
             async with trio.open_nursery() as nursery, nothing_written(cache):
                 for file, leaves, content in files:
@@ -199,7 +198,7 @@ def test_a_disk_that_hangs_keeps_no_bytes_from_a_reader_and_does_not_fill_the_me
                 await wait_all_tasks_blocked()
                 waits = [flight.result for flight in cache.reader._flights._flights.values() if flight.result]
                 size = sum(len(result[0].content) for result in waits)
-                assert 0 < size <= (MAX_BEHIND if not ahead else reading.MAX_AHEAD)
+                assert 0 < size <= MAX_UNWRITTEN
             await cache.reader.settle()
             cache.store.backoff._until = 0  # its five seconds are over
             file, leaves, content = make_file(chain, 2 * MIB, MIB, seed=100)
