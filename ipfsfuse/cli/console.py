@@ -80,7 +80,15 @@ def note(text: str) -> None:
 def failure(exc: BaseException) -> None:
     """Why the command fails, on standard error."""
     if sys.stderr is not None:
-        print(f"{paint('ipfsfuse:', 'red', sys.stderr)} {one_line(exc)}", file=sys.stderr)
+        hint = "" if _has_working_directory() else " (the working directory is gone: cd to another)"
+        print(f"{paint('ipfsfuse:', 'red', sys.stderr)} {one_line(exc)}{hint}", file=sys.stderr)
+
+
+def _has_working_directory() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
 
 
 def failure_values(exc: BaseException, code: int) -> dict[str, Any]:

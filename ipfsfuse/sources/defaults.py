@@ -41,10 +41,11 @@ def gateways() -> Sequence[str]:
             with path.open() as file:
                 text, where = file.read(MAX_FILE), str(path)
             break
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the home of a system's user may be /dev/null
             continue
         except (OSError, UnicodeDecodeError) as exc:
-            raise UsageError(f"{path}, which names gateways, can't be read: {exc}") from exc
+            reason = exc.strerror if isinstance(exc, OSError) else exc
+            raise UsageError(f"{path}, which names gateways, can't be read: {reason}") from exc
     found = []
     for line in text.splitlines():
         if not line.strip().startswith("#"):

@@ -74,3 +74,37 @@ def test_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
         == "uptime: 2.5\ncache:\n  budget: 1.0 GiB\n  trouble: -\npins: none\nsources: "
         "none\n"
     )
+
+
+def test_a_home_that_is_no_folder_is_named_only_where_it_is_needed(user: Home) -> None:
+    """System users have /dev/null."""
+    (user.folder / "f").write_text("x")
+    cid = user.add(user.folder / "f")
+    user.env["HOME"] = os.devnull
+    assert user.run("cat", cid).stdout == "x"
+    user.run("config")
+    del user.env["IPFSFUSE_LIBRARY"]
+    user.refused(
+        "add",
+        user.folder / "f",
+        names="/dev/null/.local/share/ipfsfuse/library can't be made: Not a directory; give --library",
+    )
+    user.refused(
+        "add",
+        user.folder / "f",
+        "--library",
+        user.folder / "f",
+        names="it is not a folder; give --library another",
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["add", "."], ["get", "bafkqaaa"], ["mount", "here"], ["cat", "--from", "x.car", "bafkqaaa"]],
+)
+def test_a_working_directory_that_is_gone_is_named(user: Home, arguments: list[str]) -> None:
+    gone = user.folder / "gone"
+    gone.mkdir()
+    shell = ["bash", "-c", 'cd "$0" && rmdir "$0" && exec "$@"', str(gone)]
+    code = 2 if "--from" in arguments else 1
+    user.refused(*arguments, names="the working directory is gone: cd to another", code=code, wrapper=shell)

@@ -99,7 +99,13 @@ def prepare(folder: Path) -> None:
     """Makes the folder if it is missing, and marks it. Raises StoreFailed if it is not a library that this
     user alone can change."""
     with store_errors(f"the library {folder}"):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as exc:
+            reason = "it is not a folder" if isinstance(exc, FileExistsError) else exc.strerror
+            raise StoreFailed(
+                f"the library {folder} can't be made: {reason}; give --library another folder"
+            ) from exc
         if not examine(folder):
             with suppress(OSError):  # a library that can only be read needs no marker yet
                 _write_text(folder, folder / FORMAT, f"{MARKER} {VERSION}\n")
