@@ -1,6 +1,6 @@
 """ipfsfuse: IPFS as a read-only directory, fetched lazily and checked against its CIDs.
 
-What stands in `__all__` is the Python interface (docs/PYTHON.md). Everything else is private.
+The names in `__all__` are the Python interface (docs/PYTHON.md). Everything else is private.
 """
 
 from importlib import import_module
@@ -15,7 +15,7 @@ __all__ = ["Entry", "File", "Filesystem", "Stat", "__version__", "errors", "open
 
 
 def __getattr__(name: str) -> object:
-    """What is public is imported when it is first used: `ipfsfuse --help` needs none of it."""
+    """Imports a public name at its first use: `ipfsfuse --help` needs none."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "errors":

@@ -1,5 +1,5 @@
-"""What a mount is asked to be, and where its folders lie by default. The command line parses it once into
-frozen values, which are not checked again. Imports nothing that takes long."""
+"""The configuration of a mount, and the default folders. The command line makes and checks these frozen
+values. This module is quick to import."""
 
 import os
 from collections.abc import Sequence
@@ -23,79 +23,78 @@ class User(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContentConfig:
-    """A cache folder and sources: for `serve`, the Python interface, and each mount."""
+    """The configuration of a cache folder and sources: for `serve`, the Python interface and mounts."""
 
     cache_dir: Path
     library: Path
     sources: Sequence[str] = ("library",)
-    """SOURCE texts in the order to ask."""
+    """The sources as on the command line, in the order to ask them."""
     offline: bool = False
-    """Only what is staged and the sources that are read in place."""
+    """Whether only staged content and sources that are read in place are used."""
     budget: int = 10 * GIB
-    """Bytes that all of the cache folder may take on disk, in file-system blocks; less where the disk has
+    """Bytes that the whole cache folder may take on disk, in file-system blocks. Less if the disk has
     less."""
     reserve: int | None = None
-    """Bytes of the cache folder's file system that stay free: 0 for none, None for a twentieth of it, at most
-    2 GiB."""
+    """Bytes of the cache folder's file system that stay free. None means a twentieth of it, at most 2 GiB."""
     deadline: float = 30.0
-    """Seconds from its begin in which each call is answered."""
+    """Seconds in which each call is answered."""
     dns: str = "system"
-    """Whom DNSLink is asked of: `system`, or the URL of a DNS-over-HTTPS server."""
+    """The server for DNSLink: `system`, or the URL of a DNS-over-HTTPS server."""
     routers: Sequence[str] = ()
-    """URLs of delegated routers: asked by the source `network` for providers, and for IPNS records."""
+    """URLs of delegated routers, for the providers of the source `network` and for IPNS records."""
     header_files: Sequence[tuple[str, Path]] = ()
-    """(URL of a source, the file of HTTP headers for it); "" for the only network source."""
+    """(URL of a source, file with HTTP headers for it); the URL is "" for the only network source."""
     allow_private_providers: bool = False
-    """Whether providers at loopback and private addresses are asked too."""
+    """Whether requests go to providers at loopback and private addresses too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountConfig(ContentConfig):
     mountpoint: Path
-    """Absolute, symlinks in its parents resolved."""
+    """Absolute, with the symlinks of its parents resolved."""
     allow: "frozenset[Cid] | None" = None
-    """Canonical CIDs that may be named in the root; None for all."""
+    """Canonical CIDs that are allowed in the root; None for all."""
     record: Path | None = None
-    """Where the CIDs of every block used are written, as JSON lines; such a mount pushes nothing into the
-    page cache."""
+    """The file for the CIDs of all blocks used, as JSON lines. With it, nothing is pushed into the page
+    cache."""
     allow_other: bool = False
     passthrough: bool = False
-    """Whether the kernel reads staging files that were verified whole itself."""
+    """Whether the kernel itself reads staging files that were verified whole."""
     isolated: bool = False
-    """A cache folder of its own, made for this mount and gone with it."""
+    """Whether the mount has a new cache folder, which is removed with it."""
     while_held: bool = False
-    """End when the last control connection that holds the mount is gone."""
+    """Whether the mount ends when the last control connection that holds it is closed."""
     pins: str = "kubo"
-    """`kubo`: hold what is staged at the Kubo nodes among the sources; `none`."""
+    """`kubo`: hold staged content at the Kubo nodes among the sources. `none`: hold nothing."""
     ipns: Path | None = None
-    """Where names are shown as symlinks into the mount. Absolute, as `mountpoint`."""
+    """The mountpoint for names, which are symlinks into the mount. Absolute, like `mountpoint`."""
     uid: int | None = None
-    """The owner that everything is shown with; None for the user who mounts."""
+    """The owner that is shown for everything; None for the user who mounts."""
     gid: int | None = None
     umask: int = 0
-    """Permission bits that are taken from every file."""
+    """Permission bits that are removed from every file."""
     max_fetch: int | None = None
-    """Bytes that may be fetched, of all sources together; None for any number."""
+    """The most bytes that are fetched from all sources together; None for no limit."""
     bwlimit: int | None = None
-    """Bytes a second that are fetched, of all sources together."""
+    """The most bytes a second that are fetched from all sources together; None for no limit."""
     user: User | None = None
-    """Whose rights the daemon keeps once it is started by root, and whose mount it is."""
+    """The user that a daemon started by root changes to. The mount belongs to this user."""
     confined: bool = True
-    """Whether the daemon gives up new privileges, and by landlock the files that it does not need."""
+    """Whether the daemon gives up new privileges and, with landlock, files that it does not need."""
 
 
 # -- where folders lie by default ----------------------------------------------------------------------------
 
 
 def cache_dir(given: str | Path | None) -> Path:
-    """The cache folder: as given, IPFSFUSE_CACHE_DIR, else ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
+    """The cache folder: `given`, or IPFSFUSE_CACHE_DIR, or ipfsfuse in XDG_CACHE_HOME or ~/.cache."""
     return absolute(
         given or os.environ.get("IPFSFUSE_CACHE_DIR") or xdg("XDG_CACHE_HOME", ".cache") / "ipfsfuse"
     )
 
 
 def library(given: str | Path | None) -> Path:
-    """The library: as given, IPFSFUSE_LIBRARY, else ipfsfuse/library in XDG_DATA_HOME or ~/.local/share."""
+    """The library: `given`, or IPFSFUSE_LIBRARY, or ipfsfuse/library in XDG_DATA_HOME or ~/.local/share."""
     return absolute(
         given
         or os.environ.get("IPFSFUSE_LIBRARY")
@@ -104,8 +103,8 @@ def library(given: str | Path | None) -> Path:
 
 
 def xdg(variable: str, fallback: str) -> Path:
-    """A base folder of the XDG specification, which says that a relative path is to be ignored. `fallback`
-    lies in the home folder."""
+    """A base folder of the XDG specification: the value of `variable`, unless that is relative, else
+    `fallback` in the home folder."""
     folder = os.environ.get(variable, "")
     if os.path.isabs(folder):
         return Path(folder)
@@ -113,7 +112,7 @@ def xdg(variable: str, fallback: str) -> Path:
 
 
 def home(variables: str = "HOME") -> Path:
-    """The home folder. Raises UsageError where there is none, and says to set one of `variables`."""
+    """The home folder. Raises UsageError if there is none. The message says to set one of `variables`."""
     try:
         return Path.home()
     except RuntimeError as exc:
@@ -121,5 +120,5 @@ def home(variables: str = "HOME") -> Path:
 
 
 def absolute(path: str | Path) -> Path:
-    """Symlinks resolved."""
+    """`path` as an absolute path without symlinks."""
     return Path(os.path.realpath(path))

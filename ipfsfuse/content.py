@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What is open."""
+    """The parts that are open."""
 
     cache: PinsetCache
     pool: SourcePool
@@ -49,8 +49,9 @@ class Content:
 
 @asynccontextmanager
 async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Content]:
-    """The cache in `folder`, which the caller has locked, over the sources of `config`. Raises StoreFailed,
-    SourceFailed, UsageError."""
+    """Opens the cache in `folder`, which the caller has locked, with the sources of `config`.
+
+    Raises StoreFailed, SourceFailed, UsageError."""
     http = with_headers(HttpSettings(), config.header_files, config.sources)
     async with AsyncExitStack() as stack:
         sources, pool = await stack.enter_async_context(opened_pool(config, folder, http))
@@ -67,7 +68,7 @@ async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Co
 async def opened_pool(
     config: ContentConfig, folder: CacheFolder, http: HttpSettings, indexing: SourceProgress | None = None
 ) -> AsyncIterator[tuple[Sequence[Source], SourcePool]]:
-    """The sources of `config` and the pool of them. Raises SourceFailed, UsageError."""
+    """Opens the sources of `config`, and a pool of them. Raises SourceFailed, UsageError."""
     settings = OpenSettings(
         config.library,
         folder.indexes,
@@ -82,7 +83,8 @@ async def opened_pool(
 
 
 class Names:
-    """The records and the resolver of names, made when they are first used: what they import takes 0.1 s."""
+    """The records and the resolver of names. They are made at their first use, since their imports take
+    0.1 s."""
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class Names:
         config: ContentConfig,
         stack: AsyncExitStack,
     ) -> None:
-        """`folder` is our cache folder. What is opened is closed with `stack`."""
+        """`folder` is the cache folder. `stack` closes everything that is opened here."""
         self._folder, self._sources, self._http = folder, sources, http
         self._config, self._stack = config, stack
         self._store: NameRecords | None = None
@@ -122,8 +124,7 @@ class Names:
         return self._store
 
     async def path_of(self, text: str) -> IpfsPath:
-        """The path that `text` spells. An IPNS name in it is replaced by what that stands for now. Raises
-        NotACid, NotFound, Unavailable, UsageError."""
+        """The path in `text`. An IPNS name is resolved. Raises NotACid, NotFound, Unavailable, UsageError."""
         named = paths.split_ipns(text)
         if named is None:
             return paths.parse(text)
@@ -131,12 +132,13 @@ class Names:
         return IpfsPath(found.root, found.names + named[1])
 
     def resolved_names(self) -> Sequence[str]:
-        """The names that were resolved of late."""
+        """The names that were resolved lately."""
         return self._resolver.resolved_names() if self._resolver is not None else ()
 
     async def record(self, name: "KeyName", fetch: bool) -> bytes:
-        """The newest record of `name`; without `fetch` the newest that was seen, unverified. Raises NotHere,
-        Unavailable, StoreFailed."""
+        """The newest record of `name`. Without `fetch`: the newest stored one, unverified.
+
+        Raises NotHere, Unavailable, StoreFailed."""
         if fetch:
             return (await (await self.resolver()).newest(name))[0].data
         data = await threads.run_sync(self._records().get, str(name))
@@ -148,23 +150,24 @@ class Names:
 # -- whole blocks --------------------------------------------------------------------------------------------
 
 REMEMBERED = 100_000
-"""Children of file nodes whose place is remembered, some 30 MB: 100 GB of a file in leaves of 1 MiB."""
+"""Children of file nodes for which the place is remembered, in some 30 MB: enough for 100 GB of a file in
+leaves of 1 MiB."""
 
 
 class WholeBlocks:
-    """Whole blocks, for receipts, `ipfsfuse export` and `ipfsfuse serve`: those too of which only the content
-    is kept.
+    """Gives whole blocks for receipts, `ipfsfuse export` and `ipfsfuse serve`, even if only their content is
+    kept.
 
     A staging file holds a file's content, and no list of its leaves. But a caller that asks for a leaf has
-    asked for its parents before, and these say where their children lie."""
+    asked for its parents before, and the parents have the places of their children."""
 
     def __init__(self, cache: Reader, pool: SourcePool) -> None:
         self._cache, self._pool = cache, pool
         self._places: dict[Cid, tuple[FileRef, Leaf]] = {}
 
     async def get(self, cid: Cid, fetch: bool) -> bytes:
-        """The verified block of `cid`. Without `fetch` it must be staged, or in a source in place: raises
-        NotHere. With it raises what `Cache.block` raises."""
+        """The verified block of `cid`. Without `fetch`, raises NotHere if the block is neither staged nor in
+        a source in place. With `fetch`, raises the errors of `Cache.block`."""
         known = self._places.get(cids.canonical(cid))
         block = None if known is None else await self._staged(*known, fetch)
         if block is None:
@@ -185,8 +188,7 @@ class WholeBlocks:
         return block
 
     async def _staged(self, file: FileRef, leaf: Leaf, fetch: bool) -> bytes | None:
-        """The block of a leaf, by its content; None where it is not a leaf, or one of a form that can't be
-        made again."""
+        """The block of a leaf, made from its content. None if it is not a leaf, or has an unusual form."""
         content: FileContent | None
         try:
             content = await (
@@ -199,10 +201,10 @@ class WholeBlocks:
         return await threads.run_sync(file_layout.leaf_block, leaf.cid, content)
 
     def _note(self, node: File) -> None:
-        """Remembers where its children lie."""
+        """Remembers the places of its children."""
         own = cids.canonical(node.cid)
         file, at = self._places.get(own, (FileRef(own, node.size), Leaf(own, 0, node.size)))
-        if at.size != node.size:  # its parent claims another size: its children may lie beyond the file's end
+        if at.size != node.size:  # its parent claims another size: children may be beyond the file's end
             file, at = FileRef(own, node.size), Leaf(own, 0, node.size)
         for child in node.children:
             self._places.setdefault(
@@ -213,7 +215,7 @@ class WholeBlocks:
 
 
 def _parsed(cid: Cid, block: bytes) -> Node | None:
-    """What `block` is; None where it is not UnixFS, which then has no leaves."""
+    """The node of `block`; None if it is not UnixFS and so has no leaves."""
     try:
         return nodes.parse(cid, block)
     except (Malformed, Unsupported):

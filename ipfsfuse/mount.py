@@ -1,7 +1,7 @@
-"""The composition root: builds one mount from its configuration. `run` and `_main` show every lifetime,
-innermost last.
+"""The composition root: builds one mount from its configuration. `run` and `_main` open all parts, in the
+order in which they depend on each other.
 
-Concurrency: everything runs in one trio loop; file bytes are read, hashed and written in its worker threads.
+Concurrency: everything runs in one trio loop. Its worker threads read, hash and write the bytes of files.
 """
 
 import ctypes
@@ -53,23 +53,23 @@ from ipfsfuse.vfs.tree import Roots, Tree
 log = logging.getLogger("ipfsfuse.mount")
 
 READ_AHEAD_KIB = 4096
-"""What root lets the kernel read ahead: 2.2 to 2.7 GB/s instead of 0.3 to 0.7 with its 128."""
+"""The kernel's read-ahead, which only root can set: 2.2 to 2.7 GB/s instead of 0.3 to 0.7 with the default of
+128."""
 HOLD_SECONDS = 30
 """How long a mount with --while-held waits for its first holder."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-"""Of mallopt(3)."""
+"""Parameters of mallopt(3)."""
 _OLDEST = 2
-"""The generation of a pass of the collector over all objects that are not frozen."""
+"""The generation of a full pass of the garbage collector."""
 LONG_PASS = 0.01
-"""Seconds."""
+"""Seconds of a full pass that is too long."""
 THRESHOLDS = 700, 10, 4
-"""As gc.set_threshold: a full pass comes after 28,000 new objects, not after 70,000."""
+"""For gc.set_threshold: a full pass comes after 28,000 new objects; by default after 70,000."""
 LEAF, TOUCHED = 1 << 20, 3
-"""Bytes of a leaf, and how many times as much memory a read of it takes: the received pieces, and the
-whole."""
+"""Bytes of a leaf. A read of it takes so many times as much memory, for the received pieces and the whole."""
 END_SECONDS = 0.5
-"""How long programs may go on to use an unmounted mount before they are cut off."""
+"""After unmounting, programs may use open files for so long."""
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 """Signals that unmount."""
 
@@ -78,7 +78,7 @@ Ready = Callable[[Path], None]
 End = Callable[[], Awaitable[None]]
 """Unmounts."""
 Hangup = Callable[[], int | None]
-"""Called at each SIGHUP; gives the budget that holds from now on, None for the same."""
+"""Called at each SIGHUP. Returns the new budget; None if it does not change."""
 
 
 def run(
@@ -89,13 +89,12 @@ def run(
     reads: Sequence[Path] = (),
     writes: Sequence[Path] = (),
 ) -> None:
-    """Mounts, serves, and returns when the mount is gone, however it ended. Raises the first error that
-    prevents it.
+    """Mounts, serves, and returns after the mount has ended. Raises the first error that prevents it.
 
-    `indexing` is called from a worker thread, before `ready`, while the index of a CAR file is built that has
-    none. `hangup` is called at each SIGHUP; without it SIGHUP unmounts, unless it was ignored when this
-    process began. A confined daemon reads the files `reads` and writes `writes` besides its own, and what
-    takes their places: what `hangup` and the log need."""
+    While the index of a CAR file is built, `indexing` is called from a worker thread, before `ready`.
+    `hangup` is called at each SIGHUP. Without it, SIGHUP unmounts, unless it was ignored when this process
+    started. A confined daemon may also read the files `reads` and write the files `writes`, which `hangup`
+    and the log need, and files that replace them."""
     _ignore_signals(hangup is not None)
     deadline, shortened = mountpoints.fitting_deadline(config.deadline)
     if shortened:
@@ -129,8 +128,8 @@ def run(
 
 
 def _become(user: User, folders: Sequence[Path]) -> None:
-    """Root becomes `user` for good. Of `folders` those that root alone can make are made for the user.
-    Raises MountFailed."""
+    """Changes the user from root to `user` for good. Before that, makes those of `folders` that only root can
+    make, and gives them to the user. Raises MountFailed."""
     for path in folders:
         trusted = [os.stat(parent) for parent in path.parents if parent.exists()]
         if path.parent.exists() and not any(info.st_uid or info.st_mode & 0o022 for info in trusted):
@@ -153,29 +152,29 @@ SYSTEM_FOLDERS = (
     "/run/current-system", "/run/opengl-driver",
     "/etc/resolv.conf", "/etc/ssl/certs", "/etc/ssl/cert.pem", "/etc/pki/tls/certs", "/var/lib/sss",
 )  # fmt: skip
-"""Where programs, certificates, the addresses of name servers and the kernel's files lie. Paths in /etc may
-be links to another folder, as on openSUSE. Of /run only the folders with addresses of name servers are
-listed: it also holds secrets of containers and of users."""
+"""Folders of programs, certificates, addresses of name servers, and files of the kernel. Paths in /etc may be
+links to another folder, as on openSUSE. In /run only folders with addresses of name servers are listed, since
+it also holds secrets of containers and of users."""
 
 
 def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], writes: Sequence[Path]) -> str:
-    """Gives up new privileges, capabilities, and by landlock all files but those that this mount needs.
-    An attacker who takes over the daemon by what a source sends can then read no keys in a home folder, and
-    write nothing but the cache.
+    """Gives up new privileges, capabilities, and, with landlock, all files that this mount does not need. If
+    an attacker takes over the daemon through data of a source, the attacker can read no keys in a home
+    folder, and write only to the cache.
 
-    It binds the threads that begin later. The thread that watches the starter until `ready` is older, and is
-    not bound. Returns what confines the daemon."""
+    It applies to threads that start later. The thread that watches the starter until `ready` is older, and is
+    not confined. Returns a text that names what confines the daemon."""
     places = [*map(Path, SYSTEM_FOLDERS), *map(Path, (sys.prefix, sys.base_prefix, *filter(None, sys.path)))]
     if LIBRARY in config.sources:
-        with suppress(StoreFailed):  # whoever opens the source says so
+        with suppress(StoreFailed):  # reported when the source is opened
             library.prepare(config.library)
     places += source_files(config.sources, config.library)
     places += [path for _url, path in config.header_files]
     files = ("SSL_CERT_FILE", "SSL_CERT_DIR", "IPFSFUSE_KUBO_AUTH_FILE")
     replaced = [*reads, *(Path(os.environ[name]) for name in files if os.environ.get(name))]
-    places += [place for path in replaced for place in (path, _room_of(path), _room_of(path.resolve()))]
-    # on a full disk it comes later
-    cache = next(path for path in [_room_of(folder.path), *folder.path.parents] if path.exists())
+    places += [place for path in replaced for place in (path, _folder_of(path), _folder_of(path.resolve()))]
+    # on a full disk the folder may not exist yet
+    cache = next(path for path in [_folder_of(folder.path), *folder.path.parents] if path.exists())
     own = [cache, *map(_writable, writes), Path("/dev/null"), Path("/sys/devices/virtual/bdi")]
     own += [path for path in [live_mounts.usable_folder()] if path]
     emptied = [Path(tempfile.gettempdir())] if config.isolated else []
@@ -195,7 +194,7 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
         allowed += [Access(file, remove_folders=True) for path in emptied if (file := opened(path))]
         kept = _kept_capabilities(config, own)
         layers = ["no_new_privs"] if confinement.refuse_new_privileges() else []
-        # an abstract socket may be the service manager's
+        # the service manager may listen at an abstract socket
         scopes = confinement.SIGNALS
         if not os.environ.get("NOTIFY_SOCKET", "").startswith("@"):
             scopes |= confinement.ABSTRACT_SOCKETS
@@ -207,9 +206,9 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
 
 
 def _kept_capabilities(config: MountConfig, written: Sequence[Path]) -> dict[str, int]:
-    """What a daemon that stays root still needs; its helpers mount and unmount. It reads what other users
-    made, such as a node's repository. It may write into a folder, and connect to a socket, of another user.
-    With --passthrough it gives the kernel files to read by itself."""
+    """The capabilities that a daemon which stays root needs. (Its helpers mount and unmount.) It reads files
+    of other users, such as a node's repository. It may have to write into a folder of another user, or
+    connect to another user's socket. With --passthrough it registers files with the kernel."""
     kept = {"dac_read_search": confinement.CAP_DAC_READ_SEARCH}
     if not all(map(_is_roots, [*written, *source_sockets(config.sources)])):
         kept["dac_override"] = confinement.CAP_DAC_OVERRIDE
@@ -224,18 +223,18 @@ def _is_roots(path: Path) -> bool:
     return False
 
 
-def _room_of(file: Path) -> Path:
-    """The folder of `file`, because another may take its place; `file` alone where the folder holds this
-    user's home."""
+def _folder_of(file: Path) -> Path:
+    """The folder of `file`, since another file may replace `file`. But `file` itself if the folder contains
+    this user's home."""
     home = Path(os.path.realpath(os.path.expanduser("~")))
     return file if home.is_relative_to(file.parent.resolve()) else file.parent
 
 
 def _writable(file: Path) -> Path:
-    """The path that must be writable so that the log `file` can be written."""
-    place = _room_of(file)
+    """The path that must be writable for the log `file`."""
+    place = _folder_of(file)
     if place == file:
-        with suppress(OSError):  # whoever opens it says so
+        with suppress(OSError):  # reported when the log is opened
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             os.close(os.open(file, flags, 0o600))
         log.warning(
@@ -248,29 +247,30 @@ def _writable(file: Path) -> Path:
 
 
 def _raise_descriptors() -> None:
-    """As many open files as this user may have: late requests hold up to 144 connections, two descriptors
-    each, at each source."""
+    """Raises the limit of open files as far as this user may: for each source, up to 144 connections can be
+    open, with two descriptors each."""
     _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _reuse_memory() -> None:
-    """Leaves of 1 MiB come and go: glibc must not give each back to the kernel, which clears its pages for
-    the next one. A tenth of the CPU of a cold read, for 32 MiB that may stay. Larger blocks are given back:
-    forty directories of 2 MiB each left holes of 25 MiB. Other C libraries have no such call."""
+    """Lets glibc keep up to 32 MiB of freed memory. Leaves of 1 MiB are allocated and freed all the time, and
+    the kernel clears the pages of new memory: this saves a tenth of the CPU of a cold read. Larger blocks are
+    given back to the kernel: forty directories of 2 MiB each left holes of 25 MiB. Other C libraries have no
+    such call."""
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, 3 << 19)
         libc.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_ARENA_MAX, 1)  # else each worker thread would have memory of its own to be cleared
+        libc.mallopt(_M_ARENA_MAX, 1)  # else each worker thread has its own memory to be cleared
 
 
 @contextmanager
 def short_collections() -> Iterator[None]:
-    """Keeps full passes of the collector of cycles short: with a million inodes each would hold the event
-    loop for 0.2 s. What survived a pass that took long is frozen: later passes leave it out. Reference counts
-    free it all the same, unless it has become part of a cycle."""
+    """Keeps full passes of the garbage collector short: with a million inodes each would stop the event loop
+    for 0.2 s. After a long pass, all surviving objects are frozen: later passes skip them. Their reference
+    counts still free them, unless they have become part of a cycle."""
     began = 0.0
 
     def freeze(phase: str, info: dict[str, int]) -> None:
@@ -291,8 +291,8 @@ def short_collections() -> Iterator[None]:
 
 
 def _touch_memory() -> None:
-    """Has the kernel clear the memory for the first leaf now, and not while its reader waits: 1 ms, a page at
-    a time."""
+    """Makes the kernel clear the memory for the first leaf now. Later it would take 1 ms of the first
+    read."""
     _ = [b"\1" * LEAF for _ in range(TOUCHED)]
 
 
@@ -306,14 +306,15 @@ async def _main(
     indexing: SourceProgress | None,
     hangup: Hangup | None,
 ) -> None:
-    """All that answers the kernel's requests, from the sources up, until the mount is gone."""
+    """Opens everything that answers the kernel's requests, from the sources up, and runs until the mount has
+    ended."""
     rate = None if config.bwlimit is None else RateLimit(config.bwlimit)
     quota = None if config.max_fetch is None else FetchQuota(config.max_fetch)
     http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
     async with AsyncExitStack() as stack:
         sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
         nodes = [source for source in sources if isinstance(source, Kubo)]
-        if config.allow is None:  # else a name may be one that is not allowed
+        if config.allow is None:  # else blocks of CIDs that are not allowed would be read
             repositories = [node.blocks for node in nodes if node.blocks]
             listener = repositories[0].files.name_listener if repositories else None
             stack.enter_context(device.listening(listener))
@@ -354,7 +355,7 @@ async def _main(
         server = ControlServer(commands.table())
         await nursery.start(server.serve, folder.control, folder.remake)
         if config.ipns is not None:
-            await names.resolver()  # what is wrong with its settings is reported before anything is mounted
+            await names.resolver()  # reports wrong settings before anything is mounted
         session = stack.enter_context(
             sessions.opened(operations, helpers[0], config.record is None, config.passthrough)
         )
@@ -395,7 +396,7 @@ async def _main(
 async def _names_mounted(
     config: MountConfig, helper: sessions.MountHelper, names: Names, ended: End
 ) -> AsyncIterator[None]:
-    """Names as symlinks into the mount, at a mountpoint of their own."""
+    """Mounts a folder of names, which are symlinks into the main mount."""
 
     async def target(name: bytes) -> tuple[bytes, float]:
         try:
@@ -414,7 +415,7 @@ async def _names_mounted(
 
 
 async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
-    """Tells the nodes what is desired, once it is known what an earlier run left."""
+    """Tells the nodes which pins are desired, according to the pinset and the files of earlier runs."""
     staged = [kept.cid for kept in await cache.store.listed()] if pins.anywhere else []
     pins.reconcile(staged, cache.pinned.roots, cache.store.item_of, cache)
 
@@ -423,8 +424,8 @@ async def _reconcile(pins: NodePins, cache: PinsetCache) -> None:
 
 
 def _ignore_signals(also_hangup: bool) -> None:
-    """Ignores signals that would end the daemon by mistake, and cut off its readers. (A signal of a bug, such
-    as SIGSEGV, still ends it.)"""
+    """Ignores signals that would end the daemon by mistake. (Signals of a bug, such as SIGSEGV, still end
+    it.)"""
     timers = (signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF)
     others = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGIO, signal.SIGPWR)
     hangup = [signal.SIGHUP] if also_hangup else []
@@ -436,8 +437,8 @@ STATUS_SECONDS = 30.0
 
 
 class Notifier:
-    """Tells systemd how a service does (sd_notify(3)): ready, reloading, stopping, alive. Sends nothing where
-    NOTIFY_SOCKET names no socket."""
+    """Tells systemd the state of the service (sd_notify(3)): ready, reloading, stopping, alive. Sends nothing
+    if NOTIFY_SOCKET is not set."""
 
     def __init__(self) -> None:
         self._address = os.environ.get("NOTIFY_SOCKET", "")
@@ -458,7 +459,7 @@ class Notifier:
             log.warning("the service manager can't be reached: %s", exc.strerror)
 
     async def run(self, status: Callable[[], str]) -> None:
-        """Reports at intervals that the event loop runs, and `status`."""
+        """Reports now and then that the event loop is alive, and the `status`."""
         if not self._address:
             return
         seconds = STATUS_SECONDS if self._watchdog is None else min(self._watchdog / 2, STATUS_SECONDS)
@@ -468,8 +469,8 @@ class Notifier:
 
 
 async def _heed_signals(end: End, hangup: Hangup | None, commands: Commands, notifier: Notifier) -> None:
-    """A signal that ends a process unmounts. A mount that is busy is unmounted lazily, so that the daemon
-    ends in any case. SIGUSR1 logs the status. SIGHUP reloads."""
+    """Unmounts at a signal of ENDING. A busy mount is unmounted lazily, so that the daemon ends in any case.
+    SIGUSR1 logs the status. SIGHUP reloads."""
     heeded = {*ENDING, signal.SIGUSR1}
     if hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         heeded.add(signal.SIGHUP)
@@ -477,7 +478,7 @@ async def _heed_signals(end: End, hangup: Hangup | None, commands: Commands, not
     for each in heeded:
         signal.signal(each, lambda number, _frame: early.append(number))
     with _ignored_afterwards(heeded), trio.open_signal_receiver(*heeded) as signals:
-        for number in early:  # it came before there was a receiver
+        for number in early:  # came before there was a receiver
             signal.raise_signal(number)
         async for number in signals:
             if number == signal.SIGUSR1:
@@ -497,7 +498,7 @@ async def _heed_signals(end: End, hangup: Hangup | None, commands: Commands, not
 
 @contextmanager
 def _ignored_afterwards(numbers: Iterable[int]) -> Iterator[None]:
-    """A second signal must not end the cleanup."""
+    """Ignores the signals after the block, so that a second signal does not end the cleanup."""
     try:
         yield
     finally:
@@ -514,7 +515,8 @@ async def _end_when_released(server: ControlServer, end: End) -> None:
 
 
 async def _end(helper: sessions.MountHelper, everything: trio.CancelScope) -> None:
-    """Unmounts. What still uses the mount then (an open file, another mount namespace) is cut off."""
+    """Unmounts. Ends all requests END_SECONDS later, even if an open file or another mount namespace still
+    uses the mount."""
     await helper.unmount()
     await trio.sleep(END_SECONDS)
     everything.cancel()

@@ -1,7 +1,6 @@
-"""The record of a mount: which blocks were used, in the order of first use, as JSON lines.
+"""The record of a mount: the blocks that were used, in the order of first use, as JSON lines.
 
-Concurrency: called on the event loop. A line is written at once: the file has a block when the mount gives
-it.
+Concurrency: called on the event loop. A line is written before the mount returns the block.
 """
 
 import json
@@ -15,12 +14,12 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 
 REMEMBERED = 200_000
-"""Uses that are remembered at least, and at most twice as many: some 60 MB."""
+"""At least so many uses are remembered, and at most twice as many, in some 60 MB."""
 
 
 class UseRecord:
-    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use. A use is written again at
-    most if `REMEMBERED` others came in between."""
+    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use. After REMEMBERED other uses,
+    a use may be written again."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -30,8 +29,7 @@ class UseRecord:
     @classmethod
     @contextmanager
     def create(cls, path: Path) -> Iterator["UseRecord"]:
-        """A record in the file `path`, closed at the end of the block. Raises StoreFailed where it can't be
-        written."""
+        """Opens a record in the file `path` for the length of the block. Raises StoreFailed."""
         try:
             out = path.open("w", encoding="utf-8")
         except OSError as exc:

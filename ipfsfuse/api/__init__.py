@@ -1,1 +1,1 @@
-"""The Python interface: verified content without a mount. What is public stands in `ipfsfuse.__all__`."""
+"""The Python interface: verified content without a mount. `ipfsfuse.__all__` has the public names."""

@@ -1,4 +1,4 @@
-"""Content by path, for trio programs: a cache folder and sources, without a mount.
+"""Reads content by path, for trio programs, without a mount. It uses a cache folder and sources.
 
     async with ipfsfuse.open_filesystem() as fs:
         for entry in await fs.ls("/ipfs/CID"):
@@ -6,8 +6,8 @@
         async with await fs.open("/ipfs/CID/file") as file:
             data = await file.read(0, 100)
 
-A path is `/ipfs/CID/...`, `CID/...` or `/ipns/NAME/...`. In the form of a URL (`ipfs://`, `ipns://`) its
-names are percent-encoded. Symlinks on the way are followed if they are relative and stay below the root.
+A path is `/ipfs/CID/...`, `CID/...` or `/ipns/NAME/...`. In a URL (`ipfs://`, `ipns://`) names are
+percent-encoded. Symlinks on the way are followed if they are relative and stay below the root.
 
 Concurrency: any number of tasks of the trio loop in which the file system was opened.
 """
@@ -37,21 +37,21 @@ from ipfsfuse.vfs.open_file import BufferBudget, OpenFile
 from ipfsfuse.vfs.tree import Tree, attributes_of
 
 MAX_LINKS = 40
-"""Symlinks that are followed on one way, as in Linux."""
+"""The most symlinks that are followed for one path, as in Linux."""
 PIECE = 16 << 20
-"""Bytes that `read_bytes` asks for together."""
+"""Bytes that are read by one call."""
 
 Kind = Literal["file", "directory", "symlink"]
 
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What is known of a file, a directory or a symlink."""
+    """The attributes of a file, a directory or a symlink."""
 
     cid: str
     kind: Kind
     size: int
-    """Content bytes of a file, the target's of a symlink, 0 of a directory."""
+    """Bytes of a file's content or a symlink's target; 0 for a directory."""
     mode: int
     """Permission bits as stored, else 0444, or 0555 for a directory."""
     mtime_ns: int
@@ -66,11 +66,11 @@ class Entry:
     """Bytes that are not UTF-8 are surrogates, as in `os.fsdecode`."""
     cid: str
     size: int | None
-    """Content bytes of a file that is one raw block, as its link claims; None if only its block says."""
+    """Content bytes of a file in one raw block, as its link claims; None if only its block has the size."""
 
 
 class File:
-    """An open file. Close it by `aclose`, or by `async with`."""
+    """An open file. Close it with `aclose`, or use `async with`."""
 
     def __init__(self, file: OpenFile, size: int, cid: str, deadline: float) -> None:
         self.size = size
@@ -78,10 +78,10 @@ class File:
         self._file, self._deadline = file, deadline
 
     async def read(self, offset: int = 0, size: int | None = None) -> bytes:
-        """`size` bytes from `offset` on (None: all), fewer only at the file's end. Each was verified.
+        """`size` verified bytes from `offset` on (None: all), or fewer at the end of the file.
 
-        Raises Unavailable where no source gave a block in time, WrongBlock, Malformed; ValueError for a
-        negative number."""
+        Raises Unavailable if no source gave a block in time, WrongBlock, Malformed; ValueError for a negative
+        number."""
         if offset < 0 or (size is not None and size < 0):
             raise ValueError("offset and size can't be negative")
         end = self.size if size is None else min(offset + size, self.size)
@@ -94,7 +94,7 @@ class File:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def aclose(self) -> None:
-        """Ends what is fetched ahead."""
+        """Closes the file and ends its readahead."""
         self._file.close()
         await trio.lowlevel.checkpoint()
 
@@ -113,12 +113,12 @@ class Filesystem:
         self._buffer_budget = BufferBudget()
 
     async def roots(self) -> Sequence[str]:
-        """The CIDs of what the library and the CAR files hold."""
+        """The root CIDs of the library and of the CAR files."""
         return [cids.text(cid) for cid in await threads.run_sync(self._content.pool.roots)]
 
     async def resolve(self, path: str) -> str:
-        """`path` with its IPNS name, if it has one, replaced by what that stands for now: `/ipfs/CID/...`.
-        Raises NotFound, Unavailable, NotACid, UsageError."""
+        """`path` with its IPNS name resolved, as `/ipfs/CID/...`. Raises NotFound, Unavailable, NotACid,
+        UsageError."""
         return (await self._content.names.path_of(path)).text
 
     async def stat(self, path: str, *, follow_symlinks: bool = True) -> Stat:
@@ -129,8 +129,8 @@ class Filesystem:
         return Stat(cids.text(node.cid), kind, found.size, modes.S_IMODE(found.mode), found.mtime)
 
     async def ls(self, path: str) -> Sequence[Entry]:
-        """The entries of a directory, in its own order. No child is fetched. Raises NotADirectory, and as
-        `stat`."""
+        """The entries of a directory, in its own order. No child is fetched. Raises NotADirectory, and the
+        errors of `stat`."""
         node = await self._node(path, follow=True)
         if not isinstance(node, Directory | Shard):
             raise NotADirectory(f"{path} is not a directory")
@@ -149,7 +149,8 @@ class Filesystem:
                 return found
 
     async def open(self, path: str) -> File:
-        """Opening costs the blocks on the way, and no content. Raises IsADirectory, and as `stat`."""
+        """Opens a file. This fetches the blocks on the way, and no content. Raises IsADirectory, and the
+        errors of `stat`."""
         node = await self._node(path, follow=True)
         if isinstance(node, Directory | Shard):
             raise IsADirectory(f"{path} is a directory")
@@ -165,7 +166,7 @@ class Filesystem:
             return await file.read()
 
     async def readlink(self, path: str) -> str:
-        """The target of a symlink, as stored. Raises NotALink, and as `stat`."""
+        """The target of a symlink, as stored. Raises NotALink, and the errors of `stat`."""
         node = await self._node(path, follow=False)
         target = await self._tree.readlink(node.cid)
         return target.decode("utf-8", "surrogateescape")
@@ -173,7 +174,8 @@ class Filesystem:
     # -- paths -----------------------------------------------------------------------------------------------
 
     async def _node(self, text: str, follow: bool) -> Node:
-        """What the path `text` leads to. Symlinks on the way are followed, and at its end if `follow`."""
+        """The node at the path `text`. Symlinks on the way are followed. A symlink at the end is followed if
+        `follow`."""
         path = await self._content.names.path_of(text)
         with request_of(None, trio.current_time() + self._deadline):
             return await self._walk(path, follow)
@@ -209,9 +211,8 @@ class Filesystem:
 
 
 def place_in_mount(mountpoint: Path, path: str, *, follow: bool = True) -> str:
-    """Where `path`, as CID/a/b, is in a mount, without a symlink in it. Symlinks on the way, and at its end
-    if `follow`, may not lead out of the root: what lies there is a file of this machine. Raises NotAllowed,
-    OSError."""
+    """The place of `path`, as CID/a/b, in a mount, with all symlinks resolved (at the end only if `follow`).
+    Symlinks may not lead out of the root, to other files of this machine. Raises NotAllowed, OSError."""
     top = os.path.realpath(mountpoint)
     root = path.partition("/")[0]
     parent, name = os.path.split(os.path.join(top, path))
@@ -244,13 +245,13 @@ async def open_filesystem(
     header_files: Mapping[str, str | Path] | None = None,
     allow_private_providers: bool = False,
 ) -> AsyncIterator[Filesystem]:
-    """A file system for the length of the block.
+    """Opens a file system for the length of the block.
 
-    `sources` are as those of `ipfsfuse mount --from`, and the same by default. `cache_dir` and `library` are
-    those of the commands unless given. `isolated`: a cache folder of its own, gone with the block. `budget`
-    in bytes; `deadline`: seconds in which each call fails that gets no verified block. `header_files`: for
-    the URL of a source, the file of the HTTP headers that it gets. Raises StoreFailed where another process
-    uses the cache folder, SourceFailed, UsageError."""
+    `sources` are written as for `ipfsfuse mount --from`, and have the same default. `cache_dir` and `library`
+    are those of the commands by default. With `isolated`, a new cache folder is used, and removed at the end.
+    `budget` is in bytes. A call without a verified block fails after `deadline` seconds. `header_files` maps
+    the URL of a source to a file with HTTP headers for it. Raises StoreFailed if another process uses the
+    cache folder, SourceFailed, UsageError."""
     asked = ContentConfig(
         cache_dir=config.cache_dir(cache_dir),
         library=config.library(library),

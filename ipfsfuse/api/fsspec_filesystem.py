@@ -1,10 +1,10 @@
 """`ipfs://` and `ipns://` for fsspec (https://filesystem-spec.readthedocs.io): read-only, over the same cache
 as a mount.
 
-Where a mount uses the cache folder, files are read through it. Where nothing uses it, this process does, in a
-thread of its own. Where another program does, this process has a temporary cache.
+If a mount uses the cache folder, files are read through the mount. If no process uses it, this process does,
+in a new thread. If another program uses it, this process has a temporary cache.
 
-Concurrency: any thread, and no event loop of the caller's.
+Concurrency: any thread. The caller needs no event loop.
 """
 
 import atexit
@@ -30,11 +30,11 @@ from ipfsfuse.dag.path import can_hold
 T = TypeVar("T")
 
 BLOCK_SIZE = 4 << 20
-"""The least that a file's reader requests: four leaves."""
+"""The default size of a file's buffer: four leaves."""
 OPEN_SECONDS = 30.0
 OPTIONS = frozenset(inspect.signature(open_filesystem).parameters)
 OPEN_FILES = 32
-"""Files that are kept open in the file system's own thread, for their readahead."""
+"""Files that the file system's thread keeps open, for their readahead."""
 
 _ERRORS: Sequence[tuple[type[errors.IpfsFuseError], type[OSError]]] = (
     (errors.NotFound, FileNotFoundError),
@@ -46,18 +46,18 @@ _ERRORS: Sequence[tuple[type[errors.IpfsFuseError], type[OSError]]] = (
     (errors.Unavailable, TimeoutError),
     (errors.IpfsFuseError, OSError),
 )
-"""What fsspec's users expect for each of our errors; the first that fits counts."""
+"""The exceptions that users of fsspec expect for our errors. The first that fits is used."""
 
 
 _Backend: TypeAlias = "_OwnThread | _ThroughMount"
-"""Where content comes from. Its paths are `CID/a/b`. `resolve` gives the path of an IPNS name, `ls` names and
-what they are, or the roots for an empty path."""
+"""Gives content. Its paths are `CID/a/b`. `resolve` gives the path of an IPNS name. `ls` gives names with
+their attributes, or the roots for an empty path."""
 
 
 class IpfsFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """`fsspec.filesystem("ipfs")`. Paths are `CID/a/b`, names as they are (not percent-encoded).
+    """`fsspec.filesystem("ipfs")`. Paths are `CID/a/b`. Names are not percent-encoded.
 
-    Options are those of `ipfsfuse.open_filesystem`. They count where no mount uses the cache folder."""
+    Options are those of `ipfsfuse.open_filesystem`. They are ignored if a mount uses the cache folder."""
 
     protocol: str | tuple[str, ...] = "ipfs"
     root_marker = ""
@@ -69,7 +69,7 @@ class IpfsFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
 
     @property
     def _backend(self) -> _Backend:
-        """Looked up each time: this may be a forked child by now, or the mount may have ended."""
+        """Looked up for each call, since this may be a forked child, or the mount may have ended."""
         return _backend(**self._options)
 
     @classmethod
@@ -144,8 +144,8 @@ class IpfsFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
 
 
 class IpnsFileSystem(IpfsFileSystem):
-    """`fsspec.filesystem("ipns")`. Paths are `NAME/a/b`; a name is a key's or a domain. What it stands for is
-    asked for again after its time to live."""
+    """`fsspec.filesystem("ipns")`. Paths are `NAME/a/b`. A name is that of a key, or a domain. It is resolved
+    again after its time to live."""
 
     protocol = "ipns"
 
@@ -158,7 +158,7 @@ class IpnsFileSystem(IpfsFileSystem):
 
 
 class IpfsFile(AbstractBufferedFile):  # type: ignore[misc]  # fsspec has no types
-    """An open file: fsspec buffers it."""
+    """An open file, which fsspec buffers."""
 
     def _fetch_range(self, start: int, end: int) -> bytes:
         return bytes(self.fs.read_range(self.path, start, min(end, self.size)))
@@ -177,7 +177,7 @@ def _info(path: str, of: Stat) -> dict[str, Any]:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Our errors become Python's own."""
+    """Raises our errors as exceptions of Python."""
     try:
         yield
     except errors.IpfsFuseError as exc:
@@ -192,7 +192,7 @@ _open: dict[tuple[int, str], _Backend] = {}
 
 
 def _backend(**options: Any) -> _Backend:
-    """The backend for these options; one that is open already, if it can still be used. Raises OSError."""
+    """The backend for these options. An open one is reused if it is still usable. Raises OSError."""
     key = os.getpid(), repr(sorted(options.items()))
     with _lock, _translated():
         found = _open.get(key)
@@ -213,10 +213,10 @@ def _opened(options: dict[str, Any]) -> _Backend:
 
 
 class _OwnThread:
-    """A file system of this process, in a trio loop of its own."""
+    """A file system in a new thread of this process, with a trio loop."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        """Raises what `open_filesystem` raises."""
+        """Raises the errors of `open_filesystem`."""
         self._options = options
         self._opened: Future[None] = Future()
         self._files: dict[str, File] = {}
@@ -281,8 +281,8 @@ class _OwnThread:
         try:
             return await file.read(start, max(0, end - start))
         finally:
-            other = self._files.pop(path, None)  # of a read at the same time
-            self._files[path] = file  # its readahead goes on where the next read begins
+            other = self._files.pop(path, None)  # opened by a read at the same time
+            self._files[path] = file  # keeps its readahead for the next read
             oldest = list(self._files)[:-OPEN_FILES]
             for each in filter(None, [other, *map(self._files.pop, oldest)]):
                 await each.aclose()
@@ -302,7 +302,7 @@ class _ThroughMount:
         self._names: dict[str, tuple[str, float]] = {}
 
     def is_usable(self) -> bool:
-        """Whether the mount is still there. What lies below its mountpoint else is not IPFS content."""
+        """Whether the mount still exists. Otherwise the files at its mountpoint are not IPFS content."""
         with suppress(OSError):
             return os.stat(self._mountpoint).st_dev == self._device
         return False
@@ -316,8 +316,8 @@ class _ThroughMount:
         return path
 
     def _at(self, path: str) -> str:
-        """Raises NotFound for a path that would leave the mount, NotAllowed where a symlink leads out of the
-        root."""
+        """The place of `path` in the mount. Raises NotFound for a path that would leave the mount, NotAllowed
+        if a symlink leads out of the root."""
         stored = path.encode("utf-8", "surrogateescape")
         if not all(map(can_hold, stored.split(b"/"))):
             raise errors.NotFound(f"{path} is not a path below a CID")
@@ -327,7 +327,7 @@ class _ThroughMount:
         return self._stat(self._at(path))
 
     def _stat(self, at: str) -> Stat:
-        """Of what is at `at`, which may be a symlink."""
+        """The attributes of the file `at`. A symlink is not followed."""
         info = os.lstat(at)
         is_directory = modes.S_ISDIR(info.st_mode)
         cid = os.getxattr(at, "ipfs.cid", follow_symlinks=False).decode()

@@ -8,11 +8,10 @@ are answered). One JSON object a line, both ways, in UTF-8:
     < {"ok": true, ...}                                the answer, its values beside `ok`
     < {"ok": false, "error": "one line", "kind": "Unavailable"}
 
-Commands on one connection are answered one after the other; closing the connection ends the one that is under
-way. `{"command": "hold"}` is answered at once, and counts the connection as a holder of the mount until it is
-closed.
+The commands of one connection run one after the other. Closing the connection cancels its command.
+`{"command": "hold"}` is answered at once. The connection then holds the mount until it is closed.
 
-`server` is the mount's half (trio). `ipfsfuse.client` is the blocking half, for other processes.
+`server` is the side of the mount (trio). `ipfsfuse.client` is the blocking side, for other processes.
 """
 
 MAX_LINE = 1 << 20

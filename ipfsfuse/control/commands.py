@@ -1,5 +1,4 @@
-"""What a running mount answers on its control socket: a table of commands over the cache, the sources and the
-tree."""
+"""The commands of the control socket of a mount. They use the cache, the sources and the tree."""
 
 import base64
 import logging
@@ -42,7 +41,7 @@ log = logging.getLogger("ipfsfuse.mount")
 LAG_SECONDS = 1.0
 SAMPLE_SECONDS = 10.0
 MAX_SAMPLES = 600
-"""Samples of the history, of some 100 bytes each. When there are more, each second one is dropped."""
+"""Samples of the history, of some 100 bytes each. Beyond this, every second one is dropped."""
 PROGRESS_SECONDS = 0.2
 """Seconds between two lines of progress."""
 
@@ -50,7 +49,7 @@ Answer = Mapping[str, Any]
 
 
 def _log() -> str | None:
-    """The file that standard error leads to; None if that is not a file. Clients can't look themselves: this
+    """The file behind standard error; None if it is not a file. Clients can't find it themselves, since this
     process hides its descriptors from other processes."""
     with suppress(OSError):
         if stat.S_ISREG(os.fstat(2).st_mode):
@@ -72,11 +71,11 @@ class Commands:
         latencies: Mapping[str, Histogram],
         given: Mapping[str, int],
     ) -> None:
-        """`latencies`: of the calls of the kernel, by their names; `given`: the bytes that they gave."""
+        """`latencies`: those of the kernel's calls, by name. `given`: the bytes that they returned."""
         self._config, self._cache, self._pool, self._pins, self._tree = config, cache, pool, pins, tree
         self._names, self._passthrough, self._quota = names, passthrough, quota
         self._served = {"blocks": 0, "bytes": 0}
-        """What `ipfsfuse serve` got of this mount."""
+        """What `ipfsfuse serve` got from this mount."""
         self._blocks = WholeBlocks(cache.reader, pool)
         self._latencies, self._given = latencies, given
         self._lag = Histogram()
@@ -125,7 +124,7 @@ class Commands:
         }
 
     def _degraded(self) -> list[str]:
-        """What keeps this mount from doing all it should."""
+        """The reasons why this mount is not healthy."""
         sources = [
             each
             for each in self._pool.statistics()
@@ -155,7 +154,8 @@ class Commands:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
 
     async def quota(self, arguments: Mapping[str, Any], _progress: Progress) -> dict[str, Any]:
-        """What was fetched of what --max-fetch allows. With `wait`, once that is reached."""
+        """The bytes that were fetched and that --max-fetch allows. With `wait`, answers when the quota is
+        reached."""
         if self._quota is None:
             raise UsageError("this mount has no --max-fetch")
         if arguments.get("wait") is True:
@@ -167,7 +167,7 @@ class Commands:
         }
 
     async def ls(self, arguments: Arguments, progress: Progress) -> Answer:
-        """Staging files, each with the paths that lead to it. With `tree` also every path that is staged."""
+        """All staging files with their paths. With `tree` also all staged paths."""
         tree: list[dict[str, Any]] = []
         paths = defaultdict[Cid, list[str]](list)
         report, found = _Throttled(progress), 0
@@ -176,7 +176,7 @@ class Commands:
         def roots() -> Iterator[tuple[Cid, str]]:
             yield from self._cache.names.staged()
             for pin in pinned:
-                if pin not in paths:  # else it was found below what was opened by name
+                if pin not in paths:  # else it was found below a name
                     yield pin, cids.text(pin)
 
         async for each in staged_paths(self._cache.reader, roots()):
@@ -197,7 +197,7 @@ class Commands:
         }
 
     async def resolve(self, arguments: Arguments, _progress: Progress) -> Answer:
-        """The path that an IPNS name or a domain stands for now, and for how many seconds that holds."""
+        """The path that an IPNS name or a domain resolves to, and for how many seconds that is valid."""
         name = arguments.get("name")
         if not isinstance(name, str):
             raise UsageError("resolve: name is a text")
@@ -236,7 +236,7 @@ class Commands:
         return {"evicted": cids.text(cid), "freed": await self._cache.store.evict(cid)}
 
     async def _named(self, arguments: Arguments) -> Cid:
-        """What `path` leads to, or `cid` names. Blocks on the way are fetched; symlinks are not followed."""
+        """The CID at `path`, or `cid`. Blocks on the way are fetched. Symlinks are not followed."""
         if "path" not in arguments:
             return _cid(arguments)
         path = await self._names.path_of(str(arguments["path"]))
@@ -261,13 +261,13 @@ class Commands:
         }
 
     async def resize(self, budget: int) -> None:
-        """Takes another budget, in bytes."""
+        """Changes the budget, in bytes."""
         if budget != self._cache.store.budget.configured:
             log.info("the budget is now %s bytes", budget)
             await self._cache.store.budget.resize(budget)
 
     async def measure_lag(self) -> None:
-        """Notes once a second how late the event loop is, and now and then a sample for `history`."""
+        """Measures once a second how late the event loop is. Takes samples for `history`."""
         sampled = trio.current_time()
         while True:
             due = trio.current_time() + LAG_SECONDS
@@ -293,11 +293,11 @@ class Commands:
         }
 
     async def history(self, _arguments: Arguments, _progress: Progress) -> Answer:
-        """What was counted since the mount began, at some hundred moments."""
+        """The counts at some hundred moments since the mount started."""
         return {"samples": [*self._history, self._sample()]}
 
     async def metrics(self, arguments: Arguments, progress: Progress) -> Answer:
-        """What `status` says, and latencies in classes."""
+        """The answer of `status`, and histograms of latencies."""
         return {
             **await self.status(arguments, progress),
             "operations": {name: each.as_dict() for name, each in self._latencies.items()},
@@ -315,7 +315,7 @@ class Commands:
         return asdict(await self._cache.fsck(report_progress))
 
     async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
-        """One verified block; with `fetch` false only if it is here. For `serve` it says `serving`."""
+        """One verified block. If `fetch` is false, only a block that is here. `serve` sets `serving`."""
         block = await self._blocks.get(_cid(arguments), arguments.get("fetch") is not False)
         if arguments.get("serving") is True:
             self._served["blocks"] += 1
@@ -323,8 +323,8 @@ class Commands:
         return {"data": base64.b64encode(block).decode("ascii")}
 
     async def record(self, arguments: Arguments, _progress: Progress) -> Answer:
-        """The newest IPNS record of a name; with `fetch` false the newest that was seen."""
-        from ipfsfuse.sources.names.record import KeyName, parse_name  # rare, and 50 ms
+        """The newest IPNS record of a name. If `fetch` is false, the newest stored one."""
+        from ipfsfuse.sources.names.record import KeyName, parse_name  # rare, and takes 50 ms
 
         name = parse_name(str(arguments.get("name")))
         if not isinstance(name, KeyName):
@@ -380,13 +380,13 @@ class _Throttled:
 
 # -- what is staged, by path ---------------------------------------------------------------------------------
 
-# The cache knows CIDs alone. So the names come from the directories themselves: the walk begins at the names
-# that were opened in the mount's root, and goes down through directory blocks that are here. It asks no
-# source, and what it looks at does not count as used. Each directory is entered once, by the first path that
-# leads to it, so that the walk takes no longer than there are entries.
+# The cache knows only CIDs. The names come from the directories themselves: the walk begins at the names that
+# were opened in the mount's root, and goes down through directory blocks that are here. It asks no source,
+# and does not count as a use. Each directory is entered once, by the first path to it, so that the time of
+# the walk is proportional to the number of entries.
 
 LISTED_TOGETHER = 500
-"""Entries that are looked at before other tasks can run: some milliseconds."""
+"""Entries that are visited before other tasks can run: some milliseconds."""
 
 
 class Staged(NamedTuple):
@@ -402,8 +402,8 @@ class Staged(NamedTuple):
 
 
 async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> AsyncIterator[Staged]:
-    """Every path below `roots` (CIDs and their names) that is staged, a directory before what is in it. The
-    next root is asked for when all below the one before it was yielded."""
+    """All staged paths below `roots` (CIDs and their names), directories before their entries. Takes the next
+    root after everything below the previous one."""
     entered = set[Cid]()
     looked_at = 0
     for root, name in roots:
@@ -429,7 +429,7 @@ async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> Asyn
 
 
 async def _entries_here(reader: Reader, directory: Directory | Shard) -> AsyncIterator[tuple[bytes, Cid]]:
-    """The names in a directory. Of a HAMT those in the nodes that are here."""
+    """The entries of a directory. For a HAMT, those in the nodes that are here."""
     if isinstance(directory, Directory):
         for index, link in enumerate(directory.links):
             if can_hold(link.name) and directory.counts(index):

@@ -1,14 +1,14 @@
-"""Which daemon serves which live mount, and where it is asked: one small file for each mount, in a folder of
-its user.
+"""Finds the daemon and the control socket of a live mount: each mount has a small file in a folder of its
+user.
 
-The kernel's table tells what is mounted where. It tells no program which socket belongs to a mount, and to
-ask the mount itself would wait for a daemon that hangs. So each daemon writes a file while it serves, named
-by the mount's device number (`0:53`), which only one living file system has at a time: what a killed daemon
-left is either found to be without a mount, or replaced by the next daemon whose mount gets that number.
+The kernel's table shows what is mounted where, but not the socket of a mount. To ask the mount itself could
+block, if its daemon hangs. So each daemon writes a file while it serves. The file's name is the mount's
+device number (`0:53`), which only one live file system has at a time. If a killed daemon leaves its file,
+there is no such mount, or the next daemon with that number replaces the file.
 
-The folder is `ipfsfuse` in $XDG_RUNTIME_DIR, else in /run/user/UID, else /run/ipfsfuse for root, else
-/tmp/ipfsfuse-UID; the first that is this user's alone. Commands look in all of them, because a daemon that
-was started at boot has other variables than a login. Blocking, a few system calls.
+The folder is the first of these that only this user can enter: `ipfsfuse` in $XDG_RUNTIME_DIR or in
+/run/user/UID, and then /run/ipfsfuse for root, or /tmp/ipfsfuse-UID. Commands look in all of them, since a
+daemon that was started at boot has other variables than a login. The calls block for a few system calls.
 """
 
 import json
@@ -38,8 +38,8 @@ class LiveMount(NamedTuple):
 
 @contextmanager
 def registered(mountpoint: Path, control: Path) -> Iterator[None]:
-    """`mountpoint`, which this process has just mounted, can be found while the block lasts. Where no folder
-    can be used, the log says so, and all else goes on."""
+    """Lets `find` find `mountpoint`, which this process has just mounted, during the block. If no folder can
+    be used, only logs that."""
     mounted, place = mountpoints.ours_at(mountpoint), usable_folder()
     with nullcontext() if place is None else _opened(place) as folder:
         if mounted is None or folder is None:
@@ -61,8 +61,8 @@ def registered(mountpoint: Path, control: Path) -> Iterator[None]:
 
 
 def find(mountpoint: Path) -> LiveMount | None:
-    """The mount of this user's at `mountpoint`, or of which something is bind-mounted there. None where there
-    is none, or it is not known."""
+    """The mount of this user at `mountpoint`, also if `mountpoint` is a bind mount of it. None if there is
+    none, or it has no file."""
     mounted = mountpoints.ours_at(mountpoint)
     if mounted is None:
         return None
@@ -85,7 +85,7 @@ def _folders() -> Iterator[Path]:
 
 
 def usable_folder() -> Path | None:
-    """The first of this user's folders that can be used, made where it is missing."""
+    """The first of this user's folders that can be used. It is made if it is missing."""
     for path in _folders():
         with suppress(OSError):
             os.mkdir(path, 0o700)
@@ -97,7 +97,7 @@ def usable_folder() -> Path | None:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int | None]:
-    """A descriptor of the folder. None where it is another user's, or others may enter it."""
+    """A descriptor of the folder. None if it belongs to another user or others may enter it."""
     try:
         folder = os.open(path, _DIRECTORY)
     except OSError:
@@ -109,7 +109,7 @@ def _opened(path: Path) -> Iterator[int | None]:
 
 
 def _read(folder: int, name: str) -> LiveMount | None:
-    """None where there is no such file, or it is not one of ours."""
+    """None if there is no such file, or its content is wrong."""
     try:
         entry = json.loads(read_file(folder, name))
         return LiveMount(Path(entry["mountpoint"]), int(entry["pid"]), Path(entry["control"]))

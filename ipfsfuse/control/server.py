@@ -1,8 +1,8 @@
-"""The mount's half of the control socket.
+"""The mount's side of the control socket.
 
-Concurrency: one task a connection, on the mount's own event loop; the commands of one connection run one
-after the other, those of several side by side. A connection that its peer closes cancels the command it was
-waiting for.
+Concurrency: one task for each connection, on the mount's event loop. The commands of one connection run one
+after the other, those of different connections concurrently. If the peer closes a connection, its command is
+cancelled.
 """
 
 import errno
@@ -28,19 +28,18 @@ from ipfsfuse.fileio.files import Closing
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
-"""Seconds between two looks whether the socket still exists."""
+"""Seconds between two checks whether the socket still exists."""
 LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOENT})
-"""Why a socket can't be made at the start, but may be later: the disk is full, and there may be no folder
-yet."""
+"""Errnos of a socket that may be made later: the disk is full, or there is no folder yet."""
 LONG = 1000
-"""Items of a list that are encoded on the event loop: some milliseconds."""
+"""The most items of a list that is encoded on the event loop: some milliseconds."""
 
 Arguments = Mapping[str, Any]
-"""What stands beside `command` in the request: whatever the client sent, unchecked."""
+"""The unchecked members of a request besides `command`."""
 Progress = Callable[[Mapping[str, Any]], Awaitable[None]]
 Handler = Callable[[Arguments, Progress], Awaitable[Mapping[str, Any]]]
-"""One command: its arguments and a way to tell progress in, the values of its answer out. It raises domain
-errors; UsageError for arguments that can't be used."""
+"""(arguments, progress) -> the values of the answer. Raises errors of this project; UsageError for wrong
+arguments."""
 
 
 class ControlServer:
@@ -50,11 +49,11 @@ class ControlServer:
         self._commands = commands
         self._allowed = {0, os.getuid()}
         self.holders = 0
-        """Connections that said `hold` and are still open."""
+        """Open connections that sent `hold`."""
         self.first_holder = trio.Event()
-        """Set when the first holder came."""
+        """Set when the first connection holds the mount."""
         self.released = trio.Event()
-        """Set when the last holder has gone: never before one came."""
+        """Set when the last holding connection is closed."""
         self._ending = False
 
     async def serve(
@@ -64,12 +63,11 @@ class ControlServer:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Listens at `path` until cancelled; `task_status.started()` once it does. A socket left there is
-        replaced: the caller has locked the folder. If the socket is deleted, it is made again, and `remake`
-        makes its folder again, so that a mount whose cache is gone can be asked what is wrong.
+        """Listens at `path` until cancelled. A socket of an earlier run is replaced, since the caller has
+        locked the folder. If the socket is deleted, it is made again, and `remake` makes its folder again: so
+        the status of a mount without its cache folder can still be read.
 
-        A full disk prevents no mount: the socket is made when there is room. Raises StoreFailed for any other
-        failure."""
+        On a full disk, the socket is made when there is room. Raises StoreFailed for any other failure."""
         made = None
         try:
             made = _listen(path)
@@ -102,7 +100,7 @@ class ControlServer:
             nursery.cancel_scope.cancel()
 
     async def until_released(self) -> None:
-        """Returns when nobody holds the mount; from then on nobody can."""
+        """Returns when no connection holds the mount. From then on, `hold` is refused."""
         while self.holders:
             await self.released.wait()
             self.released = trio.Event()  # the next holder may have come meanwhile
@@ -118,8 +116,8 @@ class ControlServer:
                     why = f"this mount answers user {os.getuid()} and root alone, not user {uid}"
                     await _send(stream, _refusal(NotAllowed(why)))
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the peer has gone
-        except* Exception:  # a failure ends its own connection alone
+            pass  # the peer has closed it
+        except* Exception:  # a failure ends only its own connection
             log.exception("a connection to the control socket failed")
 
     async def _conversation(self, stream: trio.SocketStream) -> None:
@@ -155,7 +153,7 @@ class ControlServer:
             if handler is None:
                 raise UsageError(f"{command[:80]!r} is not a command of a mount")
             return {"ok": True, **await handler(arguments, progress)}
-        except Exception as exc:  # whatever a command raises ends that command alone
+        except Exception as exc:  # an error ends only its own command
             return _refusal(exc)
 
 
@@ -173,7 +171,7 @@ def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
 
 
 def _refusal(exc: BaseException) -> Mapping[str, Any]:
-    """The answer that tells of `exc`. Broken connections are passed on, an unexpected error is logged."""
+    """The answer for an error. Raises an error of the connection again. Logs an unexpected error."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]  # a nursery wrapped it
     if isinstance(exc, trio.BrokenResourceError | trio.ClosedResourceError):
@@ -191,8 +189,8 @@ def _refusal(exc: BaseException) -> Mapping[str, Any]:
 async def _pump(
     stream: trio.SocketStream, send: trio.MemorySendChannel[bytes], connection: trio.CancelScope
 ) -> None:
-    """Passes on the lines of `stream`. At its end, or at a line that is too long, the connection is
-    cancelled, and with it the command that runs."""
+    """Passes on the lines of `stream`. At the end, or at a line that is too long, cancels the connection and
+    its command."""
     buffered = bytearray()
     with send:
         async for data in stream:
@@ -217,8 +215,8 @@ def _encoded(value: object) -> str:
 
 
 def _encoded_by_items(values: Mapping[str, Any]) -> str:
-    """For a thread. One call of the encoder holds Python's lock until it ends, so lists are encoded item by
-    item."""
+    """To be called in a thread. The encoder holds Python's lock for a whole call, so lists are encoded item
+    by item."""
     members = (
         (key, f"[{','.join(map(_encoded, value))}]" if isinstance(value, list) else _encoded(value))
         for key, value in values.items()
@@ -237,7 +235,7 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
         # the file that bind makes gets the socket's own mode: never open to others
         os.fchmod(listener.fileno(), 0o600)
         with Closing(os.open(path.parent, os.O_PATH | os.O_CLOEXEC)) as folder:
-            # an address has at most 108 bytes, and the folder may lie deeper than that
+            # an address has at most 108 bytes, and the path may be longer
             listener.bind(f"/proc/self/fd/{folder}/{path.name}")
         listener.listen(128)
     except (OSError, StoreFailed) as exc:
@@ -264,7 +262,7 @@ async def _listen_again(path: Path, remake: Callable[[], None] | None) -> tuple[
 
 
 def _is_there(path: Path) -> bool:
-    """Whether there is something at `path`; True where the disk does not tell."""
+    """Whether `path` exists. True if that is not known because of an error."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -275,7 +273,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _remove_own(path: Path, inode: int) -> None:
-    """Removes the socket unless another has taken its place (a folder removed and made anew under us)."""
-    with suppress(OSError):  # it may be gone with its folder
+    """Removes the socket, unless another one has replaced it (if the folder was removed and made again)."""
+    with suppress(OSError):  # the folder may be gone
         if path.lstat().st_ino == inode:
             path.unlink()

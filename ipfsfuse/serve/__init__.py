@@ -1,2 +1,2 @@
-"""`ipfsfuse serve`: what is here, as a trustless gateway
+"""`ipfsfuse serve`: a trustless gateway for local content
 (https://specs.ipfs.tech/http-gateways/trustless-gateway/)."""

@@ -1,7 +1,7 @@
 """The trustless gateway as an ASGI application (https://asgi.readthedocs.io/en/latest/specs/www.html).
 
-Concurrency: one task a request. One whose client has gone is cancelled. At most `MAX_REQUESTS` are answered
-at a time, others wait for their turn.
+Concurrency: one task for each request. It is cancelled if its client disconnects. At most MAX_REQUESTS are
+answered at a time. Others wait.
 """
 
 import hashlib
@@ -40,14 +40,13 @@ log = logging.getLogger("ipfsfuse.serve")
 
 MAX_REQUESTS: Final = 64
 WAIT_SECONDS: Final = 10.0
-"""How long a request waits for its turn. Then the answer is 503, with Retry-After."""
+"""A request waits for so long. Then the answer is 503, with Retry-After."""
 WHOLE_ANSWER_SECONDS: Final = 3600.0
-"""The longest answer. Then it is cut off: the blocks that came are right, and the client can ask for the
-rest."""
+"""The longest answer. Then it is cut off. The client can use the blocks that came, and request the rest."""
 PIECE: Final = 64 << 10
-"""Small blocks are sent together."""
+"""Small blocks are sent together, in pieces of so many bytes."""
 SEND_SECONDS: Final = 30.0
-"""For a client to take `PIECE` bytes: 2 KiB a second at least."""
+"""The time for a client to receive PIECE bytes: at least 2 KiB a second."""
 IMMUTABLE: Final = "public, max-age=29030400, immutable"
 
 Scope = Mapping[str, Any]
@@ -57,24 +56,26 @@ Headers = dict[str, str]
 
 
 GetBlock = Callable[[Cid, bool], Awaitable[bytes]]
-"""The verified block of a CID. With False only what is here: raises NotHere. With True what is not here is
-fetched: raises what the cache raises."""
+"""(cid, fetch) -> the verified block. Without `fetch`, raises NotHere if the block is not here. With it,
+raises the errors of the cache."""
 GetRecord = Callable[[KeyName, bool], Awaitable[bytes]]
-"""The newest IPNS record of a name, unverified; with False only what is here. Raises NotHere, Unavailable."""
+"""(name, fetch) -> the newest IPNS record, unverified; without `fetch` the newest that is here.
+
+Raises NotHere, Unavailable."""
 
 
 @dataclass
 class Served:
-    """For `status`, since the start."""
+    """Counts since the start, for `status`."""
 
     requests: int = 0
     refused: int = 0
-    """Answered with an error, what is not here included."""
+    """Requests that were answered with an error, also because a block is not here."""
     broken: int = 0
-    """Cut off: a block was missing, or the answer took too long or was too large."""
+    """Answers that were cut off: a block was missing, or the answer took too long or was too large."""
     blocks: int = 0
     bytes: int = 0
-    """Of blocks and records."""
+    """Bytes of blocks and records."""
 
 
 class TrustlessGateway:
@@ -86,16 +87,16 @@ class TrustlessGateway:
         fetch: bool = False,
         hosts: Collection[str] | None = None,
     ) -> None:
-        """`fetch`: what is not here is asked of the sources. `hosts`: beside addresses and this machine's
-        own names, the only ones under which it answers; None for any."""
+        """With `fetch`, missing blocks are fetched from the sources. `hosts` are the host names under which
+        it answers, besides addresses and this machine's own names; None for any name."""
         self._get_block, self._get_record, self._fetch = get_block, get_record, fetch
         self._hosts = hosts
         self._turns = trio.CapacityLimiter(MAX_REQUESTS)
         self.served = Served()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers one request, until its client has gone."""
-        if scope["type"] != "http":  # a websocket: closed before it is opened, it is refused
+        """Answers one request, until its client disconnects."""
+        if scope["type"] != "http":  # a websocket: to close it before it is open refuses it
             await send({"type": "websocket.close"})
             return
         async with trio.open_nursery() as nursery:
@@ -154,7 +155,7 @@ class TrustlessGateway:
         if unchanged and "*" not in wanted.if_none_match:
             return await reply.start(304, headers, end=True)
         block = await self._block(wanted, wanted.root)
-        if unchanged:  # "*" is for what is here (RFC 9110, section 13.1.2)
+        if unchanged:  # "*" matches if the block is here (RFC 9110, section 13.1.2)
             return await reply.start(304, headers, end=True)
         if wanted.range is None:
             return await reply.whole(200, headers, block)
@@ -172,7 +173,7 @@ class TrustlessGateway:
 
         place = await dag_stream.find(get, wanted.root, wanted.names)
         if cids.inline(place.entity) is None:
-            await get(place.entity)  # what is not here is reported before an answer is begun
+            await get(place.entity)  # reports a missing block before the answer begins
         headers = _common(wanted, cids.text(place.entity), _tag(wanted, place))
         dups = "y" if wanted.dups else "n"
         headers["content-type"] = f"{CAR}; version=1; order=dfs; dups={dups}"
@@ -216,7 +217,7 @@ class TrustlessGateway:
 
 
 class Broken(Exception):
-    """An answer that was begun and can't be completed. The server closes the connection, so that the client
+    """An answer has begun and can't be completed. The server closes the connection, so that the client
     notices."""
 
 
@@ -224,7 +225,7 @@ _STATUSES: Final = (
     (Unavailable, 504), (SourceFailed, 502), (StoreFailed, 502), (Unsupported, 501),
     (NotHere, 404), (NotFound, 404), (NotADirectory, 404), (IpfsFuseError, 500),
 )  # fmt: skip
-"""The status for each error; the first that fits counts."""
+"""The status for each error. The first that fits is used."""
 
 
 def _refusal(exc: Exception) -> tuple[int, str]:
@@ -239,7 +240,7 @@ def _refusal(exc: Exception) -> tuple[int, str]:
 
 
 def _check_host(scope: Scope, hosts: Collection[str]) -> None:
-    """Without the header it is no browser that asks."""
+    """Raises Refused for a wrong Host header. A request without one does not come from a browser."""
     for name, value in scope["headers"]:
         host = value.decode("latin-1")
         if name == b"host" and not names_this_machine(host, hosts):
@@ -261,7 +262,7 @@ def _check_method(scope: Scope) -> None:
 
 
 def _common(wanted: GatewayRequest, root: str, tag: str) -> Headers:
-    """The headers of every answer that is a success."""
+    """The headers of every successful answer."""
     stem = root or wanted.name
     return {
         "etag": tag,
@@ -274,7 +275,7 @@ def _common(wanted: GatewayRequest, root: str, tag: str) -> Headers:
 
 
 def _header(text: str) -> str:
-    """`text` as a header's value: percent-encoded where it would not be one."""
+    """`text` as the value of a header: other characters are percent-encoded."""
     return "".join(
         c if "!" <= c <= "~" else "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogateescape"))
         for c in text
@@ -282,7 +283,7 @@ def _header(text: str) -> str:
 
 
 def _tag(wanted: GatewayRequest, place: ResolvedPath) -> str:
-    """The same request has the same blocks, in the same order: but for the order a weak tag would do."""
+    """The ETag of a CAR. It is weak, and covers all options of the request."""
     asked = (wanted.root, wanted.names, wanted.scope, wanted.first, wanted.last, wanted.dups)
     return f'W/"{cids.text(place.entity)}.car.{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}"'
 
@@ -303,7 +304,7 @@ class _Response:
     def __init__(self, send: Send, head: bool) -> None:
         self._send = send
         self.head = head
-        """Only the headers are wanted."""
+        """Whether only the headers are wanted."""
         self.begun = False
 
     async def start(self, status: int, headers: Headers, *, end: bool = False) -> None:
@@ -317,8 +318,8 @@ class _Response:
             await self.send(b"", end=True)
 
     async def send(self, data: bytes, *, end: bool = False) -> None:
-        """Raises Broken where the client is too slow: a client of HTTP/2 can take nothing of one answer, and
-        hold its connection by others."""
+        """Raises Broken if the client is too slow. A client of HTTP/2 can stop reading one answer and keep
+        its connection alive with others."""
         with trio.move_on_after(SEND_SECONDS * (1 + len(data) // PIECE)) as sending:
             await self._send({"type": "http.response.body", "body": data, "more_body": not end})
         if sending.cancelled_caught:

@@ -1,6 +1,6 @@
-"""The blocks of a CAR in the order in which they are read: those of the path, then those of what it leads to.
+"""The blocks of a CAR in order: those of the path, then those of the entity at its end.
 
-Concurrency: one task a stream. What is held is one block, and the links of its ancestors.
+Concurrency: one task for each stream. Memory holds one block, and the links of its ancestors.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -17,30 +17,31 @@ from ipfsfuse.errors import Malformed, NotFound, Unsupported
 from ipfsfuse.fileio import threads
 
 MAX_BLOCKS: Final = 200_000
-"""Blocks of one stream. It ends there, cut off: the CIDs that were sent are kept, 20 MB."""
+"""The most blocks of a stream. Then it is cut off, since the CIDs that were sent are remembered, in 20 MB."""
 MAX_INLINE: Final = 1_000_000
-"""Nodes in identity CIDs that are looked at for one stream: they are in no CAR."""
+"""The most nodes in identity CIDs that one stream visits. They are not in the CAR."""
 INLINE_AT_A_TIME: Final = 200
-"""Of these between two turns of other requests: about 10 ms."""
+"""Nodes in identity CIDs that are visited before other requests can run: about 10 ms."""
 MAX_DEPTH: Final = 2000
-"""Levels below the entity: each holds the links of one block."""
+"""The most levels below the entity. Each level holds the links of one block."""
 
 GetBlock = Callable[[Cid], Awaitable[bytes]]
 
 
 class TooMuch(Exception):
-    """A DAG that is too large, or too deep, for one answer."""
+    """The DAG is too large or too deep for one answer."""
 
 
 class ResolvedPath(NamedTuple):
-    """What a path leads to, and the blocks on the way there."""
+    """The entity at the end of a path, and the blocks on the way."""
 
     way: Sequence[Cid]
     entity: Cid
 
 
 class Span(NamedTuple):
-    """Bytes of a file that are wanted, both ends included. Negative: from its end; `last` None: its end."""
+    """The wanted bytes of a file, both ends included. Negative numbers count from its end. If `last` is None,
+    up to the end."""
 
     first: int
     last: int | None
@@ -76,11 +77,10 @@ async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> ResolvedPath
 async def blocks(
     get: GetBlock, place: ResolvedPath, scope: str, span: Span, dups: bool
 ) -> AsyncIterator[tuple[Cid, bytes]]:
-    """The blocks of the way to `place`, then depth first those of its entity that `scope` (block, entity or
-    all) and `span` want. Without `dups` each comes once. Identity CIDs are their own blocks, and not among
-    them.
+    """The blocks on the way to `place`, then, depth first, the blocks of its entity according to `scope`
+    (block, entity or all) and `span`. Without `dups` each comes once. Blocks in identity CIDs are left out.
 
-    Raises TooMuch, and what `get` and the parser raise."""
+    Raises TooMuch, and the errors of `get` and of the parser."""
     sent: set[Cid] = set()
     count = inlined = 0
     for cid in place.way:
@@ -120,16 +120,16 @@ async def blocks(
 
 
 class _Visit(NamedTuple):
-    """A block to be visited. `offset`, and the bytes that are wanted, are those of the file it is part of."""
+    """A block to visit. `offset` and `wanted` count bytes of the file that the block is a part of."""
 
     cid: Cid
     offset: int = 0
     wanted: tuple[int, int] | None = None
-    """First byte and where they end; None for all."""
+    """The first byte and the end of the wanted bytes; None for all."""
 
 
 async def _below(visit: _Visit, block: bytes, scope: str, span: Span | None) -> list[_Visit]:
-    """What to visit below a block. `span` is given for the entity itself."""
+    """The blocks to visit below a block. `span` is None except for the entity itself."""
     if len(block) <= MAX_PARSED_ON_LOOP:
         return _children(visit, block, scope, span)
     return await threads.run_sync(_children, visit, block, scope, span)
@@ -140,7 +140,7 @@ def _children(visit: _Visit, block: bytes, scope: str, span: Span | None) -> lis
         return [_Visit(cid) for cid in nodes.links(visit.cid, block)]
     try:
         node = nodes.parse(visit.cid, block)
-    except (Malformed, Unsupported):  # an entity that is not UnixFS is its block
+    except (Malformed, Unsupported):  # an entity that is not UnixFS is only its block
         return [_Visit(cid) for cid in nodes.links(visit.cid, block)] if scope == "all" else []
     if isinstance(node, File):
         wanted = visit.wanted

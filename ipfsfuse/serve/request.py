@@ -1,4 +1,4 @@
-"""What a request to a trustless gateway asks for: a request's target and headers in, frozen values out. Pure.
+"""Parses requests to a trustless gateway into frozen values. Pure.
 
 Source: https://specs.ipfs.tech/http-gateways/trustless-gateway/
 """
@@ -20,14 +20,14 @@ RECORD: Final = "application/vnd.ipfs.ipns-record"
 _FORMATS: Final = {"raw": RAW, "car": CAR, "ipns-record": RECORD}
 SCOPES: Final = frozenset(("block", "entity", "all"))
 MAX_NAMES: Final = 256
-"""Names in a path. A longer one costs a block each for nothing."""
+"""The most names in a path: each name can take a block."""
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII)
 _ENTITY_BYTES = re.compile(r"(-?\d{1,19}):(\*|-?\d{1,19})", re.ASCII)
 
 
 class Refused(Exception):
-    """A request that is answered with an error, `status` and a line of text."""
+    """The request is answered with an error: `status` and a line of text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -56,7 +56,7 @@ class GatewayRequest:
     only_if_cached: bool = False
     if_none_match: tuple[str, ...] = ()
     range: tuple[int | None, int | None] | None = None
-    """RAW: first and last byte that are wanted, as in RFC 9110; None for all."""
+    """RAW: the first and last wanted byte, as in RFC 9110; None for all."""
 
 
 def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]]) -> GatewayRequest:
@@ -103,7 +103,7 @@ def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]])
 
 
 def _format(asked: Mapping[str, str], accept: str) -> tuple[str, dict[str, str]]:
-    """The media type that is wanted, and the parameters that stand with it in Accept."""
+    """The wanted media type, and its parameters in Accept."""
     accepted: dict[str, dict[str, str]] = {}
     for item in accept.split(","):
         kind, *parameters = (part.strip() for part in item.split(";"))
@@ -122,7 +122,7 @@ def _format(asked: Mapping[str, str], accept: str) -> tuple[str, dict[str, str]]
 
 
 def _car(wanted: GatewayRequest, asked: Mapping[str, str], options: Mapping[str, str]) -> GatewayRequest:
-    """`wanted` with what the query and the parameters in Accept say of a CAR. Raises Refused."""
+    """`wanted` with the CAR options of the query and of Accept. Raises Refused."""
     version = asked.get("car-version", options.get("version", "1"))
     order = asked.get("car-order", options.get("order", "dfs"))
     dups = asked.get("car-dups", options.get("dups", "n"))
@@ -142,7 +142,7 @@ def _car(wanted: GatewayRequest, asked: Mapping[str, str], options: Mapping[str,
 
 
 def _range(text: str) -> tuple[int | None, int | None] | None:
-    """One range of bytes; None where there is none, or several, which may be ignored (RFC 9110, 14.2)."""
+    """The range of bytes. None if there is none, or several, which may be ignored (RFC 9110, 14.2)."""
     found = _RANGE.fullmatch(text.replace(" ", ""))
     if found is None or not (found[1] or found[2]) or max(len(found[1]), len(found[2])) > 19:
         return None
@@ -151,7 +151,7 @@ def _range(text: str) -> tuple[int | None, int | None] | None:
 
 
 def slice_of(wanted: tuple[int | None, int | None], size: int) -> tuple[int, int] | None:
-    """First byte, and where it ends, of a range in `size` bytes. None where it can't be satisfied."""
+    """The start and the end of a range in `size` bytes. None if the range can't be satisfied."""
     first, last = wanted
     if first is None:
         first, last = max(size - (last or 0), 0), size - 1
@@ -160,8 +160,8 @@ def slice_of(wanted: tuple[int | None, int | None], size: int) -> tuple[int, int
 
 
 def disposition(wanted: GatewayRequest, stem: str) -> str:
-    """Content-Disposition: the file's name as asked for, else `stem` with the format's ending. Names that are
-    not ASCII are given twice (RFC 6266)."""
+    """The Content-Disposition: the requested file name, or `stem` with the ending of the format. A name that
+    is not ASCII is given twice (RFC 6266)."""
     ending = {RAW: "bin", CAR: "car", RECORD: "ipns-record"}[wanted.format]
     name = (
         "".join(c for c in wanted.filename if c.isprintable() and c not in '"\\/')[:200] or f"{stem}.{ending}"

@@ -1,10 +1,10 @@
-"""Serves a cache folder and the library over HTTP: by itself, or through the mount that uses the folder.
+"""Serves a cache folder and the library over HTTP: directly, or through the mount that uses the folder.
 
-HTTP is hypercorn's, on connections that are bounded in number and in time. hypercorn bounds heads, queues and
-requests, but neither the number of connections nor the time that a client takes to read: it waits for that
-whatever is cancelled. So connections are accepted here, and each is a stream that gives up.
+hypercorn implements HTTP. It bounds heads, queues and requests, but neither the number of connections nor the
+time that a client takes to read: it waits for a slow client even when it is cancelled. So connections are
+accepted here, and each is a stream with time limits.
 
-Concurrency: one trio loop; a mount is asked in worker threads.
+Concurrency: one trio loop. Worker threads ask the mount.
 """
 
 import base64
@@ -44,16 +44,17 @@ from ipfsfuse.sources.names.record import KeyName
 log = logging.getLogger("ipfsfuse.serve")
 
 ASKED_AT_ONCE: Final = 16
-"""Questions to a mount."""
+"""The most commands to a mount at a time."""
 
 Ready = Callable[[Sequence[str]], None]
-"""Called once, with the URLs, when requests are answered."""
+"""Called once, with the URLs, when the server is ready."""
 
 
 def run(
     config: ContentConfig, host: str, port: int, fetch: bool, allowed: Sequence[str], ready: Ready
 ) -> None:
-    """Serves until SIGTERM or SIGINT, also under the names `allowed`. Raises what prevents it."""
+    """Serves until SIGTERM or SIGINT, also under the host names `allowed`. Raises the error that prevents
+    it."""
     if cache_folder.is_free(config.cache_dir):
         with cache_folder.locked(config.cache_dir) as folder:
             folder.announce(os.getpid(), "ipfsfuse serve")
@@ -125,7 +126,7 @@ async def _own(
 
 
 class MountContent:
-    """What the mount that uses the cache folder has. It is asked through its control socket."""
+    """Gets blocks and records from the mount that uses the cache folder, through its control socket."""
 
     def __init__(self, control: Path, deadline: float) -> None:
         self._control, self._deadline = control, deadline
@@ -138,7 +139,7 @@ class MountContent:
         return await self._ask("record", name=str(name), fetch=fetch)
 
     async def _ask(self, command: str, **arguments: Any) -> bytes:
-        """Raises the domain error that the mount names, Unavailable where it does not answer."""
+        """Raises the error that the mount names, Unavailable if it does not answer."""
         call = partial(client.call, self._control, command, timeout=self._deadline + 5, **arguments)
         try:
             answer = await threads.run_sync(call, limiter=self._limiter, abandon_on_cancel=True)
@@ -160,19 +161,19 @@ async def _of_mount(
 # -- connections ---------------------------------------------------------------------------------------------
 
 MAX_CONNECTIONS: Final = 256
-"""Further ones wait in the kernel, until one of these ends."""
+"""More connections wait in the kernel until one of these ends."""
 BACKLOG: Final = 128
 HEAD_SECONDS: Final = 60.0
-"""From the first byte of a request's head until something of its answer was sent."""
+"""The most seconds from the first byte of a request to the first byte of its answer."""
 IDLE_SECONDS: Final = 15.0
-"""Between two requests on one connection."""
+"""The most seconds between two requests on one connection."""
 END_SECONDS: Final = 3.0
-"""How long answers that are under way may go on when the server ends."""
+"""When the server ends, open answers may continue for so long."""
 MAX_HEAD: Final = 16 << 10
 
 
 async def listen(host: str, port: int) -> list[trio.SocketListener]:
-    """Raises UsageError where it can't be listened there."""
+    """Listens at an address. Raises UsageError if that is not possible."""
     try:
         return await trio.open_tcp_listeners(port, host=host, backlog=BACKLOG)
     except (OSError, UnicodeError) as exc:
@@ -181,13 +182,13 @@ async def listen(host: str, port: int) -> list[trio.SocketListener]:
 
 
 def hosts(listening: Sequence[str], allowed: Sequence[str]) -> Sequence[str] | None:
-    """The names under which a server answers that listens at those addresses; None for any. Where only this
-    machine reaches it, a browser on it must not let other people's pages in."""
+    """The host names for a server that listens at those addresses; None for any name. If only this machine
+    can reach the server, web pages in a browser here must not reach it under names of their own."""
     return allowed if allowed or all(ip_address(each).is_loopback for each in listening) else None
 
 
 def addresses(listeners: list[trio.SocketListener]) -> list[str]:
-    """The URLs at which they are reached."""
+    """The URLs of the listeners."""
     found = []
     for listener in listeners:
         host, port = listener.socket.getsockname()[:2]
@@ -198,7 +199,7 @@ def addresses(listeners: list[trio.SocketListener]) -> list[str]:
 async def serve(
     app: Any, listeners: list[trio.SocketListener], ending: Callable[[], Awaitable[None]]
 ) -> None:
-    """Serves `app` until `ending` returns. Answers that are under way then have `END_SECONDS`."""
+    """Serves `app` until `ending` returns. Then open answers have END_SECONDS to finish."""
     config = Config()
     config.accesslog = config.errorlog = None
     config.include_server_header = False
@@ -218,7 +219,7 @@ async def serve(
             await TCPServer(wrapped, config, context, ConnectionState({}), connection)  # type: ignore[arg-type]
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
-        except* Exception:  # a failure ends its own connection alone
+        except* Exception:  # a failure ends only its own connection
             log.exception("a connection failed")
         finally:
             streams.discard(connection)
@@ -247,7 +248,7 @@ async def serve(
 
 
 class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
-    """Accepts a connection when there is a place for it."""
+    """Accepts a connection when fewer than MAX_CONNECTIONS are open."""
 
     def __init__(self, listener: trio.SocketListener, places: trio.Semaphore) -> None:
         self._listener, self._places = listener, places
@@ -265,8 +266,7 @@ class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
 
 
 class _Connection(trio.abc.HalfCloseableStream):
-    """A client's connection that gives up on a client which is too slow, to write its request or to read the
-    answer."""
+    """A client's connection. It fails if the client is too slow to send its request or to read the answer."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
         self._stream = stream
