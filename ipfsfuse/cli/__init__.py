@@ -1,1 +1,2 @@
-"""The command line: arguments in, frozen configuration out; one line for every failure."""
+"""The command line. It makes a frozen configuration of the arguments, and prints one line for each
+failure."""

@@ -1,8 +1,9 @@
-"""All that the commands print: lines, tables, answers of a mount, progress, and the reasons of failures.
+"""Prints the output of all commands: lines, tables, answers of a mount, progress, and the reasons of
+failures.
 
-What is printed for people is escaped here, so that no command has to think of it. Names of files, messages of
-gateways and nodes, and arguments can hold escape codes, which a terminal would obey, and line ends, which
-would forge lines. No other module of `cli` prints (ruff's rule T20 holds that).
+All text for people is escaped here. File names, messages of gateways and nodes, and arguments can contain
+escape codes, which a terminal would obey, and line ends, which would forge lines. No other module of `cli`
+prints (ruff's rule T20 enforces that).
 """
 
 import argparse
@@ -29,17 +30,17 @@ COLOURS = {
     "healthy": "green", "good": "green", "ok": "green", "untried": "yellow", "degraded": "yellow",
     "half_open": "yellow", "note": "yellow", "open": "red", "quarantined": "red", "bad": "red",
 }  # fmt: skip
-"""Of words that say how something is doing."""
+"""The colours of words for a state."""
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """None is a standard stream that was closed when the program started."""
+    """`stream` is None if it was closed when the program started."""
     return stream is not None and stream.isatty()
 
 
 def paint(text: str, style: str | None, stream: TextIO | None = None) -> str:
-    """`text`, printable already, in a colour where `stream` (standard output) is a terminal that shows
-    colours and the user wants them (https://no-color.org)."""
+    """`text` in a colour, if `stream` (standard output) is a terminal with colours and the user wants them
+    (https://no-color.org). `text` must be printable."""
     unwanted = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     plain = unwanted or not is_terminal(sys.stdout if stream is None else stream)
     return text if style is None or plain else f"\x1b[{_SGR[style]}m{text}\x1b[0m"
@@ -51,18 +52,18 @@ def line(text: str) -> None:
 
 
 def flush() -> None:
-    """Writes what was printed. Raises OSError where it can't be written."""
+    """Flushes the output. Raises OSError."""
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def text(content: str) -> None:
-    """Lines that we made ourselves, and in which all that came from outside is escaped already."""
+    """Prints lines in which all foreign text is escaped already."""
     print(content, end="")
 
 
 def write(name: str, content: str) -> None:
-    """Writes the file `name`, whole or not at all. Raises StoreFailed."""
+    """Makes or replaces the file `name`. Raises StoreFailed; then nothing has changed."""
     from ipfsfuse.fileio.files import replace_text  # late: it loads our C
 
     try:
@@ -78,7 +79,7 @@ def note(text: str) -> None:
 
 
 def failure(exc: BaseException) -> None:
-    """Why the command fails, on standard error."""
+    """Prints why the command fails, on standard error."""
     if sys.stderr is not None:
         hint = "" if _has_working_directory() else " (the working directory is gone: cd to another)"
         print(f"{paint('ipfsfuse:', 'red', sys.stderr)} {one_line(exc)}{hint}", file=sys.stderr)
@@ -92,18 +93,17 @@ def _has_working_directory() -> bool:
 
 
 def failure_values(exc: BaseException, code: int) -> dict[str, Any]:
-    """The same for programs."""
+    """Prints why the command fails as JSON, on standard output."""
     return {"error": one_line(exc), "kind": type(exc).__name__, "code": code}
 
 
 def values(value: object, indent: int | None = 2) -> None:
-    """Output for programs: JSON in ASCII, so that every control character in it is escaped by JSON's own
-    rules."""
+    """Prints JSON in ASCII: so the rules of JSON escape every control character."""
     print(json.dumps(value, indent=indent).replace("\x7f", "\\u007f"), flush=True)
 
 
 def answer(arguments: argparse.Namespace, value: object, *lines: str) -> int:
-    """All that a command says at its end: with --json `value`, else `lines`. Returns its exit code, 0."""
+    """Prints the result of a command: `value` with --json, else `lines`. Returns the exit code 0."""
     if arguments.json:
         values(value)
     else:
@@ -113,7 +113,7 @@ def answer(arguments: argparse.Namespace, value: object, *lines: str) -> int:
 
 
 def listening(arguments: argparse.Namespace, urls: Sequence[str], text: str) -> None:
-    """Says in one line that the command answers at `urls` from now on."""
+    """Prints one line: the command answers at `urls` from now on."""
     if arguments.json:
         values({"listening": list(urls), "pid": os.getpid()}, indent=None)
     else:
@@ -121,21 +121,20 @@ def listening(arguments: argparse.Namespace, urls: Sequence[str], text: str) -> 
 
 
 def suggestion(word: str, known: Iterable[str], otherwise: str) -> str:
-    """What to do about `word`, which should be one of `known`: a question about the nearest of them, or
-    `otherwise`."""
+    """Advice about an unknown `word`: a question with the most similar of `known`, or `otherwise`."""
     close = difflib.get_close_matches(word, list(known), 1)
     return f"did you mean {close[0]}?" if close else otherwise
 
 
 def unwrapped(exc: BaseException) -> BaseException:
-    """The first exception inside what nurseries wrapped."""
+    """The first exception in an exception group."""
     while isinstance(exc, BaseExceptionGroup):
         exc = exc.exceptions[0]
     return exc
 
 
 def one_line(exc: BaseException) -> str:
-    """Why it failed, printable: what came from outside may be in it."""
+    """The reason of a failure. It is printable, even if it contains foreign text."""
     if isinstance(exc, IpfsFuseError):
         said = str(exc)
     elif isinstance(exc, OSError):
@@ -153,7 +152,7 @@ SIZES = ("budget", "effective_budget", "reserve", "free", "size", "staged", "use
 
 
 def show(answer: Mapping[str, Any], indent: str = "") -> None:
-    """What lies inside a value is indented below its key."""
+    """The lines for a value. Values inside it are indented below their keys."""
     for key, inner in answer.items():
         label = f"{indent}{_label(key)}:"
         if isinstance(inner, dict):
@@ -172,8 +171,8 @@ def _labelled(label: str, text: str) -> None:
 
 
 def table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows of the same keys, one line each below a line of the keys; numbers to the right. In a terminal that
-    is too narrow for that, a line for each value."""
+    """A table of rows with the same keys, below a line of the keys. Numbers are aligned to the right. If the
+    terminal is too narrow, one line for each value."""
     if not rows:
         line(f"{name}: none")
         return
@@ -198,7 +197,7 @@ def table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def status(answer: Mapping[str, Any]) -> None:
-    """What `status` says."""
+    """The text of `status`."""
     show({key: value for key, value in answer.items() if key not in ("pins", "sources")})
     table("pins", [{"node": name, **values} for name, values in answer["pins"].items()])
     sources = [
@@ -209,14 +208,14 @@ def status(answer: Mapping[str, Any]) -> None:
 
 
 def finding(state: str, found: str, todo: str) -> None:
-    """What `doctor` found, and what to do about it."""
+    """The results of `doctor`, with advice."""
     print(f"{paint(f'{state:5}', COLOURS.get(state))}{printable(found)}")
     if todo:
         line(f"     to do: {todo}")
 
 
 def local_time(iso: str) -> str:
-    """A time of an answer, for people."""
+    """A time of an answer, as local time."""
     moment = datetime.fromisoformat(iso)
     with suppress(OverflowError):  # the first and the last day that there is have no other time zones
         moment = moment.astimezone()
@@ -224,8 +223,8 @@ def local_time(iso: str) -> str:
 
 
 def ls(answer: Mapping[str, Any]) -> None:
-    """What `ls` says: a line for each staging file, with a path that leads to it and a further line for each
-    other path; one line for all that lies in packs."""
+    """The text of `ls`: for each staging file a line with its first path, and a line for each other path;
+    then one line for all packs."""
     for each in answer["entries"]:
         shown = f"{each['cid']}  {_extent(each)}  {local_time(each['last_used'])}  {each['source']:10} "
         marks = f"pinned:{each['pinned']}  " if each["pinned"] else ""
@@ -237,7 +236,7 @@ def ls(answer: Mapping[str, Any]) -> None:
 
 
 def tree(answer: Mapping[str, Any]) -> None:
-    """What `ls --tree` says: every path that is staged, below its directory."""
+    """The text of `ls --tree`: all staged paths, each below its directory."""
     shown: list[str] = []
     for each in answer["tree"]:
         parents = each["path"].split("/")
@@ -259,7 +258,7 @@ def tree(answer: Mapping[str, Any]) -> None:
 
 
 def pins(answer: Mapping[str, Any]) -> None:
-    """What `pin ls` says."""
+    """The text of `pin ls`."""
     for cid in answer["pinned"]:
         names = [path for path in answer["paths"].get(cid, ()) if path != f"/ipfs/{cid}"]
         line(f"{cid}  {'  '.join(names)}".rstrip())
@@ -268,7 +267,7 @@ def pins(answer: Mapping[str, Any]) -> None:
 
 
 def _extent(each: Mapping[str, Any]) -> str:
-    """How much is here of how much."""
+    """How many bytes of how many are here."""
     whole = "whole" if each["complete"] else f"{human(each['staged'])} of"
     return f"{whole:>12} {human(each['size']):>10}"
 
@@ -308,11 +307,11 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 PLAIN_SECONDS = 5.0
-"""A plain line at most this often: a log is read afterwards."""
+"""Seconds between two plain lines of progress."""
 
 
 class Progress:
-    """Shows how far something is: in a terminal as a bar, else as a line now and then."""
+    """Shows progress: a bar in a terminal, else a line now and then."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -329,8 +328,8 @@ class Progress:
     def __call__(
         self, done: int, total: int | None = None, what: str | None = None, unit: str = "B", **_more: object
     ) -> None:
-        """`done` of `total` units, if that is known, of the thing `what`. A total that is exceeded was
-        wrong."""
+        """Shows that `done` of `total` units of `what` are done. `total` may be unknown. If it is exceeded,
+        it was wrong."""
         total = None if total is not None and total < done else total
         if is_terminal(sys.stderr):
             self._show_bar(done, total, unit, what)
@@ -343,7 +342,7 @@ class Progress:
         self(done, total, name)
 
     def line(self, text: str) -> None:
-        """Prints a line of the command's own output, not through the bar."""
+        """Prints a line of output without breaking the bar."""
         if self._bar is not None:
             self._bar.clear()
         line(text)

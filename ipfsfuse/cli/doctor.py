@@ -1,4 +1,4 @@
-"""`ipfsfuse doctor`: what a mount needs of this machine, each with what to do where it is missing."""
+"""`ipfsfuse doctor`: checks what a mount needs on this machine, and advises what to do if it is missing."""
 
 import argparse
 import errno
@@ -147,7 +147,7 @@ def _kernel() -> Finding:
 
 
 def _confinement() -> Finding:
-    """What a mount's daemon gives up."""
+    """How a mount's daemon can be confined."""
     if confinement.landlock_abi() == 0:
         found = "by no_new_privs alone: this kernel has no landlock"
         return Finding(NOTE, "the daemon is confined", found, "a kernel from 5.13 on, with landlock, has it")
@@ -155,7 +155,7 @@ def _confinement() -> Finding:
 
 
 def _guest_sandbox() -> Finding:
-    """What locks in the process of a guest of ipfsfuse-run."""
+    """How the process of a guest of ipfsfuse-run can be confined."""
     try:
         from ipfsfuse_run import lockdown, places
     except ImportError:
@@ -184,7 +184,7 @@ def _user_requests() -> Iterator[Finding]:
 
 
 def _request_timeout(deadline: float) -> Iterator[Finding]:
-    """Nothing where the kernel has no such limit, or none is set."""
+    """Nothing if the kernel has no such limit, or none is set."""
     timeout = request_timeout()
     if timeout is None:
         return
@@ -216,14 +216,14 @@ def _descriptors() -> Finding:
 
 
 FEW_FILES = 4096
-"""Descriptors: late requests hold up to 144 connections at each source, two descriptors each."""
+"""Descriptors that a mount can need: for each source up to 144 connections, with two descriptors each."""
 
 
 STATUS_SECONDS = 5.0
 
 
 def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
-    """Whether the disk has what the budget promises."""
+    """Whether the disk has room for the budget."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         space = FreeSpace(existing, reserve)
@@ -277,8 +277,8 @@ def _library(folder: Path) -> Finding:
 
 
 def _mounts(cache_dir: Path) -> Iterator[Finding]:
-    """What the mounts of this user say of themselves: those whose daemon is known here, those that the
-    configuration names, and the one that uses the cache folder."""
+    """The health of this user's mounts: those with a known daemon, those in the configuration, and the one
+    that uses the cache folder."""
     said = cache_folder.announced(cache_dir)
     expected = {*map(str, settings.mounts().values()), *([said[1]] if said else [])}
     asked = set[Path]()
@@ -338,7 +338,8 @@ PROBE_SECONDS = 10.0
 def _source_failures(
     arguments: argparse.Namespace, sources: Sequence[str]
 ) -> Iterator[tuple[str, str | None]]:
-    """(SOURCE, why it can't be used or None) for each: opened as a mount would, and asked for one block."""
+    """(SOURCE, why it can't be used or None) for each source. Opens each like a mount, and asks it for one
+    block."""
     import trio  # 200 ms with what follows, and only where sources are named
 
     from ipfsfuse.cli.reading import open_settings

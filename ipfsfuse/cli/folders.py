@@ -1,4 +1,4 @@
-"""Finds what a command works on: the cache folder, the library, the mountpoint, the daemon that serves it."""
+"""Finds the cache folder, the library, the mountpoint and the daemon for a command."""
 
 import argparse
 import os
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 
 def mountpoint(given: str) -> Path:
-    """Absolute, symlinks resolved. A mount that is there already is not asked: its daemon may hang."""
+    """The absolute path, with symlinks resolved. Does not ask a mount that is there, since its daemon may
+    hang."""
     from ipfsfuse.fuse import mountpoint as mountpoints
 
     folder, name = os.path.split(given.rstrip("/"))
@@ -32,7 +33,7 @@ def mountpoint(given: str) -> Path:
 
 
 def user_name(uid: int) -> str:
-    """The number itself for a user without a name."""
+    """The name of a user; the number if there is none."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -46,12 +47,12 @@ class InMount(NamedTuple):
 
 
 MAX_LINKS = 40
-"""Symlinks that are followed in one path, as Linux does."""
+"""The most symlinks that are followed in one path, as in Linux."""
 
 
 def in_mount(text: str) -> InMount | None:
-    """Where `text`, a path of this machine, is in a mount of ipfsfuse; None where it is in none. Symlinks are
-    followed up to the mountpoint. The mount is not asked: its daemon may hang."""
+    """The place of the local path `text` in a mount of ipfsfuse; None if it is in no mount. Symlinks before
+    the mountpoint are followed. Does not ask the mount, since its daemon may hang."""
     from ipfsfuse.fuse import mountpoint as mountpoints
 
     points = {each.mountpoint: each for each in mountpoints.table() if each.type == mountpoints.TYPE}
@@ -78,8 +79,8 @@ def in_mount(text: str) -> InMount | None:
 
 
 def live_mount(point: Path, given_cache_dir: str | None, must: bool = True) -> "LiveMount | None":
-    """The daemon that serves `point`. None where that is not known, or another daemon uses the cache folder
-    that was given, if it `must` be that one."""
+    """The daemon that serves `point`. None if it is not known. If it `must` use the given cache folder, also
+    None if another daemon uses that folder."""
     from ipfsfuse.control import live_mounts
 
     found = live_mounts.find(point)
@@ -106,8 +107,8 @@ class Daemon(NamedTuple):
 
 
 def last_daemon(given_cache_dir: str | None, mounted_at: str | None, must: bool = True) -> Daemon:
-    """That of the mount that the arguments mean, dead or alive. Raises DaemonFailed where `mounted_at` is not
-    one that can be asked."""
+    """The daemon of the mount that the arguments name, dead or alive. Raises DaemonFailed if the mount at
+    `mounted_at` can't be asked."""
     if mounted_at is None:
         folder = cache_dir(given_cache_dir)
         said = cache_folder.announced(folder)
@@ -131,7 +132,7 @@ def last_daemon(given_cache_dir: str | None, mounted_at: str | None, must: bool 
 
 
 def control(daemon: Daemon) -> Path:
-    """Its control socket. Raises DaemonFailed where it has ended and left a dead mount."""
+    """The daemon's control socket. Raises DaemonFailed if the daemon has ended and left a dead mount."""
     if daemon.pid is not None and _has_ended(daemon.pid, daemon.control.parents[1]):
         from ipfsfuse.fuse import mountpoint as mountpoints  # 0.5 s that other commands needn't wait
 
@@ -144,8 +145,8 @@ def control(daemon: Daemon) -> Path:
 
 
 def _has_ended(pid: int, folder: Path) -> bool:
-    """Whether the daemon of a cache folder has ended. In a PID namespace a living one may not be seen; the
-    lock of its folder tells."""
+    """Whether the daemon of a cache folder has ended. A PID namespace may hide a live daemon, so the lock of
+    its folder is checked too."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -154,12 +155,12 @@ def _has_ended(pid: int, folder: Path) -> bool:
 
 
 def control_socket(arguments: argparse.Namespace) -> Path:
-    """Of the mount that the arguments name. Raises DaemonFailed."""
+    """The control socket of the mount that the arguments name. Raises DaemonFailed."""
     return control(last_daemon_of(arguments))
 
 
 def last_daemon_of(arguments: argparse.Namespace) -> Daemon:
-    """The daemon that the arguments name, or the last one that ran there. A cache folder that only the
-    configuration names need not be that of --mount."""
+    """The daemon that the arguments name, or the last one that ran there. --mount may use another cache
+    folder than the configuration names."""
     mount = None if arguments.mount is None else settings.mountpoint_of(arguments.mount)
     return last_daemon(arguments.cache_dir, mount, arguments.origins.get("cache-dir") == "argument")

@@ -41,8 +41,9 @@ def add(arguments: argparse.Namespace) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> str:
-    """The name of the profile. Of --profile and --cid-version an argument goes before a setting. Raises
-    UsageError where they contradict each other."""
+    """The name of the profile, from --profile or --cid-version. An argument takes precedence over a setting.
+
+    Raises UsageError if they contradict each other."""
     profile: str = arguments.profile
     if arguments.cid_version is None:
         return profile
@@ -82,7 +83,7 @@ def import_cars(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    """Hashes what the library or a CAR file holds. 1 where a block is missing or wrong."""
+    """Hashes all blocks of the library or a CAR file. Returns 1 if a block is missing or wrong."""
     with ExitStack() as exits:
         progress = exits.enter_context(Progress("checking"))
         if arguments.file is not None:

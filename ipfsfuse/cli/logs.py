@@ -1,4 +1,4 @@
-"""The daemon's log: one line for each message, whatever a gateway, a node or a file name put into it."""
+"""The daemon's log: one line for each message. Text of gateways, nodes and file names is escaped."""
 
 import argparse
 import copy
@@ -26,22 +26,22 @@ from ipfsfuse.errors import IpfsFuseError, StoreFailed, UsageError
 from ipfsfuse.text import printable
 
 INDENT = "    "
-"""Before each line of a traceback: an exception's message may have several, and none of them looks like a
-message."""
+"""The prefix of each line of a traceback. The message of an exception may have several lines: with the
+prefix, none looks like a log message."""
 
 
 LOG_BYTES = 1 << 20
-"""A longer log is put aside (`OLD_LOG`), in the place of the one before."""
+"""A longer log is renamed to OLD_LOG, and replaces the one there."""
 FILE_BYTES = 16 << 20
 """The same limit for a file that --log-file names."""
 LOG_PART = 32
 """Each of the two files takes at most this part of a small budget: one 32nd."""
 
 FULL_MS = 100
-"""How long a message waits for a reader that is slow. While messages are lost, none does."""
+"""How long a message waits for a slow reader. After a lost message, the next ones do not wait."""
 
 LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
-"""Why a file can't be opened that is named well: a disk in trouble prevents no mount."""
+"""Errnos of a disk in trouble, which prevents no mount."""
 
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -49,7 +49,7 @@ log = logging.getLogger("ipfsfuse.mount")
 
 
 class PrintableFormatter(logging.Formatter):
-    """Escapes each message once, so that no caller of the log has to think of it."""
+    """Escapes each message, so that callers need not do it."""
 
     def __init__(self, layout: str = FORMAT) -> None:
         super().__init__(layout)
@@ -103,8 +103,8 @@ FORMATS: Mapping[str, Callable[[], logging.Formatter]] = {
 
 
 def escape_the_log(formatter: Callable[[], logging.Formatter] = PrintableFormatter) -> None:
-    """Lets every handler of the root logger escape, and logs what Python would print itself: warnings, and
-    exceptions that nothing caught in threads and in finalizers."""
+    """Makes every handler of the root logger escape messages. Also logs what Python would print itself:
+    warnings, and uncaught exceptions of threads and finalizers."""
     for handler in logging.getLogger().handlers:
         handler.setFormatter(formatter())
     logging.captureWarnings(True)
@@ -126,19 +126,20 @@ def _log(what: str, exc: BaseException | None, trace: TracebackType | None) -> N
 
 
 class DaemonLog(logging.Handler):
-    """Writes to standard error. `move` directs standard error to a file, of which the last part is kept.
+    """Writes to standard error. `move` directs standard error to a file. Only the last part of the file is
+    kept.
 
-    A message that can't be written is lost: a pipe that nobody reads, a terminal that was stopped and a full
-    disk hold nothing up for longer than `FULL_MS`. A line before the next one that can be written says so.
+    A message that can't be written within FULL_MS is lost: a pipe without a reader, a stopped terminal or a
+    full disk must not stop the daemon. A line before the next written message says that messages were lost.
 
-    Concurrency: any thread, as all handlers."""
+    Concurrency: any thread."""
 
     def __init__(self) -> None:
         super().__init__()
         self._lost = 0
-        """Messages, since the last one that was written."""
+        """Lost messages since the last one that was written."""
         self._rest = b""
-        """Of a message that was written in part."""
+        """The unwritten part of a message."""
         self._poll = select.poll()
         self._poll.register(2, select.POLLOUT)
         self._path: Path | None = None
@@ -146,9 +147,9 @@ class DaemonLog(logging.Handler):
         self._older = Path()
 
     def move(self, path: Path, limit: int, older: Path, needed: bool = False) -> None:
-        """Directs standard output and error to the file `path`, which begins with what was logged so far. It
-        gets at most `limit` bytes and a line, and the file `older` as many. Where it can't be opened, there
-        is no log; if it is `needed`, that raises UsageError, unless the disk is in trouble."""
+        """Directs standard output and error to the file `path`, which starts with the messages so far. It and
+        the file `older` each get at most `limit` bytes and a line. If `path` can't be opened, there is no
+        log; if it is `needed`, raises UsageError, unless the disk is in trouble."""
         with self._alone():
             self._limit, self._older = limit, older
             try:
@@ -173,7 +174,7 @@ class DaemonLog(logging.Handler):
             self._path = path
 
     def reopen(self) -> None:
-        """Opens the file anew. A program that rotates logs has moved the old one away."""
+        """Opens the file again, after a program that rotates logs has moved it away."""
         with self._alone():
             if self._path is not None:
                 try:
@@ -217,7 +218,7 @@ class DaemonLog(logging.Handler):
         return f"{self.format(record)}\n".encode(encoding, "backslashreplace")
 
     def _written(self, data: bytes, wait: int) -> bytes:
-        """Writes of `data` what can be written within `wait` milliseconds for each part; the rest."""
+        """Writes `data`, and waits up to `wait` milliseconds for each part. Returns the rest."""
         while data and self._poll.poll(wait) == [(2, select.POLLOUT)]:
             try:
                 data = data[os.write(2, data[: select.PIPE_BUF]) :]  # what a pipe surely takes then
@@ -226,7 +227,7 @@ class DaemonLog(logging.Handler):
         return data
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Reports nothing of a full disk: the report would go into the log, on the same disk."""
+        """Does not report a full disk, since the report would go into the log on the same disk."""
         if self._path is None:
             super().handleError(record)
 
@@ -245,7 +246,7 @@ def _opened(path: Path) -> int:
 
 
 def _lead_to(target: int) -> None:
-    """Standard output and error lead to `target`, which is closed."""
+    """Directs standard output and error to `target`, and closes `target`."""
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
@@ -258,7 +259,8 @@ PID_SECONDS = 5.0
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """The last lines of a mount's log, which may be in the older file; with --follow also those that come."""
+    """Prints the last lines of a mount's log, also from the older file. With --follow, also prints new
+    lines."""
     path = Path(arguments.log_file) if arguments.log_file else _log_of(arguments)
     last = deque[str](maxlen=arguments.lines)
     with suppress(OSError), _text(path.with_name(f"{path.name}.1")) as older:
@@ -280,8 +282,8 @@ def show(arguments: argparse.Namespace) -> int:
 
 
 def _log_of(arguments: argparse.Namespace) -> Path:
-    """Where the daemon says that it logs. Raises UsageError if that is not a file. Where no daemon answers,
-    the log in the cache folder."""
+    """The log file that the daemon names. If no daemon answers, the log in the cache folder. Raises
+    UsageError if the daemon does not log to a file."""
     daemon = folders.last_daemon_of(arguments)
     try:
         state = client.call(daemon.control, "status", timeout=PID_SECONDS)
@@ -301,7 +303,7 @@ def _text(path: Path) -> TextIO:
 
 
 def _show(each: str, as_json: bool) -> None:
-    """A line of the log. One that is JSON already is printed as it is."""
+    """Prints a line of the log. A line of JSON is printed as it is."""
     if as_json and not each.startswith("{"):
         console.values({"line": printable(each.rstrip("\n"))}, indent=None)
     else:
@@ -309,7 +311,7 @@ def _show(each: str, as_json: bool) -> None:
 
 
 def _follow(path: Path, file: TextIO, as_json: bool) -> None:
-    """Prints what is added to `path`, also after the daemon has begun a new file there."""
+    """Prints the lines that are added to `path`, also after the daemon has started a new file there."""
     while True:
         for each in file:
             _show(each, as_json)

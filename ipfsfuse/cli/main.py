@@ -1,4 +1,4 @@
-"""`ipfsfuse`: one command, one exit code, and one line on standard error for everything that goes wrong."""
+"""`ipfsfuse`: runs one command. A failure prints one line on standard error."""
 
 import io
 import os
@@ -16,8 +16,8 @@ from ipfsfuse.errors import FolderInUse, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Its exit code: 0, 1 it failed, 2 usage, 75 another process has the cache
-    folder, 130 interrupted or terminated, 141 nobody reads what it prints."""
+    """Runs one command. Exit codes: 0 success, 1 failure, 2 wrong usage, 75 another process has the cache
+    folder, 130 interrupted or terminated, 141 the reader of the output has gone."""
     _fill_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the locale's encoding lacks is escaped. Each line is written at once, also into a
@@ -30,8 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fill_standard_streams() -> None:
-    """Opens /dev/null where the caller closed a standard stream. Else a file of ours would get that number,
-    and a child the file in the place of its own stream."""
+    """Opens /dev/null in place of each closed standard stream. Else a file of ours would get its number, and
+    a child process would use the file as its stream."""
     while (file := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(file)
@@ -59,8 +59,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, so that it cleans up. (`mount` and `serve` have handlers of
-    their own.)"""
+    """Makes SIGTERM end a command like Ctrl-C, so that it cleans up. (`mount` and `serve` have their own
+    handlers.)"""
     terminal = {signal.SIGINT}
     in_background = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     if in_background:  # a script's shell starts `command &` so: Ctrl-C must not end it, SIGTERM must
@@ -82,7 +82,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _ended_by(exc: BaseException, as_json: bool) -> int:
-    """Says why, and gives the exit code. With `as_json` standard output says it in JSON too."""
+    """Prints the reason of a failure. Returns the exit code. With `as_json`, also prints it as JSON on
+    standard output."""
     exc = unwrapped(exc)
     if isinstance(exc, KeyboardInterrupt):
         return 128 + signal.SIGINT
@@ -99,8 +100,8 @@ def _ended_by(exc: BaseException, as_json: bool) -> int:
 
 
 def _discard_unwritable(stream: TextIO | None) -> None:
-    """Discards what `stream` still buffers if it can't be written: the terminal hung up, or the reader
-    has gone. The interpreter's last flush would fail on it, and make 120 of our exit code."""
+    """Discards the buffer of `stream` if it can't be written, since the terminal or the reader has gone. Else
+    the interpreter's last flush would fail and change our exit code to 120."""
     if stream is None:  # it was closed when we were started
         return
     try:

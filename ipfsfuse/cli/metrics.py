@@ -1,6 +1,6 @@
-"""`ipfsfuse metrics`: what a running mount counts, as OpenMetrics text; also in a file, or over HTTP.
+"""`ipfsfuse metrics`: the counts of a running mount as OpenMetrics text, printed, in a file, or over HTTP.
 
-The file is in Prometheus' own text format: the node exporter refuses OpenMetrics.
+The file has the text format of Prometheus, since the node exporter refuses OpenMetrics.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from ipfsfuse.text import printable
 
 METRICS_SECONDS = 10.0
 CLIENT_SECONDS = 10.0
-"""How long a client may take to send or to receive anything."""
+"""A client may take so long to send its request or to receive the answer."""
 MAX_CONNECTIONS = 32
 OPENMETRICS = "application/openmetrics-text"
 FORMATS: Mapping[bool, tuple[Callable[[Any], bytes], str]] = {
@@ -70,8 +70,8 @@ def _serve(control: Path, arguments: argparse.Namespace) -> int:
 
 
 class _Server(ThreadingHTTPServer):
-    """Answers `GET /metrics` and nothing else, one request a connection. A slow client keeps no other out:
-    beyond MAX_CONNECTIONS a new connection ends the oldest."""
+    """Answers only `GET /metrics`, one request for each connection. So that slow clients don't keep others
+    out, a new connection beyond MAX_CONNECTIONS ends the oldest."""
 
     request_queue_size = 128
 
@@ -98,7 +98,7 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, _request: object, _client_address: object) -> None:
-        """Reports what fails, unless the client has gone."""
+        """Reports failures, unless the client has gone."""
         error = sys.exception()
         if error is not None and not isinstance(error, OSError):
             console.failure(error)
@@ -137,8 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def text(answer: Mapping[str, Any], encode: Callable[[Any], bytes] = openmetrics.generate_latest) -> str:
-    """The answer to `metrics` as text, by an encoder of the Prometheus client's: OpenMetrics 1.0 by
-    default."""
+    """The answer to `metrics` as text, made by an encoder of the Prometheus client (default: OpenMetrics
+    1.0)."""
     registry = CollectorRegistry()
     registry.register(_Collector(answer))
     return encode(registry).decode()
@@ -146,7 +146,7 @@ def text(answer: Mapping[str, Any], encode: Callable[[Any], bytes] = openmetrics
 
 class _Collector:
     def __init__(self, answer: Mapping[str, Any]) -> None:
-        """Paths may have bytes that are not UTF-8, which the encoders refuse."""
+        """Paths in `answer` may have bytes that are not UTF-8. The encoders refuse them."""
         self._answer = {
             **answer,
             "mountpoint": printable(answer["mountpoint"]),

@@ -1,17 +1,16 @@
 """`ipfsfuse mount`, `unmount`, `mounts` and `serve`.
 
-`mount` makes a MountConfig of its arguments and serves it in the foreground, or starts a daemon and waits
-until it is mounted. The daemon is this program, started anew in a session of its own (`--foreground
---ready-fd N`). On the descriptor N it writes lines: any number of `progress {"done": ..., "total": ...,
-"what": ...}` while the index of a CAR file is built, then `ok {"mountpoint": ..., "control": ..., "pid":
-...}` once the mount answers, or `error REASON`. What it logs before that goes to its starter's standard
-error, and what it logs afterwards to the log in the cache folder (`cache.store.folder`). If the starter ends
-before that, nobody wants the mount any more, and the daemon ends.
+`mount` makes a MountConfig of its arguments. It serves the mount in the foreground, or starts a daemon and
+waits until that has mounted. The daemon is this program in a new session (`--foreground --ready-fd N`). It
+writes lines to the descriptor N: while the index of a CAR file is built, `progress {"done": ..., "total":
+..., "what": ...}`, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` when the mount answers, or
+`error REASON`. Until then its log messages go to the starter's standard error, and later to the log in the
+cache folder (`cache.store.folder`). If the starter ends before that line, the daemon ends too.
 
-SIGHUP makes a daemon open its log anew, and read the budget and the log level from the configuration again.
-In the foreground of a terminal it says that the terminal has gone: then the mount ends.
+SIGHUP makes a daemon open its log again, and read the budget and the log level from the configuration again.
+In the foreground of a terminal, SIGHUP means that the terminal has gone: then the mount ends.
 
-`unmount` waits until the daemon has gone, and names who stands in the way.
+`unmount` waits until the daemon has ended, and names the processes that use the mount.
 """
 
 import argparse
@@ -53,10 +52,10 @@ from ipfsfuse.structures import LogLimiter
 log = logging.getLogger("ipfsfuse.mount")
 
 END_SECONDS = 10.0
-"""How long a daemon may take to end when its mount is gone."""
+"""A daemon may take so long to end after unmounting."""
 
 PROGRESS = "progress "
-"""The beginning of a line with the progress of the daemon."""
+"""The prefix of a line with the daemon's progress."""
 
 
 def config(arguments: argparse.Namespace) -> MountConfig:
@@ -84,7 +83,7 @@ def config(arguments: argparse.Namespace) -> MountConfig:
 
 
 def _content(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `mount` and `serve` have in common: where content is kept, and where it comes from."""
+    """The settings that `mount` and `serve` share: cache folder, library and sources."""
     sources = tuple(source(text) for text in defaults.chosen(arguments.sources))
     return {
         "cache_dir": folders.cache_dir(arguments.cache_dir),
@@ -101,8 +100,8 @@ def _content(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _passthrough(arguments: argparse.Namespace) -> bool:
-    """Raises MountFailed for those who may not. Whether the kernel and the cache folder's file system do
-    their part is known once it is mounted (`fuse.open_files.Passthrough`)."""
+    """Raises MountFailed if this user may not use passthrough. Whether the kernel and the cache folder's file
+    system support it is known only after mounting (`fuse.open_files.Passthrough`)."""
     if arguments.passthrough and not _is_capable(confinement.CAP_SYS_ADMIN):
         raise MountFailed(
             "--passthrough: only root (CAP_SYS_ADMIN) may let the kernel read files itself: run it as root, "
@@ -118,14 +117,14 @@ def _passthrough(arguments: argparse.Namespace) -> bool:
 
 
 def _is_capable(capability: int) -> bool:
-    """Whether this process has it in effect (capabilities(7))."""
+    """Whether this process has the effective capability (capabilities(7))."""
     lines = Path("/proc/self/status").read_text().splitlines()
     in_effect = next(line for line in lines if line.startswith("CapEff")).split()[1]
     return bool(int(in_effect, 16) >> capability & 1)
 
 
 def _user(name: str) -> User | None:
-    """None for the user who runs this. Raises UsageError."""
+    """The user to change to; None for the user of this process. Raises UsageError."""
     try:
         found = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
     except (KeyError, ValueError) as exc:
@@ -138,7 +137,7 @@ def _user(name: str) -> User | None:
 
 
 def _at_home(name: str) -> None:
-    """Makes the default folders those of the user `name`, not root's."""
+    """Changes the default folders from those of root to those of the user `name`."""
     if (user := _user(name)) is not None:
         os.environ.update(HOME=pwd.getpwuid(user.uid).pw_dir, USER=user.name, LOGNAME=user.name)
         for variable in ("XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_RUNTIME_DIR"):
@@ -146,8 +145,8 @@ def _at_home(name: str) -> None:
 
 
 def _allowed(texts: Iterable[str]) -> frozenset[Cid]:
-    """The canonical CIDs of `texts`: each is a CID, or a file that lists some, one a line, # before
-    comments."""
+    """The canonical CIDs of `texts`. Each text is a CID, or a file with one CID in each line and comments
+    after #."""
     return frozenset(cids.canonical(each) for text in texts for each in _listed(text))
 
 
@@ -171,7 +170,7 @@ def _listed(text: str) -> Iterator[Cid]:
 
 
 def source(text: str) -> str:
-    """SOURCE with a file's path made absolute: a daemon has no working directory."""
+    """SOURCE with an absolute path of a file, since a daemon has another working directory."""
     if not text:
         raise UsageError("--from was given an empty SOURCE")
     named = text in (defaults.LIBRARY, defaults.KUBO, defaults.NETWORK)
@@ -179,14 +178,15 @@ def source(text: str) -> str:
 
 
 def header_files(arguments: argparse.Namespace, sources: Sequence[str]) -> tuple[tuple[str, Path], ...]:
-    """URLs and files of headers for the sources. Of those that a configuration names, the ones for other
-    sources are left out. Raises UsageError."""
+    """(URL, file of headers) for the sources. Files from a configuration for other sources are left out.
+
+    Raises UsageError."""
     given = tuple(header_file(text) for text in arguments.header_files or ())
     return given if arguments.origins["header-file"] == "argument" else header_files_of(given, sources)
 
 
 def header_file(text: str) -> tuple[str, Path]:
-    """The URL in URL=FILE, "" where there is none, and the file. Raises UsageError."""
+    """The URL and the file of URL=FILE. The URL is "" if there is none. Raises UsageError."""
     url, separator, path = text.partition("=")
     if "://" not in url:
         return "", Path(text).absolute()
@@ -238,14 +238,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_name(text: str) -> None:
-    """Raises UsageError for a word that is not a folder, and nearly the name of a mount."""
+    """Raises UsageError for a word that is not a folder and is similar to the name of a mount."""
     todo = console.suggestion(text, settings.mounts(), "")
     if todo and "/" not in text and not os.path.lexists(text):
         raise UsageError(f"{text} is neither a folder nor a mount that the configuration names: {todo}")
 
 
 def _refuse_below(asked: MountConfig) -> None:
-    """Raises UsageError if the daemon would read or write below its own mount: it would wait for itself."""
+    """Raises UsageError if the daemon would use files below its own mount, and so wait for itself."""
     own = {"the cache folder": asked.cache_dir, "the library": asked.library, "the record": asked.record}
     own |= {f"the headers file {path}": path for _url, path in asked.header_files}
     own |= {f"the source {source}": Path(source) for source in asked.sources if os.path.isabs(source)}
@@ -261,7 +261,7 @@ def _refuse_below(asked: MountConfig) -> None:
 
 
 def _await_ending(cache_dir: Path) -> None:
-    """Waits while a daemon whose mount was just unmounted still uses the cache folder."""
+    """Waits while the daemon of an earlier mount is ending and still uses the cache folder."""
     end = time.monotonic() + END_SECONDS
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
         said = cache_folder.announced(cache_dir)
@@ -272,8 +272,8 @@ def _await_ending(cache_dir: Path) -> None:
 
 
 def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Starts the daemon and waits for its line. Raises MountFailed, FolderInUse or UsageError with its
-    reason."""
+    """Starts the daemon and waits for its result. Raises MountFailed, FolderInUse or UsageError with the
+    daemon's reason."""
     reading, writing = os.pipe()
     with tempfile.TemporaryFile() as said, open(reading, "rb") as line_from:
         at = argv.index("mount")
@@ -316,7 +316,7 @@ def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, 
 
 
 def _result(lines: BinaryIO) -> str:
-    """The daemon's last line, "" where it gave none. Its progress before that is shown."""
+    """Shows the daemon's progress. Returns its result line, "" if there is none."""
     with Progress("indexing") as show:
         for each in lines:
             line = each.decode(errors="surrogateescape").rstrip("\n")
@@ -327,7 +327,7 @@ def _result(lines: BinaryIO) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with the folder that this package was imported from: a checkout need not be installed."""
+    """Our environment, with the folder of this package in PYTHONPATH: a checkout need not be installed."""
     top = str(Path(ipfsfuse.__file__).parents[1])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
 
@@ -342,12 +342,12 @@ def _last_words(said: BinaryIO, code: int) -> str:
 # -- the daemon ----------------------------------------------------------------------------------------------
 
 LOG_SECONDS = 5.0
-"""Between two lines of the log that tell how far an index is."""
+"""Seconds between two log lines about the progress of an index."""
 WATCH_MS = 500
 
 
 def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
-    """Mounts and serves until the mount is gone. Raises what prevents it."""
+    """Mounts and serves until the mount has ended. Raises the error that prevents it."""
     from ipfsfuse import mount  # with trio and pyfuse3, 200 ms: only the process that serves needs them
 
     confinement.hide_memory()
@@ -414,8 +414,7 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
 
 
 class _Starter:
-    """The process at the other end of the descriptor `fd`. It gets the result once, and is watched
-    until then."""
+    """The process at the other end of the descriptor `fd`. It is watched until it gets the result."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -425,12 +424,12 @@ class _Starter:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def progress(self, values: Mapping[str, object]) -> None:
-        """Before the result, from any thread."""
+        """Sends progress before the result, from any thread."""
         with suppress(OSError):  # the starter has gone: `_watch` sees that
             os.write(self._fd, f"{PROGRESS}{json.dumps(values)}\n".encode())
 
     def report(self, line: str) -> None:
-        """Sends `line` as the result, unless there was one before."""
+        """Sends `line` as the result, unless a result was sent."""
         if self._reported:
             return
         self._reported = True
@@ -450,7 +449,7 @@ class _Starter:
 
 
 def _has_terminal() -> bool:
-    """Whether this process has a controlling terminal: its SIGHUP then says that the terminal has gone."""
+    """Whether this process has a controlling terminal. Then a SIGHUP means that the terminal has gone."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:
@@ -483,7 +482,7 @@ def unmount(arguments: argparse.Namespace) -> int:
 
 
 def _all(words: list[str], mounts: Mapping[str, Path]) -> int:
-    """Runs one command for each mount. 1 where one of them failed, and the others are done all the same."""
+    """Runs the command for each mount, even if it fails for some. Returns 1 if one failed."""
     mounted = {each["mountpoint"] for each in _mounts() if each["answers"]}
     code, answers = 0, []
     for name, point in mounts.items():
@@ -516,8 +515,8 @@ UPTIME_SECONDS = 2.0
 
 
 def _mounts() -> list[dict[str, Any]]:
-    """Every mount of ipfsfuse that this process sees. `answers` is None where it is not known which daemon
-    serves the mount, such as another user's."""
+    """Every mount of ipfsfuse that this process sees. `answers` is None if the daemon is not known, as for a
+    mount of another user."""
     found = []
     for mounted in mountpoints.table():
         if mounted.type != mountpoints.TYPE:
@@ -552,7 +551,7 @@ def _must_be_ours(point: Path) -> None:
 
 
 def take_away(point: Path, lazy: bool) -> None:
-    """Unmounts. Raises MountFailed that names who holds it."""
+    """Unmounts. Raises MountFailed, with the names of the processes that use the mount."""
     command = [*mountpoints.fusermount(), "-u", *(["-z"] if lazy else []), "--", str(point)]
     done = subprocess.run(
         command, capture_output=True, text=True, errors="replace", env={**os.environ, "LC_ALL": "C"}
@@ -577,12 +576,12 @@ class Holder(NamedTuple):
     pid: int
     command: str
     uses: str
-    """One path below the mountpoint that it has open, or has as its working directory."""
+    """One of its open files below the mountpoint, or its working directory there."""
 
 
 def holders(point: Path) -> Iterator[Holder]:
-    """The processes that use something at or below `point`, as far as this user may see them. Only links in
-    /proc are read. The mount itself is asked nothing."""
+    """The processes that use a file at or below `point`, as far as this user may see them. Reads only links
+    in /proc, and does not ask the mount."""
     for entry in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
         for target in _uses(f"/proc/{entry}"):
             if target == str(point) or target.startswith(f"{point}/"):

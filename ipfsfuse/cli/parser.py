@@ -1,8 +1,8 @@
-"""The commands and their options, as one table for argparse. Imports nothing that takes long: `ipfsfuse
---help` is quick.
+"""The commands and their options for argparse. This module is quick to import, so that `ipfsfuse --help` is
+quick.
 
-Each command names the function that runs it as "module:function" below `ipfsfuse.cli`, imported when it is
-called.
+Each command names its function as "module:function" in `ipfsfuse.cli`. The module is imported when the
+command runs.
 """
 
 import argparse
@@ -31,7 +31,7 @@ RESERVE_HELP = (
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UsageErrors of one line."""
+    """An argparse parser that raises its errors as UsageErrors of one line."""
 
     commands: "Mapping[str, Parser]"
     """The parsers of the commands."""
@@ -81,12 +81,14 @@ _IGNORED = {
     "users", "nofail", "_netdev", "defaults", "sync", "async", "atime", "noatime", "relatime", "norelatime",
     "diratime", "nodiratime", "lazytime", "nolazytime", "default_permissions",
 }  # fmt: skip
-"""Options of mount(8) that change nothing here: every mount is nosuid and nodev, and refuses to write."""
+"""Options of mount(8) without an effect here: every mount is nosuid, nodev and read-only."""
 _OF_MOUNT = frozenset(settings.SETTINGS) - {"listen", "allow-host", "fetch", "cid-version", "profile", "user"}
 
 
 def _of_mount_8(words: list[str]) -> list[str]:
-    """`SOURCE DIR -o OPTIONS`, as mount(8) calls it, as words of `mount`. Raises UsageError."""
+    """Translates `SOURCE DIR -o OPTIONS`, the arguments from mount(8), into those of `mount`.
+
+    Raises UsageError."""
     if len(words) < 3 or "-o" not in words[2:] or words[0].startswith("-") or words[0] in ("get", "mount"):
         return words
     source, directory, *rest = words
@@ -128,7 +130,7 @@ def build() -> Parser:
 
 
 def _type(convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """`convert` as an argparse type that keeps the message of its UsageError."""
+    """`convert` as an argparse type that shows the message of its UsageError."""
 
     def typed(text: str) -> Any:
         try:
@@ -146,7 +148,7 @@ def _path(text: str) -> str:
 
 
 def _as_stored(text: str) -> str:
-    """A path below a CID: its bytes are those of the names in IPFS, whatever the locale makes of them."""
+    """A path below a CID. Its names have the bytes of the argument, whatever the locale is."""
     return os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
@@ -157,7 +159,7 @@ _COUNT, _OWNER, _OCTAL, _PATH = _type(units.count), _type(units.owner), _type(un
 def _command(
     commands: Any, name: str, run: str, about: str, json: str = "print JSON, also for a failure"
 ) -> argparse.ArgumentParser:
-    """A command without arguments but --json, which every command has."""
+    """A command with only the argument --json, which every command has."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=about, description=about[0].upper() + about[1:] + ".", allow_abbrev=False
     )
@@ -176,7 +178,7 @@ def _switches(parser: argparse.ArgumentParser, about: Mapping[str, str]) -> None
 
 
 def _sources(parser: argparse.ArgumentParser, names: bool = True) -> None:
-    """Where a command gets content and, with `names`, what IPNS names stand for."""
+    """Adds the options for sources and, with `names`, for resolving IPNS names."""
     parser.add_argument("--from", dest="sources", action="append", metavar="SOURCE", help=SOURCES_HELP)
     parser.add_argument("--router", dest="routers", action="append", metavar="URL", help=ROUTER_HELP)
     _switches(parser, {"--allow-private-providers": PRIVATE_HELP})
@@ -202,7 +204,7 @@ def _folders(parser: argparse.ArgumentParser, library: bool = True) -> None:
 
 
 def _bounds(parser: argparse.ArgumentParser) -> None:
-    """What a cache may take, and how long a read may."""
+    """Adds the options for the size of the cache and the time of a read."""
     parser.add_argument(
         "--budget", type=_SIZE, default=units.size("10GiB"), metavar="SIZE",
         help="bytes that the cache may use on disk (default: 10GiB)",

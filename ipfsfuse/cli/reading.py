@@ -1,9 +1,9 @@
-"""`get`, `cat`, `export` and `push`: content without a mount.
+"""`get`, `cat`, `export` and `push`: read content without a mount.
 
-`get` reads through the mount that uses the cache folder, if there is one: it has a cache and sources of its
-own. Else the sources are opened, and what is fetched is kept in the cache folder as a mount would keep it.
-`cat`, `export` and `push` read from the sources, and ask a running mount for what those lack. An IPNS name is
-resolved by the mount that uses the cache folder, else by the sources.
+If a mount uses the cache folder, `get` reads through that mount. Otherwise it opens the sources, and keeps
+fetched content in the cache folder, like a mount. `cat`, `export` and `push` read from the sources, and ask a
+running mount for missing blocks. The mount that uses the cache folder resolves IPNS names, or else the
+sources do.
 """
 
 import argparse
@@ -51,7 +51,8 @@ BLOCK_DEADLINE = 30.0
 
 
 def _given(arguments: argparse.Namespace) -> Sequence[str]:
-    """The sources that the command line names. Those of a configuration are what a mount has too."""
+    """The sources on the command line. Sources of a configuration are left out, since a mount has them
+    too."""
     return arguments.sources if arguments.origins["from"] == "argument" else ()
 
 
@@ -62,8 +63,8 @@ def _sources(arguments: argparse.Namespace) -> Sequence[str]:
 def open_settings(
     arguments: argparse.Namespace, indexing: Progress | None = None, node: Sequence[str] = ()
 ) -> OpenSettings:
-    """For the sources, and for the `node` that content is sent to. Makes the folder for the indexes of CAR
-    files if there are any."""
+    """The settings for the sources, and for the `node` that gets content. Makes the folder for indexes if
+    there are CAR files."""
     sources = [*_sources(arguments), *node]
     cache_dir = folders.cache_dir(arguments.cache_dir)
     return OpenSettings(
@@ -77,8 +78,8 @@ def open_settings(
 
 
 def _mount(arguments: argparse.Namespace) -> Path | None:
-    """The mountpoint of the mount that uses the cache folder; None where there is none, or where sources
-    were named."""
+    """The mountpoint of the mount that uses the cache folder. None if there is none, or if the command line
+    names sources."""
     folder = folders.cache_dir(arguments.cache_dir)
     if _given(arguments) or cache_folder.is_free(folder):
         return None
@@ -101,8 +102,7 @@ def _filesystem(arguments: argparse.Namespace, *, isolated: bool) -> AbstractAsy
 
 
 async def _path(arguments: argparse.Namespace, text: str) -> IpfsPath:
-    """What `text` spells, an IPNS name in it replaced by what it stands for now. Raises NotACid, NotFound,
-    Unavailable, UsageError."""
+    """The path in `text`, with its IPNS name resolved. Raises NotACid, NotFound, Unavailable, UsageError."""
     named = paths.split_ipns(text)
     if named is None:
         return paths.parse(text)
@@ -147,7 +147,7 @@ def get(arguments: argparse.Namespace) -> int:
 
 
 def _name(path: str) -> str:
-    """The last name in a path, else its CID or IPNS name."""
+    """The last name of a path; if it has none, its CID or IPNS name."""
     named = paths.split_ipns(path)
     if named is not None:
         return os.fsdecode(named[1][-1]) if named[1] else named[0]
@@ -168,7 +168,7 @@ class _Got:
 
 @contextmanager
 def _new_file(target: Path) -> Iterator[BinaryIO]:
-    """A new file, gone if it could not be written to its end: half of it would look like all."""
+    """Writes a new file. Removes it on an error, since a part of it would look like the whole."""
     out = target.open("xb")
     try:
         with out:
@@ -179,7 +179,7 @@ def _new_file(target: Path) -> Iterator[BinaryIO]:
 
 
 def _copy(path: Path, target: Path, done: _Got) -> None:
-    """Nothing that exists is written to: a name that comes twice can't lead out of `target`."""
+    """Writes only new files and folders, so that a name that comes twice can't lead out of `target`."""
     waiting = [(path, target)]  # a tree may be deeper than Python can call
     while waiting:
         path, target = waiting.pop()
@@ -227,7 +227,7 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
 
 
 def _stored(name: str) -> bytes:
-    """The bytes of a name as IPFS has them: those of the disk too, whatever the locale's encoding is."""
+    """The bytes of a name in IPFS. They are used on disk too, whatever the locale's encoding is."""
     return name.encode("utf-8", "surrogateescape")
 
 
@@ -263,7 +263,8 @@ async def _export(arguments: argparse.Namespace) -> int:
 
 
 def _end_at_once_by_signals() -> None:
-    """A write that waits for a slow reader can't be cancelled, and nothing is left to clean up."""
+    """Lets SIGINT and SIGTERM end the process at once: a write that waits for a slow reader can't be
+    cancelled, and there is nothing to clean up."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
@@ -321,7 +322,7 @@ async def _cat(arguments: argparse.Namespace) -> int:
 
 
 def _print_values(values: Mapping[str, object]) -> None:
-    """A line of JSON. It may wait for a slow reader: call it in a thread."""
+    """Prints a line of JSON. Call it in a thread, since it may wait for a slow reader."""
     console.values(values, indent=None)
 
 
@@ -330,7 +331,7 @@ async def _block(cid: Cid, get: GetBlock) -> AsyncIterator[bytes]:
 
 
 def _check_standard_output(v2: bool) -> None:
-    """Raises UsageError where no CAR can go there."""
+    """Raises UsageError if a CAR can't be written there."""
     if v2:
         raise UsageError("--v2 needs a file: the place of its index is known only at the end")
     if sys.stdout is None:
@@ -340,15 +341,15 @@ def _check_standard_output(v2: bool) -> None:
 
 
 async def _root(arguments: argparse.Namespace) -> Cid:
-    """The CID that is named. Raises UsageError for a path below one, and as `_path`."""
+    """The CID in the argument. Raises UsageError for a path below a CID, and the errors of `_path`."""
     if paths.split_ipns(arguments.cid) is None:
         return cid_alone(arguments.cid)
     return cid_alone((await _path(arguments, arguments.cid)).text)
 
 
 def _sources_beside_mount(arguments: argparse.Namespace) -> Sequence[str]:
-    """What is asked before a running mount is: the library, as the mount has the other sources. Where there
-    is none, all sources of the configuration."""
+    """The sources that are asked before a running mount: the library, since the mount has the other sources.
+    If no mount runs, all sources of the configuration."""
     return [defaults.LIBRARY] if _mount(arguments) is not None else _sources(arguments)
 
 
@@ -356,7 +357,7 @@ def _sources_beside_mount(arguments: argparse.Namespace) -> Sequence[str]:
 async def _blocks(
     arguments: argparse.Namespace, sources: Sequence[str], settings: OpenSettings
 ) -> AsyncIterator[GetBlock]:
-    """Gets blocks from `sources`, else from a running mount, which has a cache and sources of its own."""
+    """Gets blocks from `sources`, or else from a running mount, which has its own cache and sources."""
     control = cache_folder.socket_path(folders.cache_dir(arguments.cache_dir))
     async with opened_sources(sources, settings) as opened:
         pool = SourcePool(opened)
@@ -378,7 +379,7 @@ async def _blocks(
 
 
 def _from_mount(control: Path, cid: Cid) -> bytes | None:
-    """The block that a running mount has or fetches. None if no mount runs."""
+    """A block from a running mount, which may fetch it. None if no mount runs."""
     try:
         return base64.b64decode(client.call(control, "block", cid=cids.text(cid))["data"])
     except DaemonFailed:

@@ -1,5 +1,5 @@
-"""The commands that a running mount answers: each one call through its control socket, shown to people or as
-JSON."""
+"""The commands for a running mount. Each sends a command to the mount's control socket and prints the answer
+as text or JSON."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from ipfsfuse.cli.status import ANSWER_SECONDS
 from ipfsfuse.errors import IpfsFuseError, NotACid, UsageError
 
 NAMED = 5
-"""Lost blocks that `fsck` names in its last line; all are in its report."""
+"""The most lost blocks in the last line of `fsck`. Its report has all of them."""
 
 
 def ls(arguments: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def budget(arguments: argparse.Namespace) -> int:
 
 
 def fsck(arguments: argparse.Namespace) -> int:
-    """1 where something wrong could not be mended."""
+    """Returns 1 if an error could not be repaired."""
     if arguments.file is not None or arguments.check_library:
         from ipfsfuse.cli import library  # it imports what the other commands here do not need
 
@@ -66,8 +66,8 @@ def fsck(arguments: argparse.Namespace) -> int:
 
 
 def _each(arguments: argparse.Namespace, command: str, **sent: Any) -> int:
-    """One command for each of the things that are named. All are looked at before anything is done. If one
-    fails, the others are done all the same, and the exit code is 1."""
+    """Sends the command for each argument. All arguments are checked first. If the command fails for one, it
+    is still sent for the others, and the exit code is 1."""
     targets = [_target(arguments, text) for text in arguments.items]
     if len(targets) == 1:
         [(control, path)] = targets
@@ -89,8 +89,8 @@ def _each(arguments: argparse.Namespace, command: str, **sent: Any) -> int:
 
 
 def _target(arguments: argparse.Namespace, text: str) -> tuple[Path, str]:
-    """The control socket of the mount to ask, and `/ipfs/CID/a/b` or `/ipns/NAME/a/b`. Raises UsageError,
-    whether or not there is a mount to ask."""
+    """The control socket of the mount to ask, and the path `/ipfs/CID/a/b` or `/ipns/NAME/a/b`. Raises
+    UsageError for a wrong path even if there is no mount."""
     from ipfsfuse.dag import path as paths  # slow to import, and other commands do without
 
     try:

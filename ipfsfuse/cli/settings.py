@@ -1,9 +1,9 @@
 """Settings from outside the command line: IPFSFUSE_* variables and the configuration files.
 
-Every option in `SETTINGS` can be set there. In the order of precedence: arguments, the environment, the
-user's file ($XDG_CONFIG_HOME/ipfsfuse/config.toml), the system's file (/etc/ipfsfuse/config.toml), what is
-built in. A file holds keys for all mounts, and a table [mount.NAME] for each named mount, whose keys take
-precedence. IPFSFUSE_CONFIG names one file to read instead of both.
+They can set every option in `SETTINGS`. The order of precedence: arguments, the environment, the user's file
+($XDG_CONFIG_HOME/ipfsfuse/config.toml), the system's file (/etc/ipfsfuse/config.toml), defaults. A file has
+keys for all mounts, and a table [mount.NAME] for each named mount. Keys of a table take precedence over the
+others. IPFSFUSE_CONFIG names one file to read instead of both.
 """
 
 import argparse
@@ -57,7 +57,7 @@ SETTINGS: Mapping[str, str] = {
     "cid-version": "of `add`",
     "profile": "of `add`",
 }
-"""The options that can be set outside the command line, and what `config --init` says of them."""
+"""The options that can be set outside the command line, and their descriptions for `config --init`."""
 
 ALLOW_OTHER = (
     "--allow-other: every user of this machine can read what this mount shows: the whole library, "
@@ -83,14 +83,14 @@ def user_file() -> Path:
 
 
 def candidates() -> list[Path]:
-    """Where configuration files may lie, in the order of precedence."""
+    """The paths of configuration files, in the order of precedence. They may not exist."""
     named = os.environ.get("IPFSFUSE_CONFIG")
     return [Path(named)] if named else [user_file(), SYSTEM]
 
 
 def files() -> list[ConfigFile]:
-    """The configuration files that exist, in the order of precedence. Raises UsageError, naming file and
-    key."""
+    """The configuration files that exist, in the order of precedence. Raises UsageError, which names the file
+    and the key."""
     named = os.environ.get("IPFSFUSE_CONFIG")
     found = []
     for path in candidates():
@@ -169,9 +169,9 @@ def _layers(name: str | None) -> list[Layer]:
 
 
 def fill(arguments: argparse.Namespace, options: Iterable[tuple[argparse.Action, object]]) -> None:
-    """Sets what the command line left out: for each option of the command its action, and what is built in.
+    """Sets the options that the command line left out. `arguments.origins` gets the origin of each setting.
 
-    `arguments.origins` says where each setting came from. Raises UsageError, naming the place."""
+    Raises UsageError, which names the origin."""
     named = getattr(arguments, "mountpoint", None) if arguments.command in ("mount", "config") else None
     layers = _layers(named)
     arguments.origins = {}
@@ -248,7 +248,7 @@ def _path(where: str, text: str) -> Path:
 
 
 def show(arguments: argparse.Namespace) -> int:
-    """What holds for a mount, and where each value comes from; or writes a template."""
+    """Prints the settings for a mount with their origins, or writes a template."""
     if arguments.init and arguments.mountpoint is not None:
         raise UsageError("config takes a NAME or --init, not both")
     if arguments.init:
@@ -277,7 +277,7 @@ _DESTINATIONS = {"from": "sources", "header-file": "header_files", "router": "ro
 
 
 def _in_force(arguments: argparse.Namespace, name: str) -> object:
-    """The value that holds, also where nothing sets it."""
+    """The value in effect: the default if nothing sets it."""
     found = value(arguments, name)
     if name == "from":
         return list(defaults.chosen(found))
@@ -287,7 +287,7 @@ def _in_force(arguments: argparse.Namespace, name: str) -> object:
 
 
 def _as_typed(name: str, value: object) -> str:
-    """The value in the form that a user would write on the command line."""
+    """The value as on the command line."""
     if name == "reserve" and value is None:
         return "a twentieth of the disk, at most 2GiB"
     if value is None or value == []:
@@ -331,7 +331,7 @@ _EXAMPLES = {
 
 
 def template() -> str:
-    """A configuration file with every setting in it, commented out."""
+    """A configuration file with all settings as comments."""
     lines = [
         "# Settings of ipfsfuse. `ipfsfuse config` shows what holds, and where it comes from.",
         "# Arguments and IPFSFUSE_* variables take precedence over this file.",

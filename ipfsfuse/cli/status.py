@@ -1,4 +1,4 @@
-"""`ipfsfuse status`: how a running mount is doing, as text, as JSON, again and again in the terminal
+"""`ipfsfuse status`: the state of a running mount as text, as JSON, as a live view in the terminal
 (`--watch`), or as a page for a browser (`--html`)."""
 
 import argparse
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 ANSWER_SECONDS = 30.0
-"""How long a mount may take for an answer that needs no network."""
+"""A mount may take so long for an answer that needs no network."""
 WATCH_SECONDS = 1.0
 DEGRADED = 3
-"""Exit code if the mount serves, but is degraded. 1 says that it does not answer."""
+"""The exit code if the mount serves, but is degraded. 1 means that it does not answer."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def reading(point: str) -> Iterator[dict[str, Any]]:
-    """The files below the mountpoint that processes have open, as far as this user may see them, with the
-    place in the file up to which each has been read."""
+    """The open files of processes below the mountpoint, as far as this user may see them, with the position
+    of each."""
     for entry in sorted((name for name in os.listdir("/proc") if name.isdigit()), key=int):
         process = Path("/proc", entry)
         try:
@@ -89,14 +89,15 @@ def _observed(control: Path) -> dict[str, Any]:
 
 
 def _watch_as_json(control: Path) -> int:
-    """A line of JSON each second, until Ctrl-C or until the mount ends."""
+    """Prints a line of JSON each second, until Ctrl-C or until the mount ends."""
     while True:
         console.values(_observed(control), indent=None)
         time.sleep(WATCH_SECONDS)
 
 
 def _watch(control: Path) -> int:
-    """Until Ctrl-C, or until the mount ends. Raises DaemonFailed, and UsageError without a terminal."""
+    """Shows the live view until Ctrl-C or until the mount ends. Raises DaemonFailed, and UsageError without a
+    terminal."""
     with optional("watch"):
         from rich.live import Live  # with what it imports, 100 ms
     if not console.is_terminal(sys.stdout):
@@ -111,7 +112,7 @@ def _watch(control: Path) -> int:
 
 
 def view(now: Mapping[str, Any], before: Mapping[str, Any], seconds: float) -> "Group":
-    """What changed between two observations that were so many seconds apart."""
+    """The changes between two observations, `seconds` apart."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -154,7 +155,7 @@ AGES = (("the last hour", 3600), ("the last day", 86400), ("the last week", 7 * 
 SIZES = (("up to 1 MiB", 1 << 20), ("up to 16 MiB", 16 << 20), ("up to 256 MiB", 256 << 20))
 OLDER, LARGER = "earlier", "larger"
 LARGEST = 30
-"""Files that the page lists."""
+"""The most files in the page."""
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886;
@@ -176,7 +177,7 @@ _CLASSES = {"green": "good", "yellow": "warn", "red": "bad"}
 
 
 def page(status: Mapping[str, Any], listed: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> str:
-    """One page in itself: no script, and nothing that is loaded from elsewhere."""
+    """A complete page, without scripts and without links to other files."""
     cache = status["cache"]
     share = f"{human(cache['used'])} of {human(cache['effective_budget'])}, {human(cache['pinned'])} pinned"
     reasons = "".join(f'<li class="bad">{_text(each)}</li>' for each in status["reasons"])
@@ -253,7 +254,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 720, 200, 44, 24
 
 
 def _hit_rate(samples: Sequence[Mapping[str, Any]]) -> str:
-    """A point for each span in which something was asked of the cache."""
+    """A chart with a point for each span with requests to the cache."""
     times = [datetime.fromisoformat(each["time"]).timestamp() for each in samples]
     begin, span = times[0], max(times[-1] - times[0], 1.0)
     points = []
