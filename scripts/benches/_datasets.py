@@ -1,5 +1,5 @@
-"""The files that mounts are measured on: made once, the same on every machine, in a folder of the user's
-cache."""
+"""The files for measuring mounts. They are made once, in a folder of the user's cache, and are the same on
+every machine."""
 
 import os
 import random
@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large. The full one is what docs/PERFORMANCE.md speaks of."""
+    """The sizes. docs/PERFORMANCE.md has the results for the full one."""
 
     name: str
     big: int
@@ -24,7 +24,7 @@ class Scale:
     folders: int
     """Directories of FILES_EACH small files."""
     forgotten: int
-    """Inodes that are seen and forgotten."""
+    """Inodes that are looked up and forgotten."""
 
 
 FULL = Scale("full", 1024, 10_000, 200, 1_000_000)

@@ -1,4 +1,4 @@
-"""Guests that are made to be measured: a module of any size, whose first instructions write a byte."""
+"""Makes guests for measurements: modules of any size that write a byte first."""
 
 from collections.abc import Iterable
 
@@ -42,7 +42,7 @@ def large(size: int) -> bytes:
 
 
 def _function(seed: int) -> bytes:
-    """What can't be worked out when it is compiled: arithmetic on its argument."""
+    """Arithmetic on an argument, which a compiler can't compute in advance."""
     code = bytearray(b"\x00" + _LOCAL_GET + b"\x00")
     while len(code) < _FUNCTION_BYTES:
         seed = (seed * 1103515245 + 12345) & 0x7FFF_FFFF

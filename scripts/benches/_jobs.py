@@ -1,4 +1,5 @@
-"""What is timed: each job is a program that any user runs, or this module run as one. Returns seconds."""
+"""The jobs that are timed. Each runs a program as users do, or this module as a program, and returns
+seconds."""
 
 import os
 import random
@@ -33,7 +34,7 @@ def find(prefix: Prefix, path: Path) -> float:
 
 
 def tar(prefix: Prefix, path: Path) -> float:
-    """Through a pipe: GNU tar reads nothing where it writes to /dev/null."""
+    """Writes to a pipe, since GNU tar reads nothing if it writes to /dev/null."""
     return _timed([*prefix, "sh", "-c", 'tar cf - -C "$0" . | cat > /dev/null', str(path)])
 
 
@@ -52,7 +53,7 @@ def _timed(command: list[str]) -> float:
 
 
 def _told(prefix: Prefix, job: str, path: Path) -> float:
-    """Seconds by the program's own clock, which leaves its start out."""
+    """Seconds by the program's own clock, without its start."""
     command = [*prefix, sys.executable, __file__, job, str(path)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 

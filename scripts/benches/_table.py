@@ -1,4 +1,4 @@
-"""What was measured, and how it is shown: ratios first."""
+"""Measurements, and tables of them: ratios first."""
 
 import statistics
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ class Result:
 
     name: str
     against: str
-    """The way that the ratios are to."""
+    """The way with which the others are compared."""
     target: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
     cpu: dict[str, list[float]] = field(default_factory=dict)

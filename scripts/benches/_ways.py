@@ -1,7 +1,7 @@
-"""The ways to read the same data: a folder, this mount as root and as a user, Kubo's own mount, rclone on its
-gateway.
+"""The ways to read the same data: a folder, this mount as root and as a user, Kubo's own mount, and rclone on
+Kubo's gateway.
 
-A way is made cold anew before each cold run: mounted with nothing cached, the page cache dropped.
+Each cold run starts with a new mount without a cache, and with an empty page cache.
 """
 
 import json
@@ -40,7 +40,7 @@ class Way:
 
     prefix: Prefix = ()
     pid = 0
-    """Of the process that answers, 0 where that is the kernel."""
+    """CPU seconds of the process that answers; 0 if that is the kernel."""
 
     def __init__(self, name: str, paths: dict[str, Path]) -> None:
         self.name = name
@@ -53,7 +53,7 @@ class Way:
         drop_caches()
 
     def settle(self, path: Path) -> None:
-        """Before a warm run is timed: waits until what the way does behind its first reader is done."""
+        """Waits until the work after the first reader is done, before a warm run is timed."""
 
     def close(self) -> None:
         pass

@@ -1,6 +1,6 @@
 """Counts the functions of ours that one READ enters: cold from a gateway, and fetched ahead.
 
-What a cold READ fetched is staged after its answer. That is counted too, and said apart."""
+A cold READ stages its bytes after its answer. Those calls are counted separately."""
 
 import argparse
 import json

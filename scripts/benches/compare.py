@@ -1,4 +1,4 @@
-"""Two results of `scripts/bench mount --json`, side by side: what changed.
+"""Compares two results of `scripts/bench mount --json`.
 
     scripts/bench compare BEFORE.json AFTER.json
 

@@ -1,4 +1,4 @@
-"""ARC by bytes, beside a model written straight from the paper."""
+"""ARC by bytes, compared with a model that follows the paper."""
 
 import pytest
 from hypothesis import given, settings

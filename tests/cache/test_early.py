@@ -1,4 +1,4 @@
-"""Readers get a leaf as soon as it is verified; it is written behind that, and who needs it written waits."""
+"""Readers get a leaf as soon as it is verified. It is written later. Code that needs it written waits."""
 
 import errno
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -182,8 +182,8 @@ async def read_within_deadline(cache: PinsetCache, file: FileRef, leaves: Sequen
 def test_a_disk_that_hangs_keeps_no_bytes_from_a_reader_and_does_not_fill_the_memory(
     tmp_path: Path, ahead: bool
 ) -> None:
-    """Readers got an error at their deadline, once 4 MiB waited for the disk. And each file that was read ahead
-    left its bytes in memory."""
+    """Readers got an error at their deadline, once 4 MiB waited for the disk. And each file that was read
+    ahead left its bytes in memory."""
 
     async def main() -> None:
         chain = Chain()

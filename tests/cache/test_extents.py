@@ -1,4 +1,4 @@
-"""Intervals beside a set of numbers."""
+"""Intervals, compared with a set of numbers."""
 
 import itertools
 

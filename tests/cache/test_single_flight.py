@@ -1,4 +1,4 @@
-"""Single flight: one fetch for all who wait, for as long as anyone does."""
+"""Single flight: one fetch for all waiters, as long as there is one."""
 
 import math
 from collections.abc import AsyncGenerator

@@ -1,4 +1,4 @@
-"""CAR files that bring no index: whoever waits for theirs is shown how far it is; damaged ones are named."""
+"""CAR files without an index: a waiting user sees the progress of the index; damaged files are named."""
 
 import os
 import subprocess

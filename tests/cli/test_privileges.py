@@ -1,4 +1,4 @@
-"""What the daemon may do: it gives up new privileges and most files, goes on as another user, and mounts
+"""The rights of the daemon: it gives up new privileges and most files, changes to another user, and mounts
 without fusermount3 and in a user namespace."""
 
 import hashlib

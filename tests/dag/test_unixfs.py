@@ -1,4 +1,4 @@
-"""The UnixFS message, beside Google's protobuf on the schema that Kubo uses."""
+"""The UnixFS message, compared with Google's protobuf on Kubo's schema."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Names: which are shown, which are one, and who is asked for them."""
+"""Names: which of them are shown, which are equal, and which sources are asked for them."""
 
 import os
 import subprocess

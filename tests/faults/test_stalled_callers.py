@@ -1,4 +1,4 @@
-"""Many callers that wait for what nobody has, and one that reads what is there: through a real mount.
+"""Many callers wait for blocks that no source has, and one reads blocks that exist: through a real mount.
 
 IPFSFUSE_STALLED=5000 makes it a larger crowd."""
 

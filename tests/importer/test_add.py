@@ -1,4 +1,4 @@
-"""`add`: what it tells, what it stores, what it refuses; whatever ends it early leaves the library as it
+"""`add`: its output, the blocks it stores, the files it refuses; an early end leaves the library as it
 was."""
 
 import os

@@ -1,4 +1,4 @@
-"""What `add` refuses, each by name, and what ends it early: the library stays as it was."""
+"""The files that `add` refuses, by name, and early ends of `add`: the library stays as it was."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a real node has, our mount shows; and beside Kubo's own mount of the same node, the same."""
+"""Our mount shows the content of a real node, and the same as Kubo's own mount of that node."""
 
 import os
 import re

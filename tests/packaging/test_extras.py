@@ -1,4 +1,4 @@
-"""Without the packages of an extra the rest works, and who needs it is told in one line what to install."""
+"""Without the packages of an extra the rest works, and a command that needs them says what to install."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""`ipfsfuse serve` as others meet it: Kubo, other mounts, strangers who do harm."""
+"""`ipfsfuse serve` with different clients: Kubo, other mounts, and attackers."""
 
 import json
 import os

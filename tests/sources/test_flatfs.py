@@ -1,4 +1,4 @@
-"""A Kubo repository read where it lies: recognised, or left alone; and a node that need not be asked."""
+"""A Kubo repository that is read in place: it is recognised or not used; and the node is not asked."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a Kubo repository's blocks link first, read ahead of who goes down one path."""
+"""Reading ahead in a Kubo repository: the first links of a block, for a program that follows one path."""
 
 import ctypes
 import gc

@@ -1,4 +1,5 @@
-"""The library: what one process adds another reads, what is removed gives back what nobody else needs."""
+"""The library: a process reads what another one adds, and a removal frees the space that no other root
+needs."""
 
 import errno
 import json

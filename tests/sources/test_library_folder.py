@@ -1,4 +1,4 @@
-"""The library's folder: marked, ours alone, and whatever else lies in it or behind its links is left
+"""The library's folder: it is marked and used by one user, and other files in it or behind its links are left
 alone."""
 
 import gc

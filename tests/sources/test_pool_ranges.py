@@ -1,4 +1,4 @@
-"""The pool's runs: completed from whoever has the rest, broken off when they stall."""
+"""The pool's fetches of ranges: other sources complete them, and a stalled one is ended."""
 
 from collections.abc import Sequence
 
