@@ -38,7 +38,7 @@ from ipfsfuse.dag import nodes
 from ipfsfuse.dag.car import Section
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk
-from ipfsfuse.errors import IpfsFuseError, NotACid, NotFound, SourceFailed, StoreFailed
+from ipfsfuse.errors import IpfsFuseError, Malformed, NotACid, NotFound, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.files import Closing, regular, write_all
 from ipfsfuse.sources.local.car_file import (
@@ -549,11 +549,19 @@ def _rewrite(folder: Path, entries: Iterable[Entry], packs: Packs, names: Iterab
     live = _reachable(entries, packs)
     for path in (folder / name for name in names):
         pack = CarFile(path)
-        keep = [found for found in sections(pack) if cids.multihash(found.cid) in live]
+        keep = [found for found in _sections(pack) if cids.multihash(found.cid) in live]
         kept = sum(found.end - found.start for found in keep)
         total = pack.data_end - pack.sections_offset
         if (total - kept) * WORTHWHILE >= total:
             _write(folder, [(pack, keep)], path)
+
+
+def _sections(pack: CarFile) -> Iterator[Section]:
+    """What lies in a pack. Raises StoreFailed if it is damaged."""
+    try:
+        yield from sections(pack)
+    except Malformed as exc:
+        raise StoreFailed(f"{pack.path} is damaged, and was not compacted: {exc}") from exc
 
 
 def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
@@ -564,7 +572,7 @@ def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
     if len(paths) < MANY:
         return
     packs = [CarFile(path) for path in paths]
-    merged = _write(folder, [(pack, sections(pack)) for pack in packs])
+    merged = _write(folder, [(pack, _sections(pack)) for pack in packs])
     old = {pack.name for pack in packs}
     for entry in entries:
         if not old.isdisjoint(entry.packs):
