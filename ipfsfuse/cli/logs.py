@@ -162,7 +162,9 @@ class DaemonLog(logging.Handler):
                     raise UsageError(f"the log {path} can't be written: {reason}") from exc
                 log.warning("there will be no log: %s: %s", path, exc.strerror)
                 return
-            sys.stderr.flush()
+            stream: TextIO | None = sys.stderr  # None where the caller closed it
+            if stream is not None:
+                stream.flush()
             if stat.S_ISREG(os.fstat(2).st_mode):  # a pipe or a terminal has it already
                 # on a full disk, or from a file opened for writing alone, that is lost; the mount goes on
                 with suppress(OSError), open(target, "wb", closefd=False) as out:
@@ -213,7 +215,7 @@ class DaemonLog(logging.Handler):
         self._lost += 1
 
     def _encoded(self, record: logging.LogRecord) -> bytes:
-        stream: TextIO | None = sys.stderr  # None where the caller closed it
+        stream: TextIO | None = sys.stderr  # as above
         encoding = "utf-8" if stream is None else stream.encoding
         return f"{self.format(record)}\n".encode(encoding, "backslashreplace")
 

@@ -397,6 +397,23 @@ def test_a_log_that_can_not_be_written_is_refused(user: Home) -> None:
     )
 
 
+@pytest.mark.fuse
+def test_a_mount_in_the_foreground_logs_to_a_file_though_its_standard_error_is_closed(user: Home) -> None:
+    log = user.folder / "log"
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--log-file", log, user.mountpoint]
+    with subprocess.Popen(["bash", "-c", 'exec "$@" 2>&-', "bash", *command], env=user.env) as process:
+        try:
+            wait_until(
+                lambda: os.path.ismount(user.mountpoint) or process.poll() is not None, "it is mounted"
+            )
+            assert process.poll() is None
+            user.run("unmount", user.mountpoint)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    assert "unmounted" in log.read_text()
+
+
 WRITES = """if True:
     import logging, os, sys
     from pathlib import Path
