@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -361,6 +361,9 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
 
     def ready(control: Path) -> None:
         answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
+        output = None
+        if starter is None and arguments.json and sys.stdout is not None:
+            output = os.dup(sys.stdout.fileno())  # the log takes standard output
         if file is not None:
             log_to.move(file, logs.FILE_BYTES, file.with_name(file.name + ".1"), needed=True)
         elif starter is not None:
@@ -370,8 +373,9 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
             log.info("%s", settings.ALLOW_OTHER)
         if starter is not None:
             starter.report(f"ok {json.dumps(answer)}")
-        elif arguments.json:
-            console.values(answer, indent=None)
+        elif output is not None:
+            with open(output, "w") as stream, redirect_stdout(stream):
+                console.values(answer, indent=None)
 
     limiter = LogLimiter(LOG_SECONDS, time.monotonic)
 

@@ -398,6 +398,23 @@ def test_a_log_that_can_not_be_written_is_refused(user: Home) -> None:
 
 
 @pytest.mark.fuse
+def test_a_mount_in_the_foreground_with_a_log_file_answers_on_standard_output(user: Home) -> None:
+    log = user.mountpoint.with_name("log")
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", "--log-file", log]
+    with subprocess.Popen([*command, user.mountpoint], env=user.env, stdout=subprocess.PIPE) as daemon:
+        assert daemon.stdout is not None
+        try:
+            told = json.loads(daemon.stdout.readline())
+            assert (told["pid"], told["mountpoint"]) == (daemon.pid, str(user.mountpoint))
+            assert user.mountpoint.is_mount()
+            assert "mounted at" in log.read_text()
+            assert "control" not in log.read_text()
+        finally:
+            daemon.terminate()
+        assert daemon.stdout.read() == b""
+
+
+@pytest.mark.fuse
 def test_a_mount_in_the_foreground_logs_to_a_file_though_its_standard_error_is_closed(user: Home) -> None:
     log = user.folder / "log"
     command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--log-file", log, user.mountpoint]
