@@ -67,18 +67,19 @@ static int place_of(uint64_t handle, uint64_t start)
 	return each;
 }
 
-/* Takes the window that begins at `start` out of the array, once nobody uses its bytes. NULL if there is none. */
+/* Takes the window that begins at `start` out of the array, then waits until nobody uses its bytes: no later read uses
+ * them, so this takes no longer than one reply. NULL if there is none. */
 static struct window *take_out(uint64_t handle, uint64_t start)
 {
+	int place = place_of(handle, start);
 	struct window *one;
-	int place;
 
-	while ((place = place_of(handle, start)) < count && windows[place]->in_use)
-		pthread_cond_wait(&sent, &lock);
 	if (place == count)
 		return NULL;
 	one = windows[place];
 	windows[place] = windows[--count];
+	while (one->in_use)
+		pthread_cond_wait(&sent, &lock);
 	return one;
 }
 

@@ -485,15 +485,15 @@ def test_a_read_that_is_interrupted_while_it_waits_for_bytes_is_interrupted_in_p
 
 ONE_HANGING_READ = """
 import ipfsfuse.fuse.device  # before pyfuse3
-import ctypes, os, socket, sys, time
+import ctypes, os, socket, time
 from pathlib import Path
 import trio
 from tests.cache.standin import random_bytes
 from tests.fuse.kernel_side import kernel
 from tests.fuse.test_device_reads import LEAF, allow, leave_page_cache, staging
 
-reads = ctypes.CDLL(os.environ["HANGING_READ_LIBRARY"]).hanging_reads
-content, folder = random_bytes(LEAF, 1), Path(sys.argv[1])
+reads = ctypes.CDLL(os.environ["LIBRARY"]).hanging_reads
+content, folder = random_bytes(LEAF, 1), Path(os.environ["STAGING"])
 
 
 async def session(folder, answers):
@@ -528,23 +528,60 @@ with staging(folder, content) as (opened, path):
 """
 
 
-def test_a_read_that_hangs_longer_than_its_mount_writes_to_no_other_file(tmp_path: Path) -> None:
-    """The descriptor of the device may be another file's by then."""
-    source, library = Path(__file__).with_name("hanging_read.c"), tmp_path / "hanging_read.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-o", library, source, "-ldl"], check=True)
-    preload = ":".join(filter(None, (str(library), os.environ.get("LD_PRELOAD"))))
-    env = os.environ | {
-        "LD_PRELOAD": preload,
-        "HANGING_READ": str(tmp_path / "go"),
-        "HANGING_READ_LIBRARY": str(library),
-        "PYTHONPATH": os.getcwd(),
-    }
-    (tmp_path / "staging").mkdir()
+def run_with(library: str, script: str, folder: Path, **env: str) -> str:
+    """What a Python script writes, in whose process `library`.c takes the place of a function of the C
+    library."""
+    built = folder / f"{library}.so"
+    source = Path(__file__).with_name(f"{library}.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-o", built, source, "-ldl"], check=True)
+    preload = ":".join(filter(None, (str(built), os.environ.get("LD_PRELOAD"))))
     done = subprocess.run(
-        [sys.executable, "-c", ONE_HANGING_READ, tmp_path / "staging"],
-        env=env,
+        [sys.executable, "-c", script],
+        env=os.environ | {"LD_PRELOAD": preload, "LIBRARY": str(built), "PYTHONPATH": os.getcwd()} | env,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert (done.stdout, done.returncode) == ("nothing was written\n", 0), done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_read_that_hangs_longer_than_its_mount_writes_to_no_other_file(tmp_path: Path) -> None:
+    """The descriptor of the device may be another file's by then."""
+    (staging := tmp_path / "staging").mkdir()
+    go = str(tmp_path / "go")
+    said = run_with("hanging_read", ONE_HANGING_READ, tmp_path, HANGING_READ=go, STAGING=str(staging))
+    assert said == "nothing was written\n"
+
+
+READS_OF_WHAT_IS_REMOVED = """
+import ipfsfuse.fuse.device  # before pyfuse3
+import ctypes, os
+import trio
+from ipfsfuse.fuse.device import ReadWindows
+from tests.fuse.kernel_side import ASKED_FOR, kernel
+from tests.fuse.test_device_reads import CID
+
+large_replies = ctypes.CDLL(os.environ["LIBRARY"]).large_replies
+
+
+async def main():
+    windows = ReadWindows(7, 1, CID)
+    async with kernel() as asking:
+        windows.add(0, bytes(2000), False)
+        for _ in range(10):
+            asking.send_read(7, 0, 2000)
+        while not large_replies():
+            pass
+        windows.remove(0)
+        answers = [await asking.answer() for _ in range(10)]
+        print("answered in C:", sum(got != ASKED_FOR for _number, _error, got in answers))
+
+
+trio.run(main)
+"""
+
+
+def test_a_window_is_removed_once_the_read_that_is_being_answered_is(tmp_path: Path) -> None:
+    """However many reads of it wait: Python's lock is held meanwhile."""
+    assert run_with("waiting_remover", READS_OF_WHAT_IS_REMOVED, tmp_path) == "answered in C: 1\n"
