@@ -7,7 +7,7 @@
  * for a moment, and goes to Python if the bytes do not come. With `passes_end_on`, the read of a window's last
  * byte goes to Python, so that Python knows how far the reader is.
  * Concurrency: one lock, which is not held while bytes are sent. A window whose bytes are being sent is not
- * removed. Call reads_expect, reads_add, reads_remove and reads_remove_all with Python's lock held.
+ * freed. Call reads_expect, reads_add, reads_remove and reads_remove_all with Python's lock held.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -42,7 +42,8 @@ enum found { PRESENT, EXPECTED, ABSENT };
 
 static struct window *windows[WINDOWS];
 static int count;
-static struct read *first, **last = &first; /* those that wait, the oldest first. The device's thread changes this list */
+/* The reads that wait, the oldest first. Only the device's thread changes this list, so it needs the lock only for that. */
+static struct read *first, **last = &first;
 static int waiting;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t sent = PTHREAD_COND_INITIALIZER;
@@ -92,15 +93,26 @@ static int is_awaited(const struct window *one)
 	return 0;
 }
 
-/* Puts a window into the array, in the place of one that begins where it does. Does nothing but free it if there are too
- * many windows already. */
+/* Takes out a window whose bytes are not there yet. NULL if there is none. */
+static struct window *take_out_expected(void)
+{
+	for (int each = 0; each < count; each++)
+		if (!windows[each]->content.buf)
+			return take_out(windows[each]->handle, windows[each]->start);
+	return NULL;
+}
+
+/* Puts a window into the array, instead of one that begins where it does. If the array is full, puts bytes instead of
+ * what is expected, so that slow files take no room from others; frees the window if that can't be done. */
 static void put(struct window *one)
 {
 	struct window *old;
 
 	pthread_mutex_lock(&lock);
 	old = take_out(one->handle, one->start);
-	if (is_awaited(one))
+	if (!old && count == WINDOWS && one->content.buf)
+		old = take_out_expected();
+	if (is_awaited(one) || (old && is_awaited(old)))
 		device_retry_reads();
 	if (count < WINDOWS) {
 		windows[count++] = one;

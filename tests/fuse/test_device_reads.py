@@ -171,6 +171,23 @@ def test_what_is_there_is_not_expected() -> None:
     trio.run(_expecting, run)
 
 
+def test_what_is_there_takes_the_place_of_what_is_expected() -> None:
+    """Files whose sources send nothing do not keep the bytes of other files out."""
+
+    async def run(asking: Kernel, windows: ReadWindows) -> None:
+        slow = ReadWindows(8, 1, OTHER)
+        for number in range(600):
+            slow.expect(number * 10, 10)
+        sent = [asking.send_read(8, number * 10, 10) for number in range(100)]
+        for number in range(600):
+            windows.add(number * 10, b"x" * 10, False)
+        assert sorted([(await asking.answer())[::2] for _ in sent]) == [(each, ASKED_FOR) for each in sent]
+        asked = [(await asking.read(7, number * 10, 10))[1] for number in range(600)]
+        assert asked == [False] * 512 + [True] * 88
+
+    trio.run(_expecting, run)
+
+
 @pytest.mark.parametrize("ends", ["removed", "shorter than expected", "to be seen", "never"])
 def test_a_read_of_what_does_not_come_goes_to_python(ends: str) -> None:
     async def run(asking: Kernel, windows: ReadWindows) -> None:
