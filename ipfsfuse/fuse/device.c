@@ -95,7 +95,7 @@ static void discard(struct request *one)
 
 /* Leaves out the value of a SETXATTR, which is refused in any case: values of up to 64 KiB would soon fill
  * QUEUED. */
-static struct request *copy_of(const char *bytes, size_t size)
+static struct request *copy_of(const char *bytes, size_t size, int64_t read_at)
 {
 	static const size_t longest = sizeof(struct fuse_in_header) + sizeof(struct fuse_setxattr_in) + 256;
 	int is_setxattr = ((const struct fuse_in_header *)bytes)->opcode == FUSE_SETXATTR && size > longest;
@@ -108,7 +108,7 @@ static struct request *copy_of(const char *bytes, size_t size)
 		return NULL;
 	}
 	one->size = size;
-	one->read_at = device_now();
+	one->read_at = read_at;
 	memcpy(one->bytes, bytes, size);
 	if (is_setxattr)
 		((struct fuse_setxattr_in *)(one->bytes + 1))->size = 0;
@@ -224,12 +224,12 @@ static int is_full(const struct request *one)
 }
 
 /* Waits for memory and for room in the queue: a caller waits for the request, so it can't be dropped. */
-void device_pass_on(const char *bytes, size_t size, const int *was_interrupted)
+void device_pass_on(const char *bytes, size_t size, int64_t read_at, const int *was_interrupted)
 {
 	struct request *one;
 	int was_empty, done = 0;
 
-	while (!(one = copy_of(bytes, size)) && !stopping)
+	while (!(one = copy_of(bytes, size, read_at)) && !stopping)
 		usleep(1000);
 	while (one && !done && !stopping) {
 		pthread_mutex_lock(&lock);
@@ -322,7 +322,7 @@ static void *run(void *unused)
 		else if (!opens_answer(device, request, size) && !reads_answer(device, request, size) &&
 			 !pieces_answer(device, request, size)) {
 			call_listener(request, size);
-			device_pass_on(buffer, size, NULL);
+			device_pass_on(buffer, size, device_now(), NULL);
 		}
 	end_with(size < 0 ? (int)size : 1);
 	return unused;

@@ -55,8 +55,9 @@ void pieces_stop(void);
 
 /* device.c */
 
-/* Queues a request for Python. It is interrupted if `*was_interrupted`. */
-void device_pass_on(const char *request, size_t size, const int *was_interrupted);
+/* Queues a request for Python that was read from the device at the time `read_at`, by device_now. It is interrupted if
+ * `*was_interrupted`. */
+void device_pass_on(const char *request, size_t size, int64_t read_at, const int *was_interrupted);
 
 /* Has the device's thread call reads_retry soon. Any thread may call this. */
 void device_retry_reads(void);

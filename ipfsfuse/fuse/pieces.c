@@ -53,6 +53,7 @@ struct job {
 	struct job *next;
 	int device, folder;
 	int interrupted;      /* its caller got a signal meanwhile */
+	int64_t read_at;
 	uint64_t start, skip; /* offset of its first piece in the file; bytes of that piece before the read */
 	size_t size, wanted;  /* bytes of its pieces; bytes of the read */
 	uint8_t tags[PIECES * TAG];
@@ -367,7 +368,7 @@ static void *read_from_disk(void *place)
 		}
 		pthread_mutex_unlock(&lock);
 		if (outcome != RIGHT || !reply(job, room))
-			device_pass_on((const char *)&job->request, sizeof job->request, &job->interrupted);
+			device_pass_on((const char *)&job->request, sizeof job->request, job->read_at, &job->interrupted);
 		pthread_mutex_lock(&lock);
 		ours->job = NULL;
 		free(job);
@@ -443,6 +444,7 @@ int pieces_answer(int device, const struct fuse_in_header *request, size_t size)
 		memcpy(&job->request, request, sizeof job->request);
 		job->device = device;
 		job->interrupted = 0;
+		job->read_at = device_now();
 		outcome = read_pieces(job, room, 1);
 		done = outcome == RIGHT ? reply(job, room) : outcome == NOT_AT_HAND && hand_over(job);
 	}

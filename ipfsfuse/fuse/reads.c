@@ -33,7 +33,7 @@ struct window {
 /* A read that waits for bytes. */
 struct read {
 	struct read *next;
-	int64_t until;
+	int64_t read_at;
 	int interrupted;        /* its caller got a signal meanwhile */
 	struct { struct fuse_in_header header; struct fuse_read_in what; } request;
 };
@@ -251,7 +251,7 @@ static int let_wait(const struct fuse_in_header *request)
 		return 0;
 	memcpy(&one->request, request, sizeof one->request);
 	one->next = NULL;
-	one->until = device_now() + PATIENCE_NS;
+	one->read_at = device_now();
 	one->interrupted = 0;
 	*last = one;
 	last = &one->next;
@@ -293,7 +293,7 @@ void reads_retry(int device)
 	pthread_mutex_lock(&lock);
 	while ((one = *place)) {
 		state = find(&one->request.what, found, &parts);
-		if (state == EXPECTED && !one->interrupted && device_now() < one->until) {
+		if (state == EXPECTED && !one->interrupted && device_now() < one->read_at + PATIENCE_NS) {
 			place = &one->next;
 			continue;
 		}
@@ -304,7 +304,7 @@ void reads_retry(int device)
 		waiting--;
 		pthread_mutex_unlock(&lock);
 		if (!done)
-			device_pass_on((const char *)&one->request, sizeof one->request, &one->interrupted);
+			device_pass_on((const char *)&one->request, sizeof one->request, one->read_at, &one->interrupted);
 		free(one);
 		pthread_mutex_lock(&lock);
 	}
@@ -312,7 +312,7 @@ void reads_retry(int device)
 }
 
 /* When the first of them must not wait any longer, by device_now; INT64_MAX if none waits. */
-int64_t reads_wait_until(void) { return first ? first->until : INT64_MAX; }
+int64_t reads_wait_until(void) { return first ? first->read_at + PATIENCE_NS : INT64_MAX; }
 
 /* The caller of the request `unique` got a signal. */
 void reads_interrupt(uint64_t unique)

@@ -45,8 +45,8 @@ HELD = 16 << 20
 """Both as in `pieces.c`."""
 SMALL = 1000
 """Bytes: the socket has room for the answers."""
-MAX_WAITING = 256
-"""As `WAITING` in `reads.c`."""
+MAX_WAITING, WAITS = 256, 50_000_000
+"""As `WAITING` and `PATIENCE_NS` in `reads.c`."""
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -203,6 +203,23 @@ def test_a_read_of_what_does_not_come_goes_to_python(ends: str) -> None:
             windows.add(PIECE, bytes(PIECE), True)
         assert await asking.answer() == (number, 0, ASKED_FOR)
 
+    trio.run(_expecting, run)
+
+
+def test_what_a_read_has_waited_in_c_counts_as_waited_for_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its deadline is counted from when it was read."""
+    waited: list[int] = []
+
+    async def read(_self: Operations, _fh: int, _off: int, _size: int) -> bytes:
+        waited.append(device.NANOSECONDS_WAITED.value)
+        return ASKED_FOR
+
+    async def run(asking: Kernel, windows: ReadWindows) -> None:
+        windows.expect(0, PIECE)
+        assert (await asking.read(7, 0, 10))[1]
+        assert waited[0] >= WAITS
+
+    monkeypatch.setattr(Operations, "read", read)
     trio.run(_expecting, run)
 
 
