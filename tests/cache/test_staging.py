@@ -65,6 +65,35 @@ def test_a_later_write_that_fails_leaves_what_is_there(tmp_path: Path) -> None:
         assert staging.read(entry, leaves[0])[:2] == (content[: 1 << 19], True)
 
 
+@pytest.mark.parametrize("fails", ["sharing", "reading"])
+def test_what_a_failed_clone_has_taken_is_told_in_the_end(
+    tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget counted too little."""
+    file, leaves, content = make_file(Chain(), 1 << 20, 1 << 19)
+    staging = Staging(tmp_path / "staging")
+    entry = Entry(file.cid, file.size, extents=Extents(), proved=Extents())
+    told = staging.write(entry, 0, [content[: 1 << 19]])[0]
+
+    def share(_source: int, to: int, size: int, offset: int) -> None:
+        os.pwrite(to, content[offset : offset + size // 2], offset)
+        if fails == "sharing":
+            raise OSError(errno.EIO, "Input/output error")
+
+    def read(*_args: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(staging, "_share_each", lambda _copy, _leaves, _files: 1)
+    monkeypatch.setattr(stagings, "share_extents", share)
+    if fails == "reading":
+        monkeypatch.setattr(staging, "_read_into_buffers", read)
+    with pytest.raises(OSError, match="Input/output error"):
+        staging.clone(entry, leaves[1:], ["block"])
+    grown, error = staging.write(entry, 1 << 19, [content[1 << 19 :]])
+    assert error is None
+    assert told + grown == next(staging.path.iterdir()).stat().st_blocks * 512
+
+
 def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, leaves, content = make_file(Chain(), 2 << 16)
     staging = Staging(tmp_path / "staging")

@@ -362,14 +362,18 @@ class Staging:
             if not shared:
                 return 0, []
             start, end = leaves[0].offset, leaves[shared - 1].offset + leaves[shared - 1].size
+            found = self._read_into_buffers(copy, leaves[:shared], 0)
             with entry.lock:
                 if entry.dead:
                     raise Removed
                 before = entry.seen
-                with self._open_to_write(entry) as file:
-                    share_extents(copy, file, end - start, start)
-                grown = entry.seen - before
-            return grown, self._read_into_buffers(copy, leaves[:shared], 0)
+                try:
+                    with self._open_to_write(entry) as file:
+                        share_extents(copy, file, end - start, start)
+                except OSError:
+                    entry.seen = before  # if the file has grown, the next write reports it
+                    raise
+                return entry.seen - before, found
 
     def _share_each(self, to: int, leaves: Sequence[Leaf], files: Sequence[str]) -> int:
         """Makes `to` share the extents of `files`, one after the other from its beginning, as far as
