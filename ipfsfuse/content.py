@@ -149,7 +149,7 @@ class Names:
 
 # -- whole blocks --------------------------------------------------------------------------------------------
 
-REMEMBERED = 100_000
+MAX_PLACES = 100_000
 """Children of file nodes for which the place is remembered, in some 30 MB: enough for 100 GB of a file in
 leaves of 1 MiB."""
 
@@ -210,7 +210,7 @@ class WholeBlocks:
             self._places.setdefault(
                 cids.canonical(child.cid), (file, Leaf(child.cid, at.offset + child.offset, child.size))
             )
-        while len(self._places) > REMEMBERED:
+        while len(self._places) > MAX_PLACES:
             del self._places[next(iter(self._places))]
 
 

@@ -68,9 +68,9 @@ THRESHOLDS = 700, 10, 4
 """For gc.set_threshold: a full pass comes after 28,000 new objects; by default after 70,000."""
 LEAF, TOUCHED = 1 << 20, 3
 """Bytes of a leaf. A read of it takes so many times as much memory, for the received pieces and the whole."""
-END_SECONDS = 0.5
+OPEN_FILES_SECONDS = 0.5
 """After unmounting, programs may use open files for so long."""
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
+UNMOUNT_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU)
 """Signals that unmount."""
 
 Ready = Callable[[Path], None]
@@ -433,7 +433,7 @@ def _ignore_signals(also_hangup: bool) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-STATUS_SECONDS = 30.0
+STATUS_INTERVAL = 30.0
 
 
 class Notifier:
@@ -462,16 +462,16 @@ class Notifier:
         """Reports now and then that the event loop is alive, and the `status`."""
         if not self._address:
             return
-        seconds = STATUS_SECONDS if self._watchdog is None else min(self._watchdog / 2, STATUS_SECONDS)
+        seconds = STATUS_INTERVAL if self._watchdog is None else min(self._watchdog / 2, STATUS_INTERVAL)
         while True:
             self.send("WATCHDOG=1", f"STATUS={status()}")
             await trio.sleep(seconds)
 
 
 async def _heed_signals(end: End, hangup: Hangup | None, commands: Commands, notifier: Notifier) -> None:
-    """Unmounts at a signal of ENDING. A busy mount is unmounted lazily, so that the daemon ends in any case.
-    SIGUSR1 logs the status. SIGHUP reloads."""
-    heeded = {*ENDING, signal.SIGUSR1}
+    """Unmounts at a signal of UNMOUNT_SIGNALS. A busy mount is unmounted lazily, so that the daemon ends
+    in any case. SIGUSR1 logs the status. SIGHUP reloads."""
+    heeded = {*UNMOUNT_SIGNALS, signal.SIGUSR1}
     if hangup is not None or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
         heeded.add(signal.SIGHUP)
     early: list[int] = []
@@ -515,8 +515,8 @@ async def _end_when_released(server: ControlServer, end: End) -> None:
 
 
 async def _end(helper: sessions.MountHelper, everything: trio.CancelScope) -> None:
-    """Unmounts. Ends all requests END_SECONDS later, even if an open file or another mount namespace still
-    uses the mount."""
+    """Unmounts. Ends all requests OPEN_FILES_SECONDS later, even if an open file or another mount namespace
+    still uses the mount."""
     await helper.unmount()
-    await trio.sleep(END_SECONDS)
+    await trio.sleep(OPEN_FILES_SECONDS)
     everything.cancel()

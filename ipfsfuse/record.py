@@ -13,13 +13,13 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 
-REMEMBERED = 200_000
+MIN_USES_KEPT = 200_000
 """At least so many uses are remembered, and at most twice as many, in some 60 MB."""
 
 
 class UseRecord:
-    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use. After REMEMBERED other uses,
-    a use may be written again."""
+    """Writes `{"cid": ..., "use": "read" | "ahead"}` once for each CID and use. After MIN_USES_KEPT other
+    uses, a use may be written again."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -52,6 +52,6 @@ class UseRecord:
         return use in self._seen or use in self._before
 
     def _remember(self, use: tuple[Cid, bool]) -> None:
-        if len(self._seen) >= REMEMBERED:
+        if len(self._seen) >= MIN_USES_KEPT:
             self._before, self._seen = self._seen, set()
         self._seen.add(use)

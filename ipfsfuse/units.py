@@ -14,7 +14,7 @@ _UNITS |= {
 _SECONDS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _NUMBER = re.compile(r"(\d{1,20}(?:\.\d{1,9})?)\s*([A-Za-z]*)", re.ASCII)
 
-MAX_BYTES = (1 << 63) - 1
+MAX_SIZE = (1 << 63) - 1
 
 
 def size(text: str) -> int:
@@ -30,7 +30,7 @@ def size_or_zero(text: str) -> int:
     value = _scaled(text, _UNITS)
     if value is None:
         raise UsageError(f"{text[:80]!r} is not a size: write it as 10GiB, 500MB or a number of bytes")
-    if value > MAX_BYTES:
+    if value > MAX_SIZE:
         raise UsageError(f"{text!r} is too large a size: it must be less than 8 EiB")
     return int(value)
 

@@ -36,9 +36,9 @@ from ipfsfuse.sources.base import request_of
 from ipfsfuse.vfs.open_file import BufferBudget, OpenFile
 from ipfsfuse.vfs.tree import Tree, attributes_of
 
-MAX_LINKS = 40
+MAX_SYMLINKS = 40
 """The most symlinks that are followed for one path, as in Linux."""
-PIECE = 16 << 20
+READ_BYTES = 16 << 20
 """Bytes that are read by one call."""
 
 Kind = Literal["file", "directory", "symlink"]
@@ -88,7 +88,7 @@ class File:
         pieces: list[bytes] = []
         while offset < end:
             with request_of(None, trio.current_time() + self._deadline):
-                piece = bytes(await self._file.read(offset, min(PIECE, end - offset)))
+                piece = bytes(await self._file.read(offset, min(READ_BYTES, end - offset)))
             pieces.append(piece)
             offset += len(piece)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
@@ -188,7 +188,7 @@ class Filesystem:
             here = ways[-1]
             if isinstance(here, Symlink):
                 links += 1
-                if links > MAX_LINKS:
+                if links > MAX_SYMLINKS:
                     raise NotFound(f"{path}: too many symlinks")
                 if here.target.startswith(b"/") or len(ways) == 1:
                     raise NotAllowed(f"{path}: a symlink leads out of {cids.text(path.root)}")

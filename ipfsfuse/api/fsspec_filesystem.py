@@ -32,7 +32,7 @@ T = TypeVar("T")
 BLOCK_SIZE = 4 << 20
 """The default size of a file's buffer: four leaves."""
 OPEN_SECONDS = 30.0
-OPTIONS = frozenset(inspect.signature(open_filesystem).parameters)
+FILESYSTEM_OPTIONS = frozenset(inspect.signature(open_filesystem).parameters)
 OPEN_FILES = 32
 """Files that the file system's thread keeps open, for their readahead."""
 
@@ -65,7 +65,7 @@ class IpfsFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec has no
 
     def __init__(self, *args: object, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._options = {key: value for key, value in options.items() if key in OPTIONS}
+        self._options = {key: value for key, value in options.items() if key in FILESYSTEM_OPTIONS}
 
     @property
     def _backend(self) -> _Backend:

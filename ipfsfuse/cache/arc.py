@@ -33,7 +33,7 @@ NO_OWNER: Owner = None
 """The owner of items of an earlier run, and of items that were read for no call."""
 ALL = "all"
 """The owner of items that several callers use."""
-SHARE = 2
+OWNER_SHARE = 2
 """The part of the capacity, as a divisor. The items of an owner that has more are evicted first."""
 
 MAX_GHOSTS = 65_536
@@ -387,7 +387,7 @@ class Arc(Generic[K]):
         for one in (owner, *sizes):
             if (
                 one not in (NO_OWNER, ALL)
-                and sizes[one] + (size if one == owner else 0) > self.capacity // SHARE
+                and sizes[one] + (size if one == owner else 0) > self.capacity // OWNER_SHARE
             ):
                 return one
         return NO_OWNER

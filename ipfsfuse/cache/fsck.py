@@ -24,7 +24,7 @@ from ipfsfuse.fileio import threads
 
 T = TypeVar("T")
 
-WINDOW = 64 << 20
+LISTED_BYTES = 64 << 20
 """Bytes of a file whose leaves are listed together."""
 
 MOST_LOST = 1000
@@ -182,7 +182,7 @@ async def leaves_of(reader: Reader, entry: Entry) -> AsyncIterator[Leaf]:
     root = await _drive(reader, node(entry.cid))
     at = 0
     while isinstance(root, File) and at < root.size:
-        found = await _drive(reader, file_layout.leaves(root, at, WINDOW))
+        found = await _drive(reader, file_layout.leaves(root, at, LISTED_BYTES))
         for leaf in found:
             yield leaf
         at = found[-1].offset + found[-1].size

@@ -32,15 +32,15 @@ from ipfsfuse.fileio import threads
 
 log = logging.getLogger(__name__)
 
-MAX_OPEN = 1000
+MAX_PASSED_FILES = 1000
 """Files that are open or mapped at a time. Further files are read through the daemon."""
 OPEN_PART = 2
 """The part of the budget, as a divisor, that these files may take. The rest is for what is read next."""
 HASHED_TOGETHER = 4 << 20
 """Bytes that one call in a thread reads and hashes while a file is verified."""
-TRIES = 2
+VERIFY_TRIES = 2
 """How often a file is verified in a row if it changes meanwhile or has a wrong leaf."""
-LOOK_SECONDS = 1.0
+MAPPED_CHECK_SECONDS = 1.0
 """Seconds between two checks whether closed files are still mapped."""
 
 
@@ -111,7 +111,7 @@ class PassthroughFiles:
     async def run(self) -> None:
         """Verifies files, until it is cancelled."""
         while True:
-            with trio.move_on_after(LOOK_SECONDS if self._mapped else float("inf")):
+            with trio.move_on_after(MAPPED_CHECK_SECONDS if self._mapped else float("inf")):
                 await self._wake.wait()
             self._wake = trio.Event()
             self._look_at_mapped()
@@ -131,7 +131,7 @@ class PassthroughFiles:
         """Verifies a file. A wrong or missing leaf is fetched again, and then the file is verified once
         more."""
         staging, file = self._store.staging, FileRef(entry.cid, entry.size)
-        for _ in range(TRIES):
+        for _ in range(VERIFY_TRIES):
             if entry.dead or not entry.complete or entry.verified:
                 return
             entry.stamp = await threads.run_sync(staging.stamp, entry, limiter=self._store.io.reading)
@@ -154,7 +154,7 @@ class PassthroughFiles:
             return None
         budget = self._store.budget
         if not entry.read_by_kernel and (
-            len(self._open) + len(self._mapped) >= MAX_OPEN
+            len(self._open) + len(self._mapped) >= MAX_PASSED_FILES
             or budget.protected_bytes + budget.size(entry.cid) > budget.limit // OPEN_PART
         ):
             return None

@@ -26,7 +26,7 @@ from ipfsfuse.errors import StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Blocks
 
-MAX_NAMES = 10_000
+MAX_NAMES_KEPT = 10_000
 """Names that are kept. With more, those that are no longer staged are removed."""
 LOOK_AT = 4
 """Names that are checked when one more is noted. So noting one takes the same time for many names as for
@@ -91,7 +91,7 @@ class RootNames:
         own = cids.canonical(cid)
         if own in self._names:
             return
-        if len(self._names) >= MAX_NAMES:
+        if len(self._names) >= MAX_NAMES_KEPT:
             self._forget_some()
         self._names[own] = spelling
         self._round.append(own)
@@ -182,7 +182,7 @@ class PinsetCache:
             budget.configured, budget.limit, space.reserve, space.free, budget.used, budget.pinned_bytes,
             self.pinned.lost, self.reader.hits, self.reader.misses, budget.evictions,
             budget.counted.is_set(), self.trouble,
-            budget.arc.capacity // arc.SHARE, callers,
+            budget.arc.capacity // arc.OWNER_SHARE, callers,
         )  # fmt: skip
 
     def named_roots(self) -> Iterator[tuple[Cid, str]]:

@@ -25,8 +25,8 @@ from ipfsfuse.sources.streams import Block
 
 T = TypeVar("T")
 
-FEW = 4
-"""So few blocks are fetched one by one: that costs less than one answer with all blocks of a directory."""
+MIN_SUBTREE_BLOCKS = 4
+"""Fewer blocks are fetched one by one: that costs less than one answer with all blocks of a directory."""
 ANSWER_PART = 1 / 3
 """The part of the deadline that such an answer may take. After that there is time to get its blocks
 elsewhere."""
@@ -335,7 +335,7 @@ class Reader:
             for at in range(0, len(rest), REGISTERED_AT_A_TIME):
                 await trio.lowlevel.checkpoint()
                 batch.expect(self.absent(rest[at : at + REGISTERED_AT_A_TIME]))
-            if len(batch.keys) >= FEW:
+            if len(batch.keys) >= MIN_SUBTREE_BLOCKS:
                 with trio.move_on_after(self._patience):
                     async with self._blocks.subtree(subtree, _Expected(self, batch, seen)) as stream:
                         async for blocks in stream:

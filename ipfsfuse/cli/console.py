@@ -148,7 +148,7 @@ def one_line(exc: BaseException) -> str:
     return printable(said.strip())
 
 
-SIZES = ("budget", "effective_budget", "reserve", "free", "size", "staged", "used", "freed", "pinned")
+SIZE_KEYS = ("budget", "effective_budget", "reserve", "free", "size", "staged", "used", "freed", "pinned")
 
 
 def show(answer: Mapping[str, Any], indent: str = "") -> None:
@@ -286,7 +286,7 @@ def said(key: str, value: object) -> str:
         return "yes" if value else "no"
     if value is None or value == "":
         return "-"
-    if isinstance(value, int) and (key in SIZES or key.endswith("bytes")):
+    if isinstance(value, int) and (key in SIZE_KEYS or key.endswith("bytes")):
         return human(value)
     if isinstance(value, float):
         return _seconds(value) if key in ("median", "p95") else f"{value:.3g}"

@@ -219,7 +219,7 @@ FEW_FILES = 4096
 """Descriptors that a mount can need: for each source up to 144 connections, with two descriptors each."""
 
 
-STATUS_SECONDS = 5.0
+STATUS_TIMEOUT = 5.0
 
 
 def _space(folder: Path, budget: int, reserve: int | None) -> Iterator[Finding]:
@@ -302,7 +302,7 @@ def _mounts(cache_dir: Path) -> Iterator[Finding]:
 
 def _mount(point: Path, control: Path) -> Iterator[Finding]:
     try:
-        state = client.call(control, "status", timeout=STATUS_SECONDS)
+        state = client.call(control, "status", timeout=STATUS_TIMEOUT)
     except IpfsFuseError as exc:
         if not mountpoints.answers(point):
             yield _dead(point)

@@ -46,7 +46,7 @@ class InMount(NamedTuple):
     """The path in the file system that is mounted there, "" for its root."""
 
 
-MAX_LINKS = 40
+MAX_SYMLINKS = 40
 """The most symlinks that are followed in one path, as in Linux."""
 
 
@@ -72,7 +72,7 @@ def in_mount(text: str) -> InMount | None:
         with suppress(OSError):  # it is not a symlink
             target = "" if further in points else os.path.abspath(os.path.join(here, os.readlink(further)))
         links += bool(target)
-        if links > MAX_LINKS:
+        if links > MAX_SYMLINKS:
             return None
         left.extendleft(reversed(Path(target).parts[1:]))
         here = "/" if target else further

@@ -40,10 +40,10 @@ LOG_PART = 32
 FULL_MS = 100
 """How long a message waits for a slow reader. After a lost message, the next ones do not wait."""
 
-LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
+DISK_TROUBLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 """Errnos of a disk in trouble, which prevents no mount."""
 
-FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 log = logging.getLogger("ipfsfuse.mount")
 
@@ -51,7 +51,7 @@ log = logging.getLogger("ipfsfuse.mount")
 class PrintableFormatter(logging.Formatter):
     """Escapes each message, so that callers need not do it."""
 
-    def __init__(self, layout: str = FORMAT) -> None:
+    def __init__(self, layout: str = LOG_FORMAT) -> None:
         super().__init__(layout)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -157,7 +157,7 @@ class DaemonLog(logging.Handler):
                     path.replace(older)
                 target = _opened(path)
             except OSError as exc:
-                if needed and exc.errno not in LATER:
+                if needed and exc.errno not in DISK_TROUBLE:
                     reason = "nobody reads this pipe" if exc.errno == errno.ENXIO else exc.strerror
                     raise UsageError(f"the log {path} can't be written: {reason}") from exc
                 log.warning("there will be no log: %s: %s", path, exc.strerror)

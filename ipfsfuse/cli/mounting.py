@@ -51,10 +51,10 @@ from ipfsfuse.structures import LogLimiter
 
 log = logging.getLogger("ipfsfuse.mount")
 
-END_SECONDS = 10.0
+DAEMON_END_SECONDS = 10.0
 """A daemon may take so long to end after unmounting."""
 
-PROGRESS = "progress "
+PROGRESS_PREFIX = "progress "
 """The prefix of a line with the daemon's progress."""
 
 
@@ -262,7 +262,7 @@ def _refuse_below(asked: MountConfig) -> None:
 
 def _await_ending(cache_dir: Path) -> None:
     """Waits while the daemon of an earlier mount is ending and still uses the cache folder."""
-    end = time.monotonic() + END_SECONDS
+    end = time.monotonic() + DAEMON_END_SECONDS
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
         said = cache_folder.announced(cache_dir)
         serving = said is not None and not os.path.isabs(said[1])  # `ipfsfuse serve`, which has no mount
@@ -320,9 +320,9 @@ def _result(lines: BinaryIO) -> str:
     with Progress("indexing") as show:
         for each in lines:
             line = each.decode(errors="surrogateescape").rstrip("\n")
-            if not line.startswith(PROGRESS):
+            if not line.startswith(PROGRESS_PREFIX):
                 return line
-            show(**json.loads(line.removeprefix(PROGRESS)))
+            show(**json.loads(line.removeprefix(PROGRESS_PREFIX)))
     return ""
 
 
@@ -341,7 +341,7 @@ def _last_words(said: BinaryIO, code: int) -> str:
 
 # -- the daemon ----------------------------------------------------------------------------------------------
 
-LOG_SECONDS = 5.0
+INDEX_LOG_SECONDS = 5.0
 """Seconds between two log lines about the progress of an index."""
 WATCH_MS = 500
 
@@ -377,7 +377,7 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
             with open(output, "w") as stream, redirect_stdout(stream):
                 console.values(answer, indent=None)
 
-    limiter = LogLimiter(LOG_SECONDS, time.monotonic)
+    limiter = LogLimiter(INDEX_LOG_SECONDS, time.monotonic)
 
     def indexing(name: str, done: int, total: int) -> None:
         if starter is not None:
@@ -430,7 +430,7 @@ class _Starter:
     def progress(self, values: Mapping[str, object]) -> None:
         """Sends progress before the result, from any thread."""
         with suppress(OSError):  # the starter has gone: `_watch` sees that
-            os.write(self._fd, f"{PROGRESS}{json.dumps(values)}\n".encode())
+            os.write(self._fd, f"{PROGRESS_PREFIX}{json.dumps(values)}\n".encode())
 
     def report(self, line: str) -> None:
         """Sends `line` as the result, unless a result was sent."""
@@ -481,7 +481,7 @@ def unmount(arguments: argparse.Namespace) -> int:
         daemon = None if served_by is None else os.pidfd_open(served_by.pid)
     take_away(point, arguments.lazy)
     if daemon is not None and not arguments.lazy:
-        select.select([daemon], [], [], END_SECONDS)
+        select.select([daemon], [], [], DAEMON_END_SECONDS)
     return console.answer(arguments, {"unmounted": str(point)})
 
 

@@ -42,7 +42,7 @@ from ipfsfuse.sources.spec import OpenSettings, parse_source, with_headers
 from ipfsfuse.sources.spec import opened as opened_sources
 from ipfsfuse.units import human
 
-PIECE = 4 << 20
+READ_BYTES = 4 << 20
 BLOCK_DEADLINE = 30.0
 """Seconds for one block."""
 
@@ -190,7 +190,7 @@ def _copy(path: Path, target: Path, done: _Got) -> None:
             waiting += [(path / name, target / name) for name in reversed(os.listdir(path))]
         else:
             with path.open("rb") as file, _new_file(target) as out:
-                while piece := file.read(PIECE):
+                while piece := file.read(READ_BYTES):
                     out.write(piece)
                     done.add(len(piece))
             done.files += 1
@@ -219,7 +219,7 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
             with _new_file(target) as out:
                 async with await filesystem.open(path) as file:
                     place = 0
-                    while piece := await file.read(place, PIECE):
+                    while piece := await file.read(place, READ_BYTES):
                         await threads.run_sync(out.write, piece)
                         place += len(piece)
                         done.add(len(piece))

@@ -18,7 +18,7 @@ from ipfsfuse.cli import console
 from ipfsfuse.errors import UsageError
 from ipfsfuse.sources import defaults
 
-SYSTEM = Path("/etc/ipfsfuse/config.toml")
+SYSTEM_CONFIG = Path("/etc/ipfsfuse/config.toml")
 
 SETTINGS: Mapping[str, str] = {
     "from": "a list of sources, in the order to ask them; these two, with the router below, need neither "
@@ -85,7 +85,7 @@ def user_file() -> Path:
 def candidates() -> list[Path]:
     """The paths of configuration files, in the order of precedence. They may not exist."""
     named = os.environ.get("IPFSFUSE_CONFIG")
-    return [Path(named)] if named else [user_file(), SYSTEM]
+    return [Path(named)] if named else [user_file(), SYSTEM_CONFIG]
 
 
 def files() -> list[ConfigFile]:

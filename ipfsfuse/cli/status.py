@@ -152,7 +152,7 @@ def view(now: Mapping[str, Any], before: Mapping[str, Any], seconds: float) -> "
 # -- --html --------------------------------------------------------------------------------------------------
 
 AGES = (("the last hour", 3600), ("the last day", 86400), ("the last week", 7 * 86400))
-SIZES = (("up to 1 MiB", 1 << 20), ("up to 16 MiB", 16 << 20), ("up to 256 MiB", 256 << 20))
+SIZE_CLASSES = (("up to 1 MiB", 1 << 20), ("up to 16 MiB", 16 << 20), ("up to 256 MiB", 256 << 20))
 OLDER, LARGER = "earlier", "larger"
 LARGEST = 30
 """The most files in the page."""
@@ -228,13 +228,13 @@ def _cell(value: object, kind: str = "number") -> str:
 
 def _by_size_and_age(entries: Sequence[Mapping[str, Any]], now: str) -> str:
     """Bytes on disk and numbers of files. The darker, the more bytes."""
-    ages, sizes = [*(name for name, _ in AGES), OLDER], [*(name for name, _ in SIZES), LARGER]
+    ages, sizes = [*(name for name, _ in AGES), OLDER], [*(name for name, _ in SIZE_CLASSES), LARGER]
     cells = {(age, size): (0, 0) for age in ages for size in sizes}
     until = datetime.fromisoformat(now)
     for each in entries:
         seconds = (until - datetime.fromisoformat(each["last_used"])).total_seconds()
         age = next((name for name, most in AGES if seconds <= most), OLDER)
-        size = next((name for name, most in SIZES if each["size"] <= most), LARGER)
+        size = next((name for name, most in SIZE_CLASSES if each["size"] <= most), LARGER)
         count, staged = cells[age, size]
         cells[age, size] = count + 1, staged + each["staged"]
     most = max(staged for _count, staged in cells.values()) or 1

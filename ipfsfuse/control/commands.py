@@ -385,7 +385,7 @@ class _Throttled:
 # and does not count as a use. Each directory is entered once, by the first path to it, so that the time of
 # the walk is proportional to the number of entries.
 
-LISTED_TOGETHER = 500
+ENTRIES_LISTED_TOGETHER = 500
 """Entries that are visited before other tasks can run: some milliseconds."""
 
 
@@ -410,7 +410,7 @@ async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> Asyn
         waiting = [(b"/ipfs/" + name.encode(), root)]
         while waiting:
             looked_at += 1
-            if looked_at % LISTED_TOGETHER == 0:
+            if looked_at % ENTRIES_LISTED_TOGETHER == 0:
                 await trio.lowlevel.checkpoint()
             path, cid = waiting.pop()
             item = reader.store.item_of(cid)

@@ -27,9 +27,9 @@ from ipfsfuse.fileio.files import Closing
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 2.0
+SOCKET_CHECK_SECONDS = 2.0
 """Seconds between two checks whether the socket still exists."""
-LATER = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOENT})
+NO_SOCKET_YET = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOENT})
 """Errnos of a socket that may be made later: the disk is full, or there is no folder yet."""
 LONG = 1000
 """The most items of a list that is encoded on the event loop: some milliseconds."""
@@ -72,7 +72,7 @@ class ControlServer:
         try:
             made = _listen(path)
         except StoreFailed as exc:
-            if not isinstance(exc.__cause__, OSError) or exc.__cause__.errno not in LATER:
+            if not isinstance(exc.__cause__, OSError) or exc.__cause__.errno not in NO_SOCKET_YET:
                 raise
             log.warning("%s", exc)
         task_status.started()
@@ -95,7 +95,7 @@ class ControlServer:
             )
             there = True
             while there:
-                await trio.sleep(LOOK_SECONDS)
+                await trio.sleep(SOCKET_CHECK_SECONDS)
                 there = await threads.run_sync(_is_there, path)
             nursery.cancel_scope.cancel()
 
@@ -258,7 +258,7 @@ async def _listen_again(path: Path, remake: Callable[[], None] | None) -> tuple[
             if str(exc) != said:
                 said = str(exc)
                 log.info("%s", exc)
-            await trio.sleep(LOOK_SECONDS)
+            await trio.sleep(SOCKET_CHECK_SECONDS)
 
 
 def _is_there(path: Path) -> bool:

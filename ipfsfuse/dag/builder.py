@@ -65,7 +65,7 @@ class Stored:
         )
 
 
-NOTHING = Stored()
+NO_ATTRIBUTES = Stored()
 
 
 class Built(NamedTuple):
@@ -96,7 +96,7 @@ def node(profile: Profile, links: Sequence[Link], message: UnixFS) -> Block:
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def leaf(profile: Profile, chunk: bytes, stored: Stored = NOTHING) -> Block:
+def leaf(profile: Profile, chunk: bytes, stored: Stored = NO_ATTRIBUTES) -> Block:
     """A leaf that holds `chunk`. Hashing lets other threads run."""
     if profile.raw_leaves:
         cid = Cid(b"\x01\x55" + SHA2_256_PREFIX + hashlib.sha256(chunk).digest())
@@ -128,7 +128,7 @@ class FileBuilder:
 
     def _close(self, level: int) -> None:
         """Makes the parent of the children on `level`."""
-        parent = self._parent(self._levels[level], NOTHING)
+        parent = self._parent(self._levels[level], NO_ATTRIBUTES)
         self._sink(parent.built.cid, parent.block)
         self._levels[level] = []
         self._push(level + 1, parent.built)
@@ -138,7 +138,7 @@ class FileBuilder:
         message = stored.on(UnixFS(Type.FILE, None, sum(sizes), sizes))
         return node(self._profile, [Link(child.cid, b"", child.tsize) for child in children], message)
 
-    def finish(self, stored: Stored = NOTHING) -> Built:
+    def finish(self, stored: Stored = NO_ATTRIBUTES) -> Built:
         """The root of a file of two leaves or more. (A file of one leaf is that leaf, which holds the
         attributes itself.)"""
         level = 0

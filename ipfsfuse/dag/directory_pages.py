@@ -15,11 +15,11 @@ from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 
 PAGE = 2000
 """Entries of a full page. A page of a HAMT may have some more, since the last step adds all its entries."""
-MOST_TOGETHER = 32
+MAX_PARALLEL_NODES = 32
 """The most HAMT nodes that are fetched in parallel."""
-FIRST = 4
+FIRST_NODES = 4
 """HAMT nodes that are expanded first, when the number of entries of a node is not known yet."""
-MAX_FRONTIER = 4 * PAGE
+MAX_TRIE_PARTS = 4 * PAGE
 """The most parts of a trie that one call keeps: a node that is expanded ahead can have any number."""
 
 
@@ -87,15 +87,15 @@ def _in_trie(root: Shard, after: int) -> Walk[tuple[list[Entry], bool]]:
 
     frontier = _slots(root, hamt.TOP, after)
     done = ready(frontier)
-    count, total, cut = FIRST, 0, False
+    count, total, cut = FIRST_NODES, 0, False
     while frontier and len(done) < PAGE:
         yield from expand(frontier, count, parts_of)
         total += count
-        cut = cut or len(done) + len(frontier) > MAX_FRONTIER
-        del frontier[MAX_FRONTIER - len(done) :]
+        cut = cut or len(done) + len(frontier) > MAX_TRIE_PARTS
+        del frontier[MAX_TRIE_PARTS - len(done) :]
         done += ready(frontier)
         found = len(done) + sum(1 for part in frontier if isinstance(part, Entry))
-        count = min(max((PAGE - len(done)) * total // max(found, 1), FIRST), MOST_TOGETHER)
+        count = min(max((PAGE - len(done)) * total // max(found, 1), FIRST_NODES), MAX_PARALLEL_NODES)
     return _distinct(done), not frontier and not cut
 
 

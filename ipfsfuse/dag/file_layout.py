@@ -16,8 +16,8 @@ dag-pb child, and is right for every tree.
 The bytes that a node holds itself come before those of its children, as in Kubo. A part whose size differs
 from what its parent states is Malformed.
 
-Pure. The work is bounded whatever the blocks say: one call returns at most MAX_FRONTIER leaves and expands
-about BUDGET nodes.
+Pure. The work is bounded whatever the blocks say: one call returns at most MAX_LEAVES and expands
+about NODES_PER_CALL nodes.
 """
 
 from collections.abc import Iterator
@@ -32,11 +32,11 @@ from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
 
-MAX_FRONTIER = 4096
+MAX_LEAVES = 4096
 """The most leaves that one call returns. A file of tiny chunks has a million of them in a MiB."""
-BUDGET = 512
+NODES_PER_CALL = 512
 """After expanding so many nodes, a call returns the leaves that it has, if it has any."""
-FIRST, MOST_TOGETHER = 4, 32
+FIRST_NODES, MAX_PARALLEL_NODES = 4, 32
 """Nodes that are fetched in parallel: at first, and at most."""
 MAX_CHILDREN = 1 << 16
 """The most children of the nodes that are fetched in parallel, estimated from earlier nodes: 15 MB of
@@ -82,26 +82,26 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
 
     frontier = _parts(file, 0, 0, (start, stop), sure)
     done = ready(frontier)
-    count, together = 0, FIRST
-    while frontier and (count < BUDGET or not done):
+    count, together = 0, FIRST_NODES
+    while frontier and (count < NODES_PER_CALL or not done):
         yield from expand(frontier, together, parts_of)
-        del frontier[MAX_FRONTIER - len(done) :]
+        del frontier[MAX_LEAVES - len(done) :]
         done += ready(frontier)
         count += together
-        together = max(1, min(2 * together, MOST_TOGETHER, MAX_CHILDREN * together // max(children, 1)))
+        together = max(1, min(2 * together, MAX_PARALLEL_NODES, MAX_CHILDREN * together // max(children, 1)))
         children = 0
     return done
 
 
 def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool) -> _Frontier:
-    """The parts of a node that overlap `span`, at most MAX_FRONTIER of them. The node's content begins
+    """The parts of a node that overlap `span`, at most MAX_LEAVES of them. The node's content begins
     at `base`."""
     start, stop = span[0] - base, span[1] - base
     frontier: _Frontier = []
     if file.inline and start < file.inline:
         frontier.append(Leaf(file.cid, base, file.inline, bool(file.children)))
     deep = sure or file.children.first_size >= cids.MAX_BLOCK
-    for child in islice(file.children.between(start, stop), MAX_FRONTIER - len(frontier)):
+    for child in islice(file.children.between(start, stop), MAX_LEAVES - len(frontier)):
         raw = cids.codec(child.cid) == cids.RAW
         if raw and child.size > cids.MAX_BLOCK:
             raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")

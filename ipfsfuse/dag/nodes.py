@@ -26,13 +26,13 @@ from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.dag.values import Document, Kind
 from ipfsfuse.errors import Malformed, Unsupported
 
-MAX_FILE = (1 << 63) - 1
+MAX_FILE_SIZE = (1 << 63) - 1
 """Bytes of the largest file that a file system can hold."""
 MAX_PARSED_ON_LOOP = 100 << 10
 """Bytes of the largest block that is parsed on the event loop: about 10 ms."""
 MAX_VALUES_ON_LOOP = 8 << 10
 """The same for dag-cbor and dag-json, which can have a value in each byte."""
-MAX_TARGET = 4095
+MAX_SYMLINK_TARGET = 4095
 """The longest target of a symlink that Linux can follow, in bytes."""
 MURMUR3 = 0x22
 """The multicodec of murmur3-x64-64, the one hash that HAMT directories use."""
@@ -209,7 +209,7 @@ def parse(cid: Cid, block: bytes) -> Node:
 
 def refuse_unshown(cid: Cid) -> None:
     """Raises Unsupported for a codec that is not shown."""
-    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.CODECS) and not cids.is_value(cid):
+    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.SHOWN_CODECS) and not cids.is_value(cid):
         raise Unsupported(
             f"{cids.brief(cid)}: {cids.codec_name(cid)} blocks are not shown, only UnixFS, raw, dag-cbor and "
             "dag-json"
@@ -218,7 +218,7 @@ def refuse_unshown(cid: Cid) -> None:
 
 def holds_values(cid: Cid) -> bool:
     """Whether `cid` is a dag-cbor or dag-json block, or a value within one."""
-    return cids.is_value(cid) or cids.codec(cid) in values.CODECS
+    return cids.is_value(cid) or cids.codec(cid) in values.SHOWN_CODECS
 
 
 def document(cid: Cid, block: bytes) -> Document:
@@ -259,7 +259,7 @@ def links(cid: Cid, block: bytes) -> list[Cid]:
     codec = cids.codec(cid)
     if codec == cids.DAG_PB:
         return dagpb.decode(block).links.cids()
-    if codec not in values.CODECS:
+    if codec not in values.SHOWN_CODECS:
         return []
     try:
         return values.decode(codec, block).targets()
@@ -295,7 +295,7 @@ def file_of(cid: Cid, links: Links, message: UnixFS, meta: Meta = NO_META) -> Fi
     offset += sum(sizes)
     if message.filesize is not None and message.filesize != offset:
         raise Malformed(f"a file node that says {message.filesize} bytes and holds {offset}")
-    if offset > MAX_FILE:
+    if offset > MAX_FILE_SIZE:
         raise Malformed(f"a file of {offset} bytes is larger than a file system can hold")
     children = Children(links, array("Q", accumulate(sizes, initial=inline))) if links else NO_CHILDREN
     return File(cid, offset, inline, children, meta)
@@ -303,8 +303,10 @@ def file_of(cid: Cid, links: Links, message: UnixFS, meta: Meta = NO_META) -> Fi
 
 def _symlink(cid: Cid, message: UnixFS, meta: Meta) -> Symlink:
     target = bytes(message.data or b"")
-    if not 1 <= len(target) <= MAX_TARGET:
-        raise Malformed(f"a symlink with a target of {len(target)} bytes: 1 to {MAX_TARGET} can be followed")
+    if not 1 <= len(target) <= MAX_SYMLINK_TARGET:
+        raise Malformed(
+            f"a symlink with a target of {len(target)} bytes: 1 to {MAX_SYMLINK_TARGET} can be followed"
+        )
     if b"\0" in target:
         raise Malformed("a symlink whose target has a NUL byte")
     return Symlink(cid, target, meta)

@@ -24,7 +24,7 @@ class Type(IntEnum):
     HAMT_SHARD = 5
 
 
-MIN_SECONDS = -62_135_596_800
+MIN_MTIME = -62_135_596_800
 """0001-01-01T00:00:00Z, the first second that the schema allows."""
 MAX_SECONDS = 253_402_300_799
 """9999-12-31T23:59:59Z, the last one."""
@@ -129,7 +129,7 @@ def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
             seconds = value - (1 << 64) if value >> 63 else value
         elif field == 2 and wire == FIXED32:
             nanos = int.from_bytes(message[start:at], "little")
-    if seconds is None or not MIN_SECONDS <= seconds <= MAX_SECONDS:
+    if seconds is None or not MIN_MTIME <= seconds <= MAX_SECONDS:
         raise Malformed(f"UnixFS: mtime of {seconds} seconds")
     if not 0 <= nanos < _SECOND:
         raise Malformed(f"UnixFS: mtime with {nanos} nanoseconds")

@@ -26,10 +26,10 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.dagpb import Links
 from ipfsfuse.errors import Malformed, NotACid, Unsupported
 
-CODECS = (cids.DAG_CBOR, cids.DAG_JSON)
+SHOWN_CODECS = (cids.DAG_CBOR, cids.DAG_JSON)
 MAX_VALUES = 1 << 17
 """The most values of a block that is shown. In a listing, each takes some 60 bytes of memory."""
-MAX_DEPTH = 128
+MAX_NESTING = 128
 """The deepest nesting of maps and lists that is shown."""
 
 
@@ -142,8 +142,8 @@ def shown(codec: int, block: bytes) -> Document:
     found = decode(codec, block)
     if found.irregular:
         raise Malformed(found.irregular)
-    if found.depth > MAX_DEPTH:
-        raise Unsupported(f"maps and lists {found.depth} deep: at most {MAX_DEPTH} are shown")
+    if found.depth > MAX_NESTING:
+        raise Unsupported(f"maps and lists {found.depth} deep: at most {MAX_NESTING} are shown")
     if len(found) > MAX_VALUES:
         raise Unsupported(f"a block with {len(found)} values: at most {MAX_VALUES} are shown")
     return found

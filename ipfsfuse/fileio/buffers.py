@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from operator import mul
 
-SIZES = tuple(1 << power for power in range(16, 22))
+BUFFER_SIZES = tuple(1 << power for power in range(16, 22))
 """Sizes of the reused buffers, in bytes: 64 KiB to 2 MiB, the largest block."""
 KEPT = 32 << 20
 """The most bytes of unused buffers of one size: a reader at full speed uses as many at a time."""
@@ -26,20 +26,20 @@ since files mostly have leaves of one size."""
 KEPT_IDLE = 8 << 20
 """Bytes of unused buffers of each size that `give_back` keeps."""
 
-_unused: dict[int, deque[mmap.mmap]] = {size: deque(maxlen=KEPT // size) for size in SIZES}
+_unused: dict[int, deque[mmap.mmap]] = {size: deque(maxlen=KEPT // size) for size in BUFFER_SIZES}
 """Unused buffers by size. A full deque drops its oldest item. `append` and `pop` are atomic, which is needed
 since a buffer may be freed at any point of the program."""
 
 
 def lend(size: int) -> memoryview:
     """A buffer of `size` bytes, at least one. Its content is undefined."""
-    at = bisect_left(SIZES, size)
-    kept = SIZES[at] if at < len(SIZES) else 0
+    at = bisect_left(BUFFER_SIZES, size)
+    kept = BUFFER_SIZES[at] if at < len(BUFFER_SIZES) else 0
     try:
         pages = _unused[kept].pop()
     except LookupError:  # none is unused, or the size is larger than the reused ones
         left = sum(map(mul, _unused, map(len, _unused.values())))
-        for each in reversed(SIZES):  # drop buffers of other sizes, the largest first
+        for each in reversed(BUFFER_SIZES):  # drop buffers of other sizes, the largest first
             while left > KEPT_IN_ALL and each != kept and _unused[each]:
                 with contextlib.suppress(IndexError):  # another thread took the last one
                     _unused[each].pop()

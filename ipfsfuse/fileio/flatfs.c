@@ -2,12 +2,12 @@
  * without Python's lock. Threads of ours read ahead for a program that goes down a path: after a block it needs one of those
  * that the block links. The disk then works while Python answers the requests in between.
  *
- * The children of a directory of at most FEW entries are read ahead. Once one of them is asked for and is a file, the first blocks
+ * The children of a directory of at most MAX_CHILDREN entries are read ahead. Once one of them is asked for and is a file, the first blocks
  * of that file are, too, down to its first leaf. Nothing is read ahead while other blocks are asked for: the disk is busy then.
  * Many blocks are read by one call, and by READERS threads: of a cold one the disk is asked three times, for the folder's entry,
  * the file and its bytes, each time after the other.
  * Nothing here verifies anything. A link is only a hint; the caller compares the hash of a block.
- * Concurrency: any thread. At most THREADS threads read ahead. They use nothing of Python's.
+ * Concurrency: any thread. At most READ_AHEAD_THREADS threads read ahead. They use nothing of Python's.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -25,11 +25,11 @@
 #include <unistd.h>
 
 #define MAX_BLOCK (2 << 20)
-#define FEW 4
+#define MAX_CHILDREN 4
 #define DEEPEST 5               /* levels below a directory */
 #define SLOTS 16
 #define MOST 16                 /* blocks that are read ahead after one that was asked for alone */
-#define THREADS 2
+#define READ_AHEAD_THREADS 2
 #define READERS 4               /* threads that read the blocks of one call, the calling one included */
 #define KEPT (4 << 20)          /* bytes of blocks that were read ahead and not taken yet */
 #define KEPT_NS 1000000000LL    /* for which they are kept */
@@ -74,7 +74,7 @@ struct slot {
 	atomic_int unwanted;    /* reading it was given up: another child of the directory was asked for, or there is no room */
 	int64_t order, family, read_at;
 	struct found found;
-	struct link links[FEW + 1]; /* the first of a dag-pb block */
+	struct link links[MAX_CHILDREN + 1]; /* the first of a dag-pb block */
 	int link_count;
 };
 
@@ -336,7 +336,7 @@ static void wake(struct repo *repo)
 {
 	pthread_t thread;
 
-	while (repo->threads < THREADS && start(&thread, run, repo)) {
+	while (repo->threads < READ_AHEAD_THREADS && start(&thread, run, repo)) {
 		pthread_detach(thread);
 		repo->threads++;
 	}
@@ -346,7 +346,7 @@ static void wake(struct repo *repo)
 /* A block that is `on_path` was read, or one was asked for: what it links first is wanted next. The lock is held. */
 static void follow(struct repo *repo, const struct slot *slot)
 {
-	struct link links[FEW + 1];
+	struct link links[MAX_CHILDREN + 1];
 	int64_t family = repo->order;
 	int each, pass, named, wanted = 0, count = slot->link_count, level = slot->level;
 
@@ -354,7 +354,7 @@ static void follow(struct repo *repo, const struct slot *slot)
 	named = count && links[0].is_named;
 	if (named) {
 		level = 0;
-		count = count > FEW ? 0 : count;
+		count = count > MAX_CHILDREN ? 0 : count;
 	} else /* a program that looks up a file by its CID may want no more than its size */
 		count = count && level && level < DEEPEST;
 	for (pass = 0; pass < 2; pass++) /* the small ones first */
@@ -392,7 +392,7 @@ static void fill(struct repo *repo, struct slot *slot)
 	pthread_mutex_unlock(&repo->lock);
 	read_block(repo, slot->digest, &found, &slot->unwanted, NULL);
 	if (slot->codec == DAG_PB && found.size > 0)
-		slot->link_count = links_of((uint8_t *)found.bytes, found.size, slot->links, FEW + 1);
+		slot->link_count = links_of((uint8_t *)found.bytes, found.size, slot->links, MAX_CHILDREN + 1);
 	pthread_mutex_lock(&repo->lock);
 	if (slot->on_path)
 		follow(repo, slot);

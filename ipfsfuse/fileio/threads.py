@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-LOG_SECONDS = 60.0
+THREADS_LOG_SECONDS = 60.0
 """Seconds between two log lines about missing threads."""
 
 _logged = float("-inf")
@@ -50,7 +50,7 @@ def on_loop(function: Callable[[*Ts], T], *arguments: *Ts) -> T:
 def _note() -> None:
     global _logged
     now = trio.current_time()
-    if now - _logged >= LOG_SECONDS:
+    if now - _logged >= THREADS_LOG_SECONDS:
         _logged = now
         log.warning(
             "no more threads can be started (a limit on processes?): the work of one delays all others"

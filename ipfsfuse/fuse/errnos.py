@@ -42,7 +42,7 @@ TABLE: dict[type[errors.IpfsFuseError], int] = {
 }
 
 
-EVERY = 10.0
+FAILURE_LOG_SECONDS = 10.0
 """Seconds between two log lines about one kind of failure."""
 LONGEST = 2000
 """Characters of one line."""
@@ -58,7 +58,7 @@ class FailureLog:
     """Logs failures by their kind, which is the exception's type."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limiter = LogLimiter(EVERY, clock)
+        self._limiter = LogLimiter(FAILURE_LOG_SECONDS, clock)
 
     def note(self, exc: BaseException, number: int, *, expected: bool = True) -> None:
         """Logs that a call is answered with the errno `number` because of `exc`; with its traceback if it was

@@ -33,7 +33,7 @@ from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES, Attributes
 
 log = logging.getLogger("ipfsfuse.fuse")
 
-ROOT = 1
+ROOT_INODE = 1
 KEY_BYTES = 32
 MAX_INODES = 250_000
 BITS = 63
@@ -51,7 +51,7 @@ class Inode:
     """The CID in the spelling that was seen first; b"" for the root of the mount."""
     key: Hashable
     attributes: Attributes
-    parent: int = ROOT
+    parent: int = ROOT_INODE
     """For a directory: the number of its parent directory."""
     lookups: int = 0
     """References that the kernel has."""
@@ -71,8 +71,8 @@ class Inodes:
         }
         self._limit = limit
         self._mask = (1 << bits) - 1
-        root = Inode(ROOT, Cid(b""), "root", ROOT_ATTRIBUTES, lookups=1)
-        self._by_number: dict[int, Inode] = {ROOT: root}
+        root = Inode(ROOT_INODE, Cid(b""), "root", ROOT_ATTRIBUTES, lookups=1)
+        self._by_number: dict[int, Inode] = {ROOT_INODE: root}
         self._by_key: dict[Hashable, Inode] = {root.key: root}
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ class Inodes:
     def forget(self, number: int, count: int) -> Inode | None:
         """The kernel returns `count` references. Returns the inode if that was the last one: its number is
         free then."""
-        if number == ROOT:
+        if number == ROOT_INODE:
             return None
         inode = self._by_number.get(number)
         if inode is None or inode.lookups < count:
@@ -154,7 +154,7 @@ class Inodes:
 
     def drop_unused(self, inode: Inode) -> Inode | None:
         """If the kernel has no reference to `inode`, removes it from the table and returns it."""
-        if inode.lookups > 0 or inode.number == ROOT:
+        if inode.lookups > 0 or inode.number == ROOT_INODE:
             return None
         del self._by_number[inode.number], self._by_key[inode.key]
         return inode
@@ -170,7 +170,7 @@ class Inodes:
         hasher = self._hashers[kind].copy()
         hasher.update(hashed + tries.to_bytes(8, "little") if tries else hashed)
         number = int.from_bytes(hasher.digest(), "little") & self._mask
-        return number if number > ROOT else self._hash(kind, hashed, tries + (1 << 32))
+        return number if number > ROOT_INODE else self._hash(kind, hashed, tries + (1 << 32))
 
 
 def _path(parent: int, name: bytes, key: Cid) -> bytes:

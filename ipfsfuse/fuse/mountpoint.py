@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ipfsfuse.errors import MountFailed
 
 TYPE = "fuse.ipfsfuse"
-TRY_SECONDS = 5
+PROBE_SECONDS = 5
 
 
 class Mounted(NamedTuple):
@@ -155,7 +155,7 @@ def answers(mountpoint: Path) -> bool:
     script = "import os, sys; os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)"
     command = [sys.executable, "-I", "-S", "-c", script, str(mountpoint)]
     try:
-        done = subprocess.run(command, env={"LC_ALL": "C"}, capture_output=True, timeout=TRY_SECONDS)
+        done = subprocess.run(command, env={"LC_ALL": "C"}, capture_output=True, timeout=PROBE_SECONDS)
     except subprocess.TimeoutExpired:
         return True
     return not any(gone in done.stderr for gone in (b"not connected", b"connection abort"))
@@ -181,7 +181,7 @@ def raise_readahead(mountpoint: Path, kib: int) -> None:
 # smaller numbers as 15. That is not documented, so nothing here depends on it.
 
 SYSCTLS = Path("/proc/sys/fs/fuse")
-MARGIN = 2.0
+DEADLINE_MARGIN = 2.0
 """Seconds by which our deadline must be shorter than the kernel's limit: a call is answered up to a second
 after its deadline."""
 
@@ -212,12 +212,12 @@ def fitting_deadline(deadline: float, folder: Path = SYSCTLS) -> tuple[float, st
     """`deadline` in seconds, or a shorter one with which the kernel does not end the mount; and one line that
     says why it is shorter, else "". Raises MountFailed if none is short enough."""
     timeout = request_timeout(folder)
-    if timeout is None or deadline <= timeout.seconds - MARGIN:
+    if timeout is None or deadline <= timeout.seconds - DEADLINE_MARGIN:
         return deadline, ""
     reason = f"{timeout.set_by} has the kernel end a mount that does not answer within {timeout.seconds} s"
-    if timeout.seconds <= MARGIN:
-        raise MountFailed(f"{reason}: set it to 0 or to {int(deadline + MARGIN) + 1}")
+    if timeout.seconds <= DEADLINE_MARGIN:
+        raise MountFailed(f"{reason}: set it to 0 or to {int(deadline + DEADLINE_MARGIN) + 1}")
     return (
-        timeout.seconds - MARGIN,
-        f"the deadline is {timeout.seconds - MARGIN:g} s, not {deadline:g} s: {reason}",
+        timeout.seconds - DEADLINE_MARGIN,
+        f"the deadline is {timeout.seconds - DEADLINE_MARGIN:g} s, not {deadline:g} s: {reason}",
     )

@@ -33,7 +33,7 @@ errors."""
 Listed = Callable[[], Sequence[bytes]]
 """The names that a listing shows."""
 
-ROOT = 1
+ROOT_INODE = 1
 NAME_MAX = 255
 BUFFER = 64 << 10
 """Bytes of the largest request: a setxattr's value has at most 64 KiB."""
@@ -108,7 +108,7 @@ class NameLinks:
         self._fd, self._target, self._listed, self._deadline = mount.fd, target, listed, deadline
         self._links: dict[int, _Link] = {}
         self._numbers: dict[bytes, int] = {}
-        self._last = ROOT
+        self._last = ROOT_INODE
         self._listings: dict[int, list[bytes]] = {}
         self._waiting: dict[int, trio.CancelScope] = {}
         """What an interrupt cancels, by the request's number."""
@@ -183,8 +183,8 @@ class NameLinks:
             limits = (offered & PARALLEL_DIROPS, MAX_BACKGROUND, CONGESTION, MAX_WRITE)
             return _INIT_OUT.pack(7, min(minor, MINOR), 0, *limits, 1, 0, 0, 0)
         if opcode == Op.GETATTR:
-            if node == ROOT:
-                return _ATTR_OUT.pack(1, 0, 0) + _attr(ROOT, stat.S_IFDIR | 0o555, 0)
+            if node == ROOT_INODE:
+                return _ATTR_OUT.pack(1, 0, 0) + _attr(ROOT_INODE, stat.S_IFDIR | 0o555, 0)
             link = self._links[node]
             seconds, nanoseconds = _left(link.until)
             return _ATTR_OUT.pack(seconds, nanoseconds, 0) + _link_attr(link)
@@ -206,7 +206,7 @@ class NameLinks:
         page = bytearray()
         for place, name in enumerate(self._listings[handle][offset:], offset + 1):
             kind = stat.S_IFDIR if place <= 2 else stat.S_IFLNK
-            number = ROOT if place <= 2 else _inode(name)
+            number = ROOT_INODE if place <= 2 else _inode(name)
             entry = _DIRENT.pack(number, place, len(name), kind >> 12) + name
             entry += bytes(-len(entry) % 8)
             if len(page) + len(entry) > size:
@@ -236,7 +236,7 @@ class NameLinks:
 
     async def _lookup(self, parent: int, body: bytes) -> bytes:
         name = body.rstrip(b"\0")
-        if parent != ROOT:
+        if parent != ROOT_INODE:
             raise NotFound("a symlink has no entries")
         if len(name) > NAME_MAX:
             raise NameTooLong(f"a name of {len(name)} bytes")

@@ -18,7 +18,7 @@ from pyfuse3 import FileNameT, ReaddirToken, readdir_reply
 
 from ipfsfuse.dag.directory_pages import Entry
 from ipfsfuse.fuse import device
-from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
+from ipfsfuse.fuse.inodes import ROOT_INODE, Inode, Inodes
 from ipfsfuse.fuse.replies import Replies
 from ipfsfuse.sources.base import Caller
 from ipfsfuse.vfs.tree import Listed, Roots, Tree, name_of
@@ -170,7 +170,7 @@ class RootListing:
     async def reply(self, start: int, token: ReaddirToken) -> None:
         if start == 0 or self._listed is None:
             self._listed = await self._roots.entries()
-        reply = _Reply(self._inodes.get(ROOT), self._tree, self._inodes, self._replies, token)
+        reply = _Reply(self._inodes.get(ROOT_INODE), self._tree, self._inodes, self._replies, token)
         try:
             if not reply.dots(start):
                 return
@@ -218,7 +218,7 @@ class OpenDirectories:
             self.release(released)
         self._last_handle += 1
         handle = self._last_handle
-        if number == ROOT:
+        if number == ROOT_INODE:
             self._listings[handle] = RootListing(self._roots, self._tree, self._inodes, self._replies)
         else:
             handle = device.with_cached_listing(handle)

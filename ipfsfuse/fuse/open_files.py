@@ -37,7 +37,7 @@ log = logging.getLogger("ipfsfuse.fuse")
 
 MAX_WAITING = 256
 """Files that may wait for the thread. Further ones are dropped: the kernel will read them."""
-END_SECONDS = 5.0
+STORE_END_SECONDS = 5.0
 """How long to wait at the end for a store that is under way."""
 DRAIN_SECONDS = 1.0
 """The longest time until the cache and the pins are told of an open in C."""
@@ -367,4 +367,4 @@ class PageCachePusher:
             with self._lock:
                 self._waiting.clear()
             self._wake.put(False)
-            thread.join(END_SECONDS)
+            thread.join(STORE_END_SECONDS)

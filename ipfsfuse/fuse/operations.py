@@ -32,7 +32,7 @@ from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse import device, replies
 from ipfsfuse.fuse.errnos import fuse_error, translated
-from ipfsfuse.fuse.inodes import ROOT, Inode, Inodes
+from ipfsfuse.fuse.inodes import ROOT_INODE, Inode, Inodes
 from ipfsfuse.fuse.open_directories import OpenDirectories
 from ipfsfuse.fuse.open_files import OpenFiles, Passthrough
 from ipfsfuse.sources.base import Caller, Request, current_request
@@ -43,7 +43,7 @@ log = logging.getLogger("ipfsfuse.fuse")
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND | os.O_CREAT
 NAME_MAX = 255
-GRACE = 0.5
+ANSWER_GRACE_SECONDS = 0.5
 """Seconds after its deadline at which a call is answered in any case. Usually the wait for a block fails
 before that, with a message that names the block."""
 LEAST = 0.5
@@ -100,7 +100,7 @@ class Operations(pyfuse3.Operations):
         token = current_request.set(request)
         outcome = "failed"
         try:
-            with trio.CancelScope(deadline=request.deadline + GRACE) as scope:
+            with trio.CancelScope(deadline=request.deadline + ANSWER_GRACE_SECONDS) as scope:
                 self._calls[number] = scope
                 try:
                     yield
@@ -138,7 +138,7 @@ class Operations(pyfuse3.Operations):
             try:
                 cid = (
                     self._roots.parse(name)
-                    if parent_inode == ROOT
+                    if parent_inode == ROOT_INODE
                     else (await self._tree.child(self.inodes.get(parent_inode).cid, name)).cid
                 )
             except errors.NotFound:
@@ -146,7 +146,7 @@ class Operations(pyfuse3.Operations):
             found = self._tree.known(cid)
             if found is None:
                 found = await self._tree.attributes(cid)
-            if parent_inode == ROOT:
+            if parent_inode == ROOT_INODE:
                 self._roots.note(cid, name)
             inode = self._inode(parent_inode, name, cid, found)
             try:
@@ -247,4 +247,4 @@ class Operations(pyfuse3.Operations):
             return replies.xattr(name, self.inodes.get(inode).cid, self._tree.cache.item_of)
 
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> list[XAttrNameT]:
-        return [XAttrNameT(name) for name in replies.xattr_names()] if inode != ROOT else []
+        return [XAttrNameT(name) for name in replies.xattr_names()] if inode != ROOT_INODE else []

@@ -28,7 +28,7 @@ from ipfsfuse.fuse.operations import Operations
 
 log = logging.getLogger("ipfsfuse.mount")
 
-OPTIONS = "rw,nosuid,nodev,fsname=ipfsfuse,subtype=ipfsfuse"
+MOUNT_OPTIONS = "rw,nosuid,nodev,fsname=ipfsfuse,subtype=ipfsfuse"
 MAX_TASKS = 100_000
 """Waiting calls are bounded by memory only: with pyfuse3's default, 99 stalled calls would stop the whole
 mount."""
@@ -96,7 +96,7 @@ class MountHelper:
         self.mountpoint = mountpoint
         self._allow_other = allow_other
         program = fusermount() if owner is None else HELPER
-        options = OPTIONS + ",auto_unmount" + (",allow_other" if allow_other else "")
+        options = MOUNT_OPTIONS + ",auto_unmount" + (",allow_other" if allow_other else "")
         if owner is not None:
             options += f",user_id={owner[0]},group_id={owner[1]},readahead={readahead}"
         self._ours, theirs = socket.socketpair()

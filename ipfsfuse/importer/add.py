@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import (
-    NOTHING,
+    NO_ATTRIBUTES,
     UNIXFS_V1_2025,
     Block,
     Built,
@@ -346,7 +346,7 @@ class _Adder:
             if not self._options.wrap:
                 self.roots.append(NewRoot(built.cid, name, built.tsize))
         if self._options.wrap:
-            built = directory(self._profile, top, NOTHING, self._sink)
+            built = directory(self._profile, top, NO_ATTRIBUTES, self._sink)
             self.roots.append(NewRoot(built.cid, "", built.tsize))
             yield Added(built.cid, "", built.tsize)
 
@@ -354,7 +354,7 @@ class _Adder:
         self._path = "standard input"
         if sys.stdin is None:  # Python sets it to None if descriptor 0 was closed (`<&-`)
             raise AddFailed("standard input is closed: pipe something in, or name a PATH")
-        built = self._file(self._unsized(sys.stdin.fileno()), NOTHING)
+        built = self._file(self._unsized(sys.stdin.fileno()), NO_ATTRIBUTES)
         name = cids.text(built.cid)
         yield Added(built.cid, name, built.tsize)
         return name, built

@@ -127,7 +127,7 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: Progress
 
 def links(cid: Cid, block: bytes) -> list[Cid]:
     """The links of a block. Raises Malformed, and Unsupported for a codec whose links can't be read."""
-    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.CODECS):
+    if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.SHOWN_CODECS):
         raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
     return nodes.links(cid, block)
 

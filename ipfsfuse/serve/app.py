@@ -43,10 +43,10 @@ WAIT_SECONDS: Final = 10.0
 """A request waits for so long. Then the answer is 503, with Retry-After."""
 WHOLE_ANSWER_SECONDS: Final = 3600.0
 """The longest answer. Then it is cut off. The client can use the blocks that came, and request the rest."""
-PIECE: Final = 64 << 10
+SEND_BYTES: Final = 64 << 10
 """Small blocks are sent together, in pieces of so many bytes."""
 SEND_SECONDS: Final = 30.0
-"""The time for a client to receive PIECE bytes: at least 2 KiB a second."""
+"""The time for a client to receive SEND_BYTES: at least 2 KiB a second."""
 IMMUTABLE: Final = "public, max-age=29030400, immutable"
 
 Scope = Mapping[str, Any]
@@ -188,7 +188,7 @@ class TrustlessGateway:
                 break
             pieces += [varint.put(len(cid) + len(block)), cid, block]
             size += len(block)
-            if size >= PIECE:
+            if size >= SEND_BYTES:
                 await reply.send(b"".join(pieces))
                 pieces, size = [], 0
         return await reply.send(b"".join(pieces), end=True)
@@ -320,7 +320,7 @@ class _Response:
     async def send(self, data: bytes, *, end: bool = False) -> None:
         """Raises Broken if the client is too slow. A client of HTTP/2 can stop reading one answer and keep
         its connection alive with others."""
-        with trio.move_on_after(SEND_SECONDS * (1 + len(data) // PIECE)) as sending:
+        with trio.move_on_after(SEND_SECONDS * (1 + len(data) // SEND_BYTES)) as sending:
             await self._send({"type": "http.response.body", "body": data, "more_body": not end})
         if sending.cancelled_caught:
             raise Broken("the client reads too slowly")

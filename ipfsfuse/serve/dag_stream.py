@@ -18,11 +18,11 @@ from ipfsfuse.fileio import threads
 
 MAX_BLOCKS: Final = 200_000
 """The most blocks of a stream. Then it is cut off, since the CIDs that were sent are remembered, in 20 MB."""
-MAX_INLINE: Final = 1_000_000
+MAX_INLINE_NODES: Final = 1_000_000
 """The most nodes in identity CIDs that one stream visits. They are not in the CAR."""
 INLINE_AT_A_TIME: Final = 200
 """Nodes in identity CIDs that are visited before other requests can run: about 10 ms."""
-MAX_DEPTH: Final = 2000
+MAX_LEVELS: Final = 2000
 """The most levels below the entity. Each level holds the links of one block."""
 
 GetBlock = Callable[[Cid], Awaitable[bytes]]
@@ -98,8 +98,8 @@ async def blocks(
         inline = cids.inline(visit.cid)
         if inline is not None:
             inlined += 1
-            if inlined > MAX_INLINE:
-                raise TooMuch(f"over {MAX_INLINE} nodes in identity CIDs")
+            if inlined > MAX_INLINE_NODES:
+                raise TooMuch(f"over {MAX_INLINE_NODES} nodes in identity CIDs")
             if not inlined % INLINE_AT_A_TIME:
                 await trio.lowlevel.checkpoint()
         block = inline if inline is not None else await get(visit.cid)
@@ -114,8 +114,8 @@ async def blocks(
             return
         below = await _below(visit, block, scope, span if len(levels) == 1 else None)
         if below:
-            if len(levels) > MAX_DEPTH:
-                raise TooMuch(f"over {MAX_DEPTH} levels")
+            if len(levels) > MAX_LEVELS:
+                raise TooMuch(f"over {MAX_LEVELS} levels")
             levels.append(iter(below))
 
 

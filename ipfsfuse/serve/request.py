@@ -19,7 +19,7 @@ CAR: Final = "application/vnd.ipld.car"
 RECORD: Final = "application/vnd.ipfs.ipns-record"
 _FORMATS: Final = {"raw": RAW, "car": CAR, "ipns-record": RECORD}
 SCOPES: Final = frozenset(("block", "entity", "all"))
-MAX_NAMES: Final = 256
+MAX_PATH_NAMES: Final = 256
 """The most names in a path: each name can take a block."""
 
 _RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII)
@@ -91,8 +91,8 @@ def parse(raw_path: bytes, query: bytes, headers: Iterable[tuple[bytes, bytes]])
         found = paths.parse(path)
     except IpfsFuseError as exc:
         raise Refused(400, str(exc)) from exc
-    if len(found.names) > MAX_NAMES:
-        raise Refused(400, f"a path of over {MAX_NAMES} names")
+    if len(found.names) > MAX_PATH_NAMES:
+        raise Refused(400, f"a path of over {MAX_PATH_NAMES} names")
     if kind == RECORD:
         raise Refused(400, "an IPNS record is at /ipns/NAME")
     if kind == RAW:

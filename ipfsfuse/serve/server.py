@@ -38,7 +38,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.serve.app import PIECE, SEND_SECONDS, TrustlessGateway
+from ipfsfuse.serve.app import SEND_BYTES, SEND_SECONDS, TrustlessGateway
 from ipfsfuse.sources.names.record import KeyName
 
 log = logging.getLogger("ipfsfuse.serve")
@@ -165,9 +165,9 @@ MAX_CONNECTIONS: Final = 256
 BACKLOG: Final = 128
 HEAD_SECONDS: Final = 60.0
 """The most seconds from the first byte of a request to the first byte of its answer."""
-IDLE_SECONDS: Final = 15.0
+IDLE_CONNECTION_SECONDS: Final = 15.0
 """The most seconds between two requests on one connection."""
-END_SECONDS: Final = 3.0
+ANSWER_END_SECONDS: Final = 3.0
 """When the server ends, open answers may continue for so long."""
 MAX_HEAD: Final = 16 << 10
 
@@ -199,13 +199,13 @@ def addresses(listeners: list[trio.SocketListener]) -> list[str]:
 async def serve(
     app: Any, listeners: list[trio.SocketListener], ending: Callable[[], Awaitable[None]]
 ) -> None:
-    """Serves `app` until `ending` returns. Then open answers have END_SECONDS to finish."""
+    """Serves `app` until `ending` returns. Then open answers have ANSWER_END_SECONDS to finish."""
     config = Config()
     config.accesslog = config.errorlog = None
     config.include_server_header = False
     config.h11_max_incomplete_size = config.h2_max_header_list_size = MAX_HEAD
     config.h2_max_concurrent_streams = 32
-    config.keep_alive_timeout = IDLE_SECONDS
+    config.keep_alive_timeout = IDLE_CONNECTION_SECONDS
     context = WorkerContext(None)
     wrapped = wrap_app(app, 0, "asgi")
     streams = set[_Connection]()
@@ -240,7 +240,7 @@ async def serve(
         await context.terminated.set()
         if streams:
             all_ended = trio.Event()
-            with trio.move_on_after(END_SECONDS):
+            with trio.move_on_after(ANSWER_END_SECONDS):
                 await all_ended.wait()
         for connection in list(streams):
             await trio.aclose_forcefully(connection)
@@ -290,9 +290,9 @@ class _Connection(trio.abc.HalfCloseableStream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         self._head_began = None
         view = memoryview(data)
-        for at in range(0, len(view), PIECE):
+        for at in range(0, len(view), SEND_BYTES):
             with trio.CancelScope(deadline=trio.current_time() + SEND_SECONDS) as scope:
-                await self._stream.send_all(view[at : at + PIECE])
+                await self._stream.send_all(view[at : at + SEND_BYTES])
             if scope.cancelled_caught:
                 raise trio.BrokenResourceError("the client reads too slowly")
 

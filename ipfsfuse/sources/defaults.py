@@ -13,7 +13,7 @@ from ipfsfuse.errors import UsageError
 from ipfsfuse.sources.http.origin import parse_origin, repository
 
 LIBRARY, CAR, KUBO, GATEWAY, NETWORK = "library", "car", "kubo", "gateway", "network"
-MAX_FILE: Final = 64 * 1024
+MAX_GATEWAYS_FILE: Final = 64 * 1024
 """Bytes of a file that names gateways."""
 
 
@@ -39,7 +39,7 @@ def gateways() -> Sequence[str]:
     for path in () if text.strip() else _files():
         try:
             with path.open() as file:
-                text, where = file.read(MAX_FILE), str(path)
+                text, where = file.read(MAX_GATEWAYS_FILE), str(path)
             break
         except (FileNotFoundError, NotADirectoryError):  # the home of a system's user may be /dev/null
             continue

@@ -44,9 +44,9 @@ TRANSPORT: Final = "transport-ipfs-gateway-http"
 LINES, ONE = "application/x-ndjson", "application/json"
 MAX_ANSWER: Final = 1 << 20
 """Bytes that are read of an answer."""
-MAX_RECORD: Final = 32 * 1024
+MAX_LINE: Final = 32 * 1024
 """Bytes of one line of an answer."""
-MAX_RECORDS: Final = 500
+MAX_ANSWER_RECORDS: Final = 500
 MAX_ADDRESSES: Final = 20
 """Addresses of one record that are looked at."""
 
@@ -92,14 +92,14 @@ class Router:
                         if line.strip():
                             count += 1
                             yield self._addresses(self._parsed(line))
-                    if size > MAX_ANSWER or len(pieces) > MAX_RECORD or count > MAX_RECORDS:
+                    if size > MAX_ANSWER or len(pieces) > MAX_LINE or count > MAX_ANSWER_RECORDS:
                         raise SourceFailed(f"{self.name} sent a list of providers without end", LONG)
                 if pieces.strip():
                     yield self._addresses(self._parsed(pieces))
             elif response.content_type == ONE:
                 said = self._parsed(await response.read(MAX_ANSWER))
                 records = said.get("Providers") if isinstance(said, dict) else None
-                for record in records[:MAX_RECORDS] if isinstance(records, list) else ():
+                for record in records[:MAX_ANSWER_RECORDS] if isinstance(records, list) else ():
                     yield self._addresses(record)
             else:
                 raise SourceFailed(f"{self.name} sent no list of providers", PROTOCOL)
@@ -165,20 +165,20 @@ MAX_NEW: Final = 8
 MAX_LOOKUPS: Final = 8
 """Lookups at a time."""
 LOOKUP_SECONDS: Final = 10.0
-GRACE_SECONDS: Final = 0.5
+OTHER_ROUTERS_SECONDS: Final = 0.5
 """How long the other routers may take after one has named a provider. If no provider gives the block within
-`HEAD_START`, the routers are asked again, and each has `LOOKUP_SECONDS`."""
+`KNOWN_PROVIDERS_SECONDS`, the routers are asked again, and each has `LOOKUP_SECONDS`."""
 FOUND_SECONDS, NONE_SECONDS = 60.0, 10.0
 """How long the result of a lookup is used: with providers, and without."""
-MAX_KEPT: Final = 1000
+MAX_LOOKUPS_KEPT: Final = 1000
 """Results of lookups, and providers that sent wrong bytes, that are remembered."""
-HEAD_START: Final = 1.0
+KNOWN_PROVIDERS_SECONDS: Final = 1.0
 """Seconds that the known providers have to send a block before routers are asked for it."""
-TRY_SECONDS: Final = 10.0
+FOUND_PROVIDERS_SECONDS: Final = 10.0
 """Seconds that providers have after a lookup. Then `network` fails, so that other sources can be asked."""
 DISTRUSTED_SECONDS: Final = 3600.0
 """How long a provider that sent wrong bytes is not added again."""
-IDLE_SECONDS: Final = 600.0
+IDLE_PROVIDER_SECONDS: Final = 600.0
 """A provider that was not used for so long is removed."""
 
 
@@ -226,7 +226,7 @@ class Network(Source):
     # -- as a source -------------------------------------------------------------------------------------
 
     async def get(self, cid: Cid) -> bytes:
-        block = await self._from_providers(cid, HEAD_START) if self._providers else None
+        block = await self._from_providers(cid, KNOWN_PROVIDERS_SECONDS) if self._providers else None
         if block is None:
             block = await self._from_named(cid, await self._look_up(cid))
         if block is None:
@@ -242,14 +242,14 @@ class Network(Source):
 
         async def ask_providers() -> None:
             nonlocal block
-            found = await self._from_providers(cid, TRY_SECONDS)
+            found = await self._from_providers(cid, FOUND_PROVIDERS_SECONDS)
             if found is not None:
                 block = found
                 scope.cancel()
 
         async def ask_routers_again() -> None:
             nonlocal lookup
-            with asked.patience(HEAD_START):
+            with asked.patience(KNOWN_PROVIDERS_SECONDS):
                 await trio.sleep_forever()
             with suppress(SourceFailed):
                 lookup = await self._look_up(cid, patient=True)
@@ -352,7 +352,7 @@ class Network(Source):
         for origin in [origin for origin, each in self._providers.items() if each.source in distrusted]:
             log.warning("the provider %s sent wrong bytes, and is not asked any more", origin.text)
             self._distrusted[origin] = trio.current_time() + DISTRUSTED_SECONDS
-            if len(self._distrusted) > MAX_KEPT:
+            if len(self._distrusted) > MAX_LOOKUPS_KEPT:
                 self._distrusted.popitem(last=False)
             self._remove(origin)
             for lookup in self._lookups.values():  # it may have found no other provider
@@ -361,7 +361,9 @@ class Network(Source):
     async def _tidy(self) -> None:
         """Removes providers that were not used for long, and closes the removed ones."""
         now = trio.current_time()
-        for origin in [each for each, used in self._providers.items() if used.used < now - IDLE_SECONDS]:
+        for origin in [
+            each for each, used in self._providers.items() if used.used < now - IDLE_PROVIDER_SECONDS
+        ]:
             self._remove(origin)
         closing, self._closing = self._closing, []
         for source in closing:
@@ -381,7 +383,7 @@ class Network(Source):
         ):
             lookup = self._lookups[key] = _Lookup(patient)
             self._lookups.move_to_end(key)
-            while len(self._lookups) > MAX_KEPT:
+            while len(self._lookups) > MAX_LOOKUPS_KEPT:
                 self._lookups.popitem(last=False)[1].done.set()
             try:
                 async with self._looking:
@@ -413,7 +415,7 @@ class Network(Source):
                     async for addresses in found:
                         of_router += self._add(addresses, router)
                         if of_router and not lookup.patient:
-                            asked.shorten(scope, GRACE_SECONDS)
+                            asked.shorten(scope, OTHER_ROUTERS_SECONDS)
                         if of_router >= MAX_NEW:
                             break
                 answered += 1

@@ -21,7 +21,7 @@ from ipfsfuse.vfs.tree import Tree
 
 FILES_TOGETHER = 8
 """Files that are fetched in parallel."""
-WINDOW = 16 << 20
+REQUESTED_BYTES = 16 << 20
 """Bytes of one file that are requested together."""
 
 
@@ -114,7 +114,9 @@ class _Job:
     async def _leaves(self, file: File, ref: FileRef) -> None:
         offset, sure = 0, False
         while offset < file.size:
-            window = await traversal.drive(file_layout.leaves(file, offset, WINDOW, sure), self._tree.nodes)
+            window = await traversal.drive(
+                file_layout.leaves(file, offset, REQUESTED_BYTES, sure), self._tree.nodes
+            )
             try:
                 await self._window(ref, window)
             except NotALeaf:

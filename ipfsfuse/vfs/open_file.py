@@ -21,13 +21,13 @@ from ipfsfuse.vfs.tree import Tree
 
 RECENT = 64
 """Requested leaves that are remembered."""
-STRETCHES = 4
+WALKS_REMEMBERED = 4
 """Walks whose leaves are remembered. With only the last one, a reader and its read-ahead walked again in
 turns: 12 % of the CPU of a cold read."""
 
 MIN_WINDOW = 2 << 20
 MAX_WINDOW = 16 << 20
-SLACK = 2 << 20
+SEQUENTIAL_SLACK = 2 << 20
 
 
 _OFFSET = attrgetter("offset")
@@ -55,7 +55,7 @@ class ReadAhead:
         """Notes a read of `size` bytes at `offset`. Returns what should be fetched ahead of it, if
         anything."""
         end = offset + size
-        follows = self._next - SLACK <= offset <= self._next + max(SLACK, self._window)
+        follows = self._next - SEQUENTIAL_SLACK <= offset <= self._next + max(SEQUENTIAL_SLACK, self._window)
         first, self._next = self._next < 0, max(end, self._next) if follows else end
         self.sequential = follows and not first
         if not self.sequential:
@@ -227,7 +227,7 @@ class OpenFile:
         self._ahead = ReadAhead(file.size)
         self._buffer = PrefetchBuffer(budget, file.size, windows)
         self._windows = windows
-        self._stretches: deque[Sequence[Leaf]] = deque(maxlen=STRETCHES)
+        self._stretches: deque[Sequence[Leaf]] = deque(maxlen=WALKS_REMEMBERED)
         """The leaves that the last walks found: a reader is in some of them while others are fetched
         ahead."""
         if file.inline == file.size:

@@ -38,7 +38,7 @@ STEPS_TO_SCAN = 2
 MAX_GAP = 4
 """How far the next use may be from the last one: the kernel may know some children already, or the program
 may skip some."""
-WINDOW = 64
+PREFETCH_CHILDREN = 64
 """Children that are fetched ahead of the reader."""
 FETCHED_TOGETHER = 8
 DIRECTORIES_AHEAD = 4
@@ -53,7 +53,7 @@ MAX_NODES = 4 << 20
 """Bytes of HAMT nodes that one request fetches, enough for about 50,000 entries."""
 FEW_NODES = 8
 """A HAMT with fewer nodes than this below its root is fetched node by node."""
-SLACK = 1 << 20
+CLAIM_SLACK = 1 << 20
 """Bytes that an answer may have beyond what the links claim."""
 MAX_DONE = 10_000
 """Fetched directories that are remembered."""
@@ -91,8 +91,11 @@ class ScanTracker:
             self.deep = self.deep and self._steps > 0
             return self.deep
         self._next = max(self._next, index + 1)
-        self._goal = min(index + 1 + WINDOW, len(self.children))
-        return self.deep or self._goal - self._next >= min(WINDOW // 4, len(self.children) - self._next) > 0
+        self._goal = min(index + 1 + PREFETCH_CHILDREN, len(self.children))
+        return (
+            self.deep
+            or self._goal - self._next >= min(PREFETCH_CHILDREN // 4, len(self.children) - self._next) > 0
+        )
 
     @property
     def scanning(self) -> bool:
@@ -184,7 +187,7 @@ class SubtreePrefetcher:
         small = sum(size for size in links.tsizes if size <= SMALL_FILE)
         if not links or total > MAX_CONTENTS or 2 * small < total:
             return None
-        subtree = Subtree(directory.cid, True, 2 * total + SLACK)
+        subtree = Subtree(directory.cid, True, 2 * total + CLAIM_SLACK)
         return self._cache.gather(subtree, links.cids(), self._content_arrived)
 
     def _node_arrived(self, cid: Cid, block: bytes) -> Sequence[Cid]:
@@ -254,9 +257,13 @@ class DirectoryPrefetcher:
                     del self._places[cid]
 
     def following(self, cid: Cid) -> Sequence[Cid]:
-        """The WINDOW children after `cid`, if a reader goes through them in order."""
+        """The PREFETCH_CHILDREN children after `cid`, if a reader goes through them in order."""
         page, index = self._places.get(cid, (None, 0))
-        return page.children[index + 1 : index + 1 + WINDOW] if page is not None and page.scanning else ()
+        return (
+            page.children[index + 1 : index + 1 + PREFETCH_CHILDREN]
+            if page is not None and page.scanning
+            else ()
+        )
 
     def used(self, cid: Cid) -> None:
         """Notes that a program used `cid`."""

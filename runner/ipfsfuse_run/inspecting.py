@@ -132,7 +132,7 @@ def _signed_by(record: Record, key: "Ed25519PublicKey | None") -> str:
 
     if key is not None:
         return f"signed by {signatures.fingerprint(key)}"
-    names = signatures.signers(b"".join(record.content(cid, min(signatures.MAX_BYTES, record.size))))
+    names = signatures.signers(b"".join(record.content(cid, min(signatures.MAX_ENVELOPE, record.size))))
     return f"says it is signed by {', '.join(map(printable, names))}: check it with --key PUB"
 
 

@@ -69,7 +69,7 @@ MIN_OPEN_FILES = 32
 MAX_STACK = 1 << 30
 
 DURATIONS = frozenset({"timeout", "compile_timeout"})
-SIZES = frozenset(
+SIZE_LIMITS = frozenset(
     {"compile_memory", "max_memory_size", "max_wasm_stack", "max_stdout", "max_out", "max_stdin", "max_fetch"}
 )
 STORE_LIMITS = ("max_memory_size", "max_table_elements", "max_instances", "max_tables", "max_memories")
@@ -120,7 +120,9 @@ def from_names(given: Mapping[str, float | str]) -> Limits:
 
 
 def _number(field: str, text: str) -> int | float:
-    convert = units.duration if field in DURATIONS else units.size_or_zero if field in SIZES else units.count
+    convert = (
+        units.duration if field in DURATIONS else units.size_or_zero if field in SIZE_LIMITS else units.count
+    )
     try:
         return convert(text)
     except UsageError as exc:
@@ -154,4 +156,4 @@ def value_text(name: str, value: float) -> str:
     """`value` of the field `name` as -W has it."""
     if name in DURATIONS:
         return units.duration_text(value)
-    return units.size_text(int(value)) if name in SIZES else str(int(value))
+    return units.size_text(int(value)) if name in SIZE_LIMITS else str(int(value))

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+INTERRUPT_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(BaseException):
-    """A signal of ENDING came while no guest ran. It is a BaseException, as KeyboardInterrupt is: only main
-    functions (`cli`, `forkserver`) catch it."""
+    """A signal of INTERRUPT_SIGNALS came while no guest ran. It is a BaseException, as KeyboardInterrupt is:
+    only main functions (`cli`, `forkserver`) catch it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -25,7 +25,8 @@ class Interrupted(BaseException):
 
 
 def raise_on_signals() -> None:
-    """From now on, a signal of ENDING raises Interrupted in the main thread, unless it is ignored (nohup)."""
+    """From now on, a signal of INTERRUPT_SIGNALS raises Interrupted in the main thread, unless it is ignored
+    (nohup)."""
 
     def interrupt(number: int, _frame: FrameType | None) -> NoReturn:
         raise Interrupted(number)
@@ -34,15 +35,15 @@ def raise_on_signals() -> None:
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-    """Sets the handler of the signals of ENDING, except those that are ignored (nohup)."""
-    for each in ENDING:
+    """Sets the handler of the signals of INTERRUPT_SIGNALS, except those that are ignored (nohup)."""
+    for each in INTERRUPT_SIGNALS:
         if signal.getsignal(each) != signal.SIG_IGN:
             signal.signal(each, handler)
 
 
 def ignore_signals() -> None:
-    """From now on, no signal of ENDING ends this forked process. It ends when its work is done, or its owner
-    kills it."""
+    """From now on, no signal of INTERRUPT_SIGNALS ends this forked process. It ends when its work is done, or
+    its owner kills it."""
     signal.set_wakeup_fd(-1)
     handle_signals(signal.SIG_IGN)
 

@@ -22,7 +22,7 @@ from ipfsfuse_run.errors import TRAPPED, ReceiptRefused
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.read_paths import Row
 
-FORMAT = 2
+RECEIPT_FORMAT = 2
 _KIND = "ipfsfuse-run receipt"
 RECEIPT, GUEST, STDIN, STDOUT, STDERR = "receipt.json", "guest.wasm", "stdin", "stdout", "stderr"
 OUT, DIRS, IPFS, SIGNATURE = "out", "dir", "ipfs", "signature.json"
@@ -30,7 +30,7 @@ OUT, DIRS, IPFS, SIGNATURE = "out", "dir", "ipfs", "signature.json"
 
 _HEXADECIMAL = re.compile("[0-9a-f]*")
 
-MAX_BYTES = 64 << 20
+MAX_RECEIPT = 64 << 20
 """Bytes of the largest receipt, which is enough for a million blocks."""
 MAX_ARGUMENTS = 2 << 20
 """Bytes of all arguments and variables, each with ARGUMENT_BYTES more: the most that Linux passes to a
@@ -138,7 +138,7 @@ def encode(receipt: Receipt) -> bytes:
 
     whole = {
         "kind": _KIND,
-        "format": FORMAT,
+        "format": RECEIPT_FORMAT,
         "guest": {"cid": cids.text(receipt.guest), "name": receipt.name},
         "argv": receipt.argv,
         "env": {
@@ -184,7 +184,7 @@ def encode(receipt: Receipt) -> bytes:
 def decode(data: bytes) -> Receipt:
     """Raises ReceiptRefused if the data is not a receipt, cut short, of a newer format, or out of bounds."""
     if (
-        len(data) > MAX_BYTES
+        len(data) > MAX_RECEIPT
         or sum(map(data.count, (b",", b"[", b"{"))) > _MAX_ITEMS + len(data) // _CID_BYTES
     ):
         raise ReceiptRefused(f"the receipt is larger than any can be ({len(data)} bytes)")
@@ -197,7 +197,7 @@ def decode(data: bytes) -> Receipt:
     number = fields.get("format")
     if type(number) is not int or number not in _FIELDS:
         raise ReceiptRefused(
-            f"the receipt has format {number!r:.40}; this version reads formats 1 to {FORMAT}: "
+            f"the receipt has format {number!r:.40}; this version reads formats 1 to {RECEIPT_FORMAT}: "
             "use a newer ipfsfuse"
         )
     try:
@@ -330,7 +330,7 @@ def _environment(given: object, number: int) -> tuple[str, list[Variable]]:
 def _row(given: object) -> Row:
     fields = _record(given, "paths", {"path", "type", "size", "read", "cid"})
     return Row(
-        _text(fields["path"], "paths", MAX_BYTES),
+        _text(fields["path"], "paths", MAX_RECEIPT),
         _text(fields["type"], "paths", 40),
         _number(fields["size"], "paths", (1 << 64) - 1),
         _number(fields["read"], "paths", (1 << 64) - 1),
@@ -350,7 +350,7 @@ def _record(given: object, name: str, keys: Collection[str] | None = None) -> di
     return given
 
 
-def _list(given: object, name: str, most: int = MAX_BYTES) -> list[Any]:
+def _list(given: object, name: str, most: int = MAX_RECEIPT) -> list[Any]:
     if not isinstance(given, list) or len(given) > most:
         raise _BadField(name)
     return given

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 _PROFILE = builder.UNIXFS_V1_2025
-MAX_BLOCK = 2 << 20
 MAX_UNSIZED = 64 << 20
 """The most bytes that are read from a file whose size is 0, as in /proc: such a file may have no end."""
 _MAX_HEADER = 64 << 10
@@ -70,8 +69,8 @@ class RecordWriter:
             self._seen.add(cid)
             self._out.write(car.section_head(cid, len(block)) + block)
 
-    def add_file(self, file: Readable, stored: Stored = builder.NOTHING) -> Built:
-        profile = _PROFILE if stored == builder.NOTHING else _PROFILE.with_metadata()
+    def add_file(self, file: Readable, stored: Stored = builder.NO_ATTRIBUTES) -> Built:
+        profile = _PROFILE if stored == builder.NO_ATTRIBUTES else _PROFILE.with_metadata()
         file_builder, first = builder.FileBuilder(profile, self.put), file.read(profile.chunk_size)
         second = file.read(profile.chunk_size)
         if not second:
@@ -84,12 +83,14 @@ class RecordWriter:
             file_builder.add(leaf.built)
         return file_builder.finish(stored)
 
-    def add_folder(self, children: Sequence[tuple[str, Built]], stored: Stored = builder.NOTHING) -> Built:
+    def add_folder(
+        self, children: Sequence[tuple[str, Built]], stored: Stored = builder.NO_ATTRIBUTES
+    ) -> Built:
         return builder.directory(
             _PROFILE, [(os.fsencode(name), built) for name, built in children], stored, self.put
         )
 
-    def add_symlink(self, target: str, stored: Stored = builder.NOTHING) -> Built:
+    def add_symlink(self, target: str, stored: Stored = builder.NO_ATTRIBUTES) -> Built:
         return builder.symlink(_PROFILE, os.fsencode(target), stored, self.put)
 
     def close(self, root: Built) -> None:
@@ -143,7 +144,9 @@ def add_tree(writer: RecordWriter, folder: str, bound: int | None) -> Tree:
     inside = ""
 
     def attributes(found: os.stat_result) -> Stored:
-        return builder.NOTHING if bound is not None else Stored(found.st_mode & 0o7777, found.st_mtime_ns)
+        return (
+            builder.NO_ATTRIBUTES if bound is not None else Stored(found.st_mode & 0o7777, found.st_mtime_ns)
+        )
 
     def count(size: int) -> None:
         nonlocal taken
@@ -287,8 +290,8 @@ class Record:
             if found.end > self.size:
                 raise Malformed("it is cut short")
             place = Place(found.block, found.end - found.block)
-            if place.size > MAX_BLOCK:
-                raise Malformed(f"a block of {place.size} bytes: {MAX_BLOCK} are the most")
+            if place.size > cids.MAX_BLOCK:
+                raise Malformed(f"a block of {place.size} bytes: {cids.MAX_BLOCK} are the most")
             cids.verify(found.cid, self._at(place))
             if cids.inline(found.cid) is None:
                 self._places[cids.multihash(found.cid)] = place
@@ -436,7 +439,7 @@ class Record:
 
     def receipt(self, cid: Cid) -> bytes:
         """The bytes of a receipt. Raises ReceiptRefused, also if they are more than the CAR file has."""
-        return b"".join(self.content(cid, min(receipts.MAX_BYTES, self.size)))
+        return b"".join(self.content(cid, min(receipts.MAX_RECEIPT, self.size)))
 
 
 # -- checking ----------------------------------------------------------------------------------------------
@@ -449,7 +452,7 @@ def receipt_alone(path: Path) -> Receipt | None:
             data = file.read(1)
             if data != b"{" or not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 return None
-            return receipts.decode(data + file.read(receipts.MAX_BYTES))
+            return receipts.decode(data + file.read(receipts.MAX_RECEIPT))
     except ReceiptRefused as exc:
         raise ReceiptRefused(f"{path}: {exc}") from exc
     except OSError as exc:
@@ -527,7 +530,7 @@ def check_signature(record: Record, receipt: Receipt, key: "Ed25519PublicKey", m
     assert receipt_cid is not None
     if signature_cid is None:
         raise ReceiptRefused(f"{record.path} has no signature: {signatures.fingerprint(key)} did not sign it")
-    envelope = b"".join(record.content(signature_cid, min(signatures.MAX_BYTES, record.size)))
+    envelope = b"".join(record.content(signature_cid, min(signatures.MAX_ENVELOPE, record.size)))
 
     def files() -> list[tuple[str, str]]:
         if receipt.out is None:

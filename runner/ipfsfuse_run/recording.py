@@ -223,7 +223,7 @@ def _write(
             trapped=run.outcome.trapped,
             started=run.started,
             seconds=run.seconds,
-            format=receipts.FORMAT,
+            format=receipts.RECEIPT_FORMAT,
             salt=salt,
             root=options.root,
             tmp=box.tmp,
@@ -263,10 +263,10 @@ def this_machine() -> dict[str, str]:
 
 def _encoded(receipt: Receipt) -> bytes:
     data = receipts.encode(receipt)
-    if len(data) > receipts.MAX_BYTES:
+    if len(data) > receipts.MAX_RECEIPT:
         raise StoreFailed(
             f"the receipt names so many blocks that it has {len(data)} bytes: more than "
-            f"{receipts.MAX_BYTES} can't be read again"
+            f"{receipts.MAX_RECEIPT} can't be read again"
         )
     return data
 

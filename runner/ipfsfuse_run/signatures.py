@@ -30,7 +30,7 @@ STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "urn:ipfsfuse:receipt:v2"
 CID_DIGEST = "ipfsCid"
 """Our own name for a digest that is a CID."""
-MAX_BYTES = 192 << 20
+MAX_ENVELOPE = 192 << 20
 """Bytes of an envelope, which holds a receipt in base64."""
 _MAX_KEY = 64 << 10
 _MAX_SIGNATURES = 16

@@ -26,12 +26,12 @@ from ipfsfuse_run.growth import Growth, Usage, Watched
 from ipfsfuse_run.sandbox import IPFS
 
 OUT_OF_TIME = 124
-GRACE = 0.4
+END_GRACE_SECONDS = 0.4
 """Seconds to wait for a killed guest. A guest that hangs in the mount ends when the daemon answers."""
 LAST_MEASUREMENT = 10.0
 """Seconds for the last measurement of the writable folders after the guest has ended."""
 
-PROGRESS = 1.0
+PROGRESS_SECONDS = 1.0
 """Seconds between two updates of the progress line on a terminal, until the guest begins."""
 
 _CHUNK = select.PIPE_BUF
@@ -103,7 +103,7 @@ class _Progress:
 
     def __init__(self, plan: Plan) -> None:
         self._name = printable(plan.name)
-        self._next = time.monotonic() + PROGRESS if os.isatty(2) else None
+        self._next = time.monotonic() + PROGRESS_SECONDS if os.isatty(2) else None
         self._shown = 0
         self.phase("fetching" if plan.options.guest.startswith(IPFS + "/") else "reading")
 
@@ -122,7 +122,7 @@ class _Progress:
         self.erase()
         text = f"ipfsfuse-run: {self._what} for {now - self._begun:.0f} s: {self._name}"
         text = text[: (os.get_terminal_size(2).columns or 80) - 1]
-        self._next, self._shown = now + PROGRESS, os.write(2, text.encode())
+        self._next, self._shown = now + PROGRESS_SECONDS, os.write(2, text.encode())
 
     def erase(self) -> None:
         if self._shown and _is_writable(2):
@@ -159,7 +159,7 @@ class _Supervisor:
         self._dead = False
         self._pending = b""
         self._signals: list[int] = []
-        self._handlers = {each: signal.getsignal(each) for each in processes.ENDING}
+        self._handlers = {each: signal.getsignal(each) for each in processes.INTERRUPT_SIGNALS}
         self._catch_signals()
         self._fork()
 
@@ -382,13 +382,13 @@ class _Supervisor:
     def _kill(self, outcome: Outcome) -> None:
         """Kills the guest, and prints the runner's reason."""
         self._outcome, self._final = outcome, True
-        self._deadline = time.monotonic() + GRACE
+        self._deadline = time.monotonic() + END_GRACE_SECONDS
         self._progress.stop()
         if not self._dead:
             os.kill(self._pid, signal.SIGKILL)
         self._stop_watcher()
         self._stop_quota()
-        if outcome.why is not None and _is_writable(2, GRACE):
+        if outcome.why is not None and _is_writable(2, END_GRACE_SECONDS):
             say(outcome.why)
 
     def _past_deadline(self) -> bool:

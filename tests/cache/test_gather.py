@@ -11,7 +11,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.reader import FEW
+from ipfsfuse.cache.reader import MIN_SUBTREE_BLOCKS
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -99,7 +99,10 @@ def test_what_does_not_come_is_asked_for_alone_by_who_waits_for_it_and_by_nobody
 
 def test_what_is_seen_wants_more_and_no_block_comes_twice(tmp_path: Path) -> None:
     chain = Chain()
-    first, below = small(chain, 2 * FEW)[:FEW], small(chain, 2 * FEW)[FEW:]
+    first, below = (
+        small(chain, 2 * MIN_SUBTREE_BLOCKS)[:MIN_SUBTREE_BLOCKS],
+        small(chain, 2 * MIN_SUBTREE_BLOCKS)[MIN_SUBTREE_BLOCKS:],
+    )
     gate = trio.Event()
     chain.sends = [*first, *first, gate, *below, *first]
 
@@ -124,12 +127,12 @@ def test_what_is_seen_wants_more_and_no_block_comes_twice(tmp_path: Path) -> Non
 def test_what_is_staged_on_its_way_or_within_its_cid_is_not_wanted(tmp_path: Path) -> None:
     chain = Chain()
     wanted = [
-        *small(chain, FEW),
+        *small(chain, MIN_SUBTREE_BLOCKS),
         chain.add(random_bytes(200_000, 1)),
         chain.add(random_bytes(200_000, 2)),
         chain.add(b"here", cids.DAG_PB),
     ]
-    large, as_leaf, node = wanted[FEW:]
+    large, as_leaf, node = wanted[MIN_SUBTREE_BLOCKS:]
     under_way = chain.add(b"under way")
     inline = cids.make(cids.RAW, b"\x00\x02hi")
 
@@ -144,7 +147,7 @@ def test_what_is_staged_on_its_way_or_within_its_cid_is_not_wanted(tmp_path: Pat
             asked = len(chain.asked)
             chain.sends = [*wanted, under_way, inline]
             await cache.reader.gather(subtree(chain), [*wanted, under_way, inline], none_besides).wait()
-            assert (chain.sent, len(chain.asked)) == (wanted[:FEW], asked)
+            assert (chain.sent, len(chain.asked)) == (wanted[:MIN_SUBTREE_BLOCKS], asked)
             nursery.cancel_scope.cancel()
         chain.sent = []
         await cache.reader.gather(subtree(chain), [*wanted, inline], none_besides).wait()
@@ -155,8 +158,8 @@ def test_what_is_staged_on_its_way_or_within_its_cid_is_not_wanted(tmp_path: Pat
 
 def test_a_large_file_of_which_nothing_is_left_is_wanted_again(tmp_path: Path) -> None:
     chain = Chain()
-    wanted = [*small(chain, FEW), chain.add(random_bytes(200_000, 1))]
-    others = [chain.add(b"another %d" % number) for number in range(FEW)]
+    wanted = [*small(chain, MIN_SUBTREE_BLOCKS), chain.add(random_bytes(200_000, 1))]
+    others = [chain.add(b"another %d" % number) for number in range(MIN_SUBTREE_BLOCKS)]
     chain.sends = list(wanted)
 
     async def main(cache: PinsetCache) -> None:
@@ -172,7 +175,7 @@ def test_a_large_file_of_which_nothing_is_left_is_wanted_again(tmp_path: Path) -
 
 def test_for_few_that_are_missing_there_is_no_such_answer(tmp_path: Path) -> None:
     chain = Chain()
-    wanted = small(chain, FEW + 2)
+    wanted = small(chain, MIN_SUBTREE_BLOCKS + 2)
 
     async def main(cache: PinsetCache) -> None:
         for cid in wanted[:3]:

@@ -15,7 +15,7 @@ import trio
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import locked
-from ipfsfuse.cache.store.index import VERSION
+from ipfsfuse.cache.store.index import SCHEMA_VERSION
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import StoreFailed
 from tests.cache.standin import Chain, random_bytes
@@ -152,7 +152,7 @@ def test_an_older_index_is_brought_up_to_date_with_all_it_holds(used: Used, numb
     used.as_version(number)
     used.check()
     with closing(sqlite3.connect(used.ours / "index.sqlite")) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (VERSION,)
+        assert database.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
         tables = {name for (name,) in database.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")}
         assert tables == {"blocks", "packs", "uses", "roots"}
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ipfsfuse.cli.logs import FORMAT, PrintableFormatter
+from ipfsfuse.cli.logs import LOG_FORMAT, PrintableFormatter
 from ipfsfuse.text import printable
 from tests.cli.conftest import Ipfsfuse, on_terminal
 from tests.mounting import PATIENCE, Home, wait_until
@@ -256,7 +256,7 @@ def test_what_sources_say_in_status_in_doctor_and_in_the_log(user: Home) -> None
 
 
 def test_a_traceback_in_the_log_forges_no_line(caplog: pytest.LogCaptureFixture) -> None:
-    formatter = PrintableFormatter(FORMAT)
+    formatter = PrintableFormatter(LOG_FORMAT)
     try:
         raise ExceptionGroup(f"one\n{FORGED}", [ValueError(f"two\x1b[31m\n{FORGED}\u2028{FORGED}")])
     except ExceptionGroup as exc:

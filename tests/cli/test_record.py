@@ -29,7 +29,7 @@ def test_each_use_is_told_once() -> None:
 
 
 def test_of_many_uses_none_is_missing_and_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "REMEMBERED", 100)
+    monkeypatch.setattr(record, "MIN_USES_KEPT", 100)
     out = io.StringIO()
     told = record.UseRecord(out)
     for _ in range(2):

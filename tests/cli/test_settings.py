@@ -27,7 +27,7 @@ Write = Callable[[str], Path]
 @pytest.fixture
 def write(home: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     """Writes the user's configuration file. The system's is in the test's folder."""
-    monkeypatch.setattr(settings, "SYSTEM", home / "system.toml")
+    monkeypatch.setattr(settings, "SYSTEM_CONFIG", home / "system.toml")
     path = home / ".config/ipfsfuse/config.toml"
     path.parent.mkdir(parents=True)
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from ipfsfuse.dag import builder, hamt, nodes, traversal
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.builder import NOTHING, UNIXFS_V0_2015, UNIXFS_V1_2025, Built, FileBuilder, Profile, Stored
+from ipfsfuse.dag.builder import (
+    NO_ATTRIBUTES,
+    UNIXFS_V0_2015,
+    UNIXFS_V1_2025,
+    Built,
+    FileBuilder,
+    Profile,
+    Stored,
+)
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Shard, Symlink
 from ipfsfuse.dag.traversal import Walk
@@ -51,7 +59,7 @@ class Store:
             found: T = stop.value
             return found
 
-    def file(self, profile: Profile, data: bytes, stored: Stored = NOTHING) -> Built:
+    def file(self, profile: Profile, data: bytes, stored: Stored = NO_ATTRIBUTES) -> Built:
         chunks = [data[at : at + profile.chunk_size] for at in range(0, len(data), profile.chunk_size)] or [
             b""
         ]
@@ -121,7 +129,7 @@ def test_every_name_is_found_and_no_other(files: dict[bytes, bytes]) -> None:
     for profile in PROFILES:
         store = Store()
         children = [(name, store.file(profile, data)) for name, data in files.items()]
-        built = builder.directory(profile, children, NOTHING, store.put)
+        built = builder.directory(profile, children, NO_ATTRIBUTES, store.put)
         root = store.node(built.cid)
         assert isinstance(root, Directory | Shard)
         for name, child in children:
@@ -143,7 +151,7 @@ def test_wide_directories_are_sharded(profile: Profile) -> None:
     store = Store()
     names = [str(number).encode() for number in range(3000)]
     leaf = store.file(profile, b"x")
-    built = builder.directory(profile, [(name, leaf) for name in names], NOTHING, store.put)
+    built = builder.directory(profile, [(name, leaf) for name in names], NO_ATTRIBUTES, store.put)
     root = store.node(built.cid)
     assert isinstance(root, Shard)
     assert all(store.run(traversal.child(root, name)) for name in names)
@@ -154,8 +162,8 @@ def test_order_of_names_does_not_matter() -> None:
     store = Store()
     leaf = store.file(SMALL, b"x")
     children = [(str(number).encode(), leaf) for number in range(500)]
-    assert builder.directory(SMALL, children, NOTHING, store.put) == builder.directory(
-        SMALL, children[::-1], NOTHING, store.put
+    assert builder.directory(SMALL, children, NO_ATTRIBUTES, store.put) == builder.directory(
+        SMALL, children[::-1], NO_ATTRIBUTES, store.put
     )
 
 
@@ -185,5 +193,5 @@ def test_names_that_can_not_be_told_apart_are_refused(monkeypatch: pytest.Monkey
     leaf = store.file(SMALL, b"x")
     with pytest.raises(Unsupported, match="have the same hash"):
         builder.directory(
-            SMALL, [(bytes([65 + number]) * 20, leaf) for number in range(20)], NOTHING, store.put
+            SMALL, [(bytes([65 + number]) * 20, leaf) for number in range(20)], NO_ATTRIBUTES, store.put
         )

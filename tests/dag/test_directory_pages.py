@@ -96,9 +96,9 @@ def test_a_large_hamt_costs_few_round_trips_and_no_node_twice_in_a_page() -> Non
     nodes_below = len(heap.by_hash) - 2
     found = pages(heap, here)
     assert sorted(names(found)) == wanted
-    assert all(len(batch) <= directory_pages.MOST_TOGETHER for batch in heap.asked)
+    assert all(len(batch) <= directory_pages.MAX_PARALLEL_NODES for batch in heap.asked)
     assert len(found) <= 15
-    assert len(heap.asked) <= 4 * len(found) + len(heap.fetched) // directory_pages.MOST_TOGETHER
+    assert len(heap.asked) <= 4 * len(found) + len(heap.fetched) // directory_pages.MAX_PARALLEL_NODES
     assert len(heap.fetched) <= 1.1 * nodes_below
 
 

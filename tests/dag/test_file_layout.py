@@ -140,7 +140,7 @@ def test_a_block_that_is_named_a_billion_times_costs_what_isread_range() -> None
     assert read(heap, root, 16 * 10**9 - 20, 100) == b"cdef0123456789abcdef"
     assert len(set(heap.fetched)) <= 3
     found = heap.drive(file_layout.leaves(root, 5, root.size, sure=True))
-    assert len(found) == file_layout.MAX_FRONTIER
+    assert len(found) == file_layout.MAX_LEAVES
     assert found[0] == Leaf(found[0].cid, 0, 16)
 
 
@@ -166,7 +166,7 @@ def test_a_walk_gives_what_it_has_when_it_has_opened_enough() -> None:
     root = file(heap, heap.file_node(chains))
     found = heap.drive(file_layout.leaves(root, 0, 600, sure=True))
     assert 0 < len(found) < 200
-    assert len(heap.fetched) <= 40 * file_layout.MOST_TOGETHER
+    assert len(heap.fetched) <= 40 * file_layout.MAX_PARALLEL_NODES
     assert read_range(heap, root, 0, 600, True) == b"".join(b"%03d" % number for number in range(200))
 
 

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipfsfuse.dag import unixfs
-from ipfsfuse.dag.unixfs import MAX_SECONDS, MIN_SECONDS, Type, UnixFS
+from ipfsfuse.dag.unixfs import MAX_SECONDS, MIN_MTIME, Type, UnixFS
 from ipfsfuse.errors import Malformed
 from tests.dag.blocks import field
 from tests.dag.protoschema import message_class
 
 FILE = field(1, 2)
 U64 = st.integers(0, 2**64 - 1)
-MTIMES = st.integers(MIN_SECONDS * 10**9, MAX_SECONDS * 10**9 + 999_999_999)
+MTIMES = st.integers(MIN_MTIME * 10**9, MAX_SECONDS * 10**9 + 999_999_999)
 MESSAGES = st.builds(
     UnixFS,
     st.sampled_from(Type),
@@ -67,7 +67,7 @@ def stamp(seconds: int, nanos: int | None) -> bytes:
 
 @pytest.mark.parametrize(
     ("seconds", "nanos", "total"),
-    [(0, None, 0), (1, 1, 10**9 + 1), (-1, 999_999_999, -1), (MIN_SECONDS, None, MIN_SECONDS * 10**9)],
+    [(0, None, 0), (1, 1, 10**9 + 1), (-1, 999_999_999, -1), (MIN_MTIME, None, MIN_MTIME * 10**9)],
 )
 def test_times_are_nanoseconds_that_count_forward(seconds: int, nanos: int | None, total: int) -> None:
     assert unixfs.decode(stamp(seconds, nanos)).mtime == total
@@ -85,7 +85,7 @@ REFUSED = {
     "an unknown type": field(1, 6),
     "nanoseconds of over a second": stamp(1, 10**9),
     "a year over 9999": stamp(MAX_SECONDS + 1, None),
-    "a year below 1": stamp(MIN_SECONDS - 1, None),
+    "a year below 1": stamp(MIN_MTIME - 1, None),
     "a time without seconds": FILE + field(8, b""),
     "a time cut short": FILE + field(8, b"\x08"),
     "nanoseconds cut short": FILE + field(8, field(1, 1) + b"\x15\x01"),

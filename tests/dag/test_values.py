@@ -143,7 +143,7 @@ def test_malformed_dag_json_is_refused_by_name(text: str) -> None:
 
 
 def test_what_is_too_deep_or_too_much_is_not_shown_but_its_links_are_known() -> None:
-    deep = b"\x81" * (values.MAX_DEPTH + 1) + LINK
+    deep = b"\x81" * (values.MAX_NESTING + 1) + LINK
     much = b"\x9a" + struct.pack(">I", values.MAX_VALUES) + b"\x00" * values.MAX_VALUES
     for block, why in ((deep, "129 deep"), (much, "131073 values")):
         with pytest.raises(Unsupported, match=why):

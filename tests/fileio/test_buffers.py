@@ -38,7 +38,7 @@ def test_so_many_wait_and_no_more() -> None:
 
 
 def test_those_of_other_sizes_go_when_one_is_made() -> None:
-    lent = [buffers.lend(size) for size in buffers.SIZES for _ in range(buffers.KEPT // size)]
+    lent = [buffers.lend(size) for size in buffers.BUFFER_SIZES for _ in range(buffers.KEPT // size)]
     lent.clear()
     assert sum(size * len(pages) for size, pages in buffers._unused.items()) == 6 * buffers.KEPT
     lent = [buffers.lend(1 << 20) for _ in range(33)]
@@ -48,7 +48,7 @@ def test_those_of_other_sizes_go_when_one_is_made() -> None:
 
 
 def test_most_of_what_is_not_used_is_given_back() -> None:
-    lent = [buffers.lend(size) for size in buffers.SIZES for _ in range(buffers.KEPT // size)]
+    lent = [buffers.lend(size) for size in buffers.BUFFER_SIZES for _ in range(buffers.KEPT // size)]
     lent.clear()
     buffers.give_back()
     assert {size * len(pages) for size, pages in buffers._unused.items()} == {buffers.KEPT_IDLE}

@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from ipfsfuse.errors import NotFound
 from ipfsfuse.fuse import device
-from ipfsfuse.fuse.operations import GRACE, LEAST, SPREAD, Operations
+from ipfsfuse.fuse.operations import ANSWER_GRACE_SECONDS, LEAST, SPREAD, Operations
 from ipfsfuse.sources.base import current_request
 from ipfsfuse.structures import Histogram
 
@@ -35,7 +35,7 @@ def test_a_call_that_waits_for_anything_at_all_is_answered_soon_after_its_deadli
         with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000, "read"):
             await trio.sleep_forever()
         assert raised.value.errno == errno.ETIMEDOUT
-        assert trio.current_time() == pytest.approx(3 + GRACE)
+        assert trio.current_time() == pytest.approx(3 + ANSWER_GRACE_SECONDS)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 

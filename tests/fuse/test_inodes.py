@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from ipfsfuse.dag.cid import DAG_PB, RAW, Cid, canonical, make
-from ipfsfuse.fuse.inodes import ROOT, Inodes
+from ipfsfuse.fuse.inodes import ROOT_INODE, Inodes
 from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES, Attributes
 
 FILE = Attributes(stat.S_IFREG | 0o444, 10, 0)
@@ -23,7 +23,9 @@ def test_a_file_has_one_inode_for_all_spellings_and_its_number_comes_from_the_ci
     v0 = Cid(b"\x12\x20" + hashlib.sha256(b"x").digest())
     assert table.file(v0, FILE) is table.file(canonical(v0), FILE)
     assert (
-        table.file(v0, FILE).number == again.file(canonical(v0), FILE).number == again.likely(ROOT, b"x", v0)
+        table.file(v0, FILE).number
+        == again.file(canonical(v0), FILE).number
+        == again.likely(ROOT_INODE, b"x", v0)
     )
     assert Inodes(bytes(32)).file(v0, FILE).number != table.file(v0, FILE).number, (
         "another key, other numbers"
@@ -38,12 +40,12 @@ def test_a_raw_view_of_a_dag_pb_block_is_another_file() -> None:
 def test_a_directory_has_one_inode_for_each_path_stable_over_tables() -> None:
     def numbers() -> list[int]:
         table = Inodes(KEY)
-        a = table.directory(ROOT, b"a", cid_of("d", DAG_PB), DIRECTORY)
+        a = table.directory(ROOT_INODE, b"a", cid_of("d", DAG_PB), DIRECTORY)
         a.lookups = 1
-        b = table.directory(ROOT, b"b", cid_of("d", DAG_PB), DIRECTORY)
+        b = table.directory(ROOT_INODE, b"b", cid_of("d", DAG_PB), DIRECTORY)
         below = table.directory(a.number, b"b", cid_of("d", DAG_PB), DIRECTORY)
         assert below.parent == a.number
-        assert table.directory(ROOT, b"a", cid_of("d", DAG_PB), DIRECTORY) is a
+        assert table.directory(ROOT_INODE, b"a", cid_of("d", DAG_PB), DIRECTORY) is a
         return [a.number, b.number, below.number]
 
     assert numbers() == numbers()
@@ -57,12 +59,12 @@ def test_a_number_that_is_held_is_never_given_to_another_cid() -> None:
     for number in range(400):
         cid = cid_of(str(number), DAG_PB if number % 3 else RAW)
         inode = (
-            table.directory(ROOT, str(number).encode(), cid, DIRECTORY)
+            table.directory(ROOT_INODE, str(number).encode(), cid, DIRECTORY)
             if number % 3 == 1
             else table.file(cid, FILE)
         )
         table.refer(inode)
-        assert ROOT < inode.number < 1 << 9
+        assert ROOT_INODE < inode.number < 1 << 9
         assert inode.number not in held
         held[inode.number] = inode
     for number, inode in held.items():
@@ -88,8 +90,8 @@ def test_the_table_holds_nothing_that_the_kernel_gave_back() -> None:
     for number in numbers:
         assert table.forget(number, 1) is not None
     assert len(table) == 1
-    table.forget(ROOT, 10)
-    assert table.get(ROOT).cid == b""
+    table.forget(ROOT_INODE, 10)
+    assert table.get(ROOT_INODE).cid == b""
 
 
 @pytest.mark.logs("forgets inode")

@@ -3,7 +3,7 @@
 import stat
 from functools import cache
 
-from ipfsfuse.dag.builder import NOTHING, Built, FileBuilder, Profile, Stored, directory, leaf, symlink
+from ipfsfuse.dag.builder import NO_ATTRIBUTES, Built, FileBuilder, Profile, Stored, directory, leaf, symlink
 from ipfsfuse.dag.cid import Cid
 from tests.importer.trees import Bytes, Case, Entry, To
 
@@ -41,7 +41,7 @@ def build(case: Case) -> Cid:
         return directory(profile, children, stored(entry), drop)
 
     top = [(name.encode(), one(entry)) for name, entry in case.top.items()]
-    return directory(profile, top, NOTHING, drop).cid if "-w" in case.options else top[-1][1].cid
+    return directory(profile, top, NO_ATTRIBUTES, drop).cid if "-w" in case.options else top[-1][1].cid
 
 
 def file(profile: Profile, entry: Bytes, stored: Stored) -> Built:

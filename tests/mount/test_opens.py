@@ -15,7 +15,7 @@ from tests.counting import Counted, counted
 from tests.mounting import Home
 
 FILES = 200
-FEW = FILES // 32 + 2
+MAX_OPENS = FILES // 32 + 2
 """Every 33rd open in a row comes to Python; and one more, of who else looks in."""
 
 
@@ -53,7 +53,7 @@ def test_who_opened_a_small_file_once_is_not_asked_again(
     before = kernel.now()
     assert read_all(root, small) == small
     asked = kernel.since(before)
-    assert asked["open"] <= FEW + asked["lookup"], "but for those that the kernel has forgotten"
+    assert asked["open"] <= MAX_OPENS + asked["lookup"], "but for those that the kernel has forgotten"
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def make(
 def signed(key: PrivateKey, data: bytes) -> bytes:
     own = public_key(key)
     inlined = field(7, own) if len(own) > 42 else b""
-    return inlined + field(8, sign(key, records.PREFIX + data)) + field(9, data)
+    return inlined + field(8, sign(key, records.SIGNATURE_PREFIX + data)) + field(9, data)
 
 
 class NameServer(HttpAnswering):

@@ -92,7 +92,7 @@ SOON, NEVER = 20.0, 0.3
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubo_repo, "PATIENCE", 10.0)  # the machine may be busy
+    monkeypatch.setattr(kubo_repo, "READ_WAIT_SECONDS", 10.0)  # the machine may be busy
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_what_was_read_ahead_is_not_given_once_its_content_is_blocked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 1000.0)
+    monkeypatch.setattr(kubo_repo, "DENYLIST_CHECK_SECONDS", 1000.0)
     repository = Repository(tmp_path / "blocks")
     (tmp_path / "blocks").mkdir()
     repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
@@ -212,7 +212,7 @@ def test_what_was_read_ahead_is_not_given_once_its_content_is_blocked(
     assert repository.ask_alone(root) is not None
     (tmp_path / "denylists").mkdir()
     (tmp_path / "denylists" / "one.deny").touch()
-    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(kubo_repo, "DENYLIST_CHECK_SECONDS", 0.0)
     assert repository.take(files[0]) is None
     assert repository.blocks.read(files[0]) is None
 
@@ -353,7 +353,7 @@ def test_a_disk_that_was_waited_for_in_vain_is_not_waited_for_again(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else one who looks up many names at once would stop the event loop for as many times."""
-    monkeypatch.setattr(kubo_repo, "PATIENCE", 1.0)
+    monkeypatch.setattr(kubo_repo, "READ_WAIT_SECONDS", 1.0)
     roots = [repository.heap.directory([Link(Blocks().leaf(b"%d" % at), b"1", 1)]) for at in range(6)]
     with Held([repository.put(root) for root in roots]):
         for root in roots:
@@ -384,7 +384,7 @@ def test_nothing_is_read_ahead_while_content_is_blocked(
     (tmp_path / "denylists").mkdir()
     repository = Repository(tmp_path / "blocks")
     repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
-    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(kubo_repo, "DENYLIST_CHECK_SECONDS", 0.0)
     root, _files = repository.directory(1)
     assert repository.blocks.read(root) is not None
     (tmp_path / "denylists" / "one.deny").touch()
@@ -406,7 +406,7 @@ def test_a_block_is_read_once_where_denylists_are_looked_for_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setattr(kubo_repo, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(kubo_repo, "DENYLIST_CHECK_SECONDS", 0.0)
     (tmp_path / "blocks").mkdir()
     repository = Repository(tmp_path / "blocks")
     repository.blocks._denylists = kubo_repo.Denylists(tmp_path)

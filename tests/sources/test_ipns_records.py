@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipfsfuse.errors import WrongRecord
-from ipfsfuse.sources.names.record import PREFIX, DomainName, KeyName, parse_name, verify
+from ipfsfuse.sources.names.record import SIGNATURE_PREFIX, DomainName, KeyName, parse_name, verify
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node
 from tests.sources.ipns import field, make, name_of, public_key, sign, signed
@@ -112,7 +112,7 @@ def test_a_record_of_another_key_or_wrongly_signed_is_refused(
     data = libipld.encode_dag_cbor({"Value": b"/ipfs/x"})
     bad = [
         field(7, public_key(key)) + field(8, sign(key, data)) + field(9, data),  # without the prefix
-        field(7, public_key(OTHER)) + field(8, sign(OTHER, PREFIX + data)) + field(9, data),
+        field(7, public_key(OTHER)) + field(8, sign(OTHER, SIGNATURE_PREFIX + data)) + field(9, data),
         field(7, public_key(key)) + field(8, b"1") + field(9, data),
     ]
     for each in bad:

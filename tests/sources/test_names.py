@@ -18,7 +18,7 @@ import pytest
 import trio
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from ipfsfuse.cache.store.records import MAX_RECORDS, NameRecords
+from ipfsfuse.cache.store.records import MAX_NAME_RECORDS, NameRecords
 from ipfsfuse.errors import IpfsFuseError, Malformed, NotFound, Unavailable, UsageError
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
@@ -195,7 +195,7 @@ def test_a_source_that_stalls_delays_no_name_beyond_the_time_for_the_others(
         await ask._ask([NAMES[0]], 30.0)
         return trio.current_time() - began
 
-    assert trio.run(timed) < resolvers.GRACE_SECONDS + 5
+    assert trio.run(timed) < resolvers.NEWER_RECORD_SECONDS + 5
     assert "no answer in time" in str(ask.error(NAMES[1], seconds=0.3))
 
 
@@ -227,7 +227,7 @@ def test_the_time_to_live_bounds_how_long_a_name_is_kept(tmp_path: Path, servers
                 nursery.start_soon(resolver.resolve, NAMES[0])
         await trio.sleep(seconds)
         found = await resolver.resolve(NAMES[0])
-        assert found.until - trio.current_time() <= max(ttl, resolvers.MIN_SECONDS)
+        assert found.until - trio.current_time() <= max(ttl, resolvers.MIN_KEPT_SECONDS)
         await source.aclose()
         return servers[0].asked[str(NAMES[0])]
 
@@ -237,11 +237,11 @@ def test_the_time_to_live_bounds_how_long_a_name_is_kept(tmp_path: Path, servers
 
 def test_the_store_keeps_a_bounded_number_of_records(tmp_path: Path) -> None:
     store = NameRecords(tmp_path)
-    for number in range(MAX_RECORDS + 3):
+    for number in range(MAX_NAME_RECORDS + 3):
         assert store._folder.fd >= 0
-        store.put(f"k{number}", b"x") if number in (0, MAX_RECORDS + 2) else _touch(tmp_path, number)
-    assert len(store.names()) == MAX_RECORDS
-    assert store.get(f"k{MAX_RECORDS + 2}") == b"x"
+        store.put(f"k{number}", b"x") if number in (0, MAX_NAME_RECORDS + 2) else _touch(tmp_path, number)
+    assert len(store.names()) == MAX_NAME_RECORDS
+    assert store.get(f"k{MAX_NAME_RECORDS + 2}") == b"x"
     store.close()
 
 

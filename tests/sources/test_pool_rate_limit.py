@@ -23,7 +23,7 @@ from ipfsfuse.sources.http.settings import HttpSettings, RateLimit
 from ipfsfuse.sources.names.resolver import Resolver
 from ipfsfuse.sources.pool.managed_source import ManagedSource
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.routing import GRACE_SECONDS, LOOKUP_SECONDS, Network
+from ipfsfuse.sources.routing import LOOKUP_SECONDS, OTHER_ROUTERS_SECONDS, Network
 from tests.sources.content import sample
 from tests.sources.ipns import make, name_of
 from tests.sources.servers import Ask, Behaviour, Server
@@ -292,7 +292,7 @@ def test_a_lookup_has_its_time_whatever_the_rate_limit_holds_back() -> None:
         lookup = await network._look_up(CID)
         assert (lookup.failure, len(network.statistics())) == (None, 1)
         # once one has named a provider the other has the grace time, which stands still while it is held back
-        assert trio.current_time() - start == pytest.approx(4 * LOOKUP_SECONDS + GRACE_SECONDS)
+        assert trio.current_time() - start == pytest.approx(4 * LOOKUP_SECONDS + OTHER_ROUTERS_SECONDS)
 
     run(main)
 

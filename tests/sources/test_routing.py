@@ -239,7 +239,7 @@ def test_a_router_that_floods_with_providers_does_not_hide_a_slow_good_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The good router answers after the others' half second. Its provider keeps its place afterwards."""
-    monkeypatch.setattr(routing, "TRY_SECONDS", 2.0)
+    monkeypatch.setattr(routing, "FOUND_PROVIDERS_SECONDS", 2.0)
 
     async def main() -> None:
         with Server(FILE.blocks) as gateway, Server({}, flood_of_providers()) as bad:
@@ -334,7 +334,7 @@ def test_many_lookups_of_one_block_are_one_and_absence_is_remembered() -> None:
 
 def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a thousand providers that are named, few are taken; lookups are forgotten."""
-    monkeypatch.setattr(routing, "MAX_KEPT", 10)
+    monkeypatch.setattr(routing, "MAX_LOOKUPS_KEPT", 10)
     many = [peer(f"/dns4/p{number}.example/tcp/443/https") for number in range(1000)]
 
     async def main() -> None:
@@ -407,7 +407,7 @@ def test_a_name_is_checked_when_it_is_resolved(monkeypatch: pytest.MonkeyPatch) 
         return [(2, 1, 6, "", ("127.0.0.1", gateway.port))]
 
     monkeypatch.setattr(trio.socket, "getaddrinfo", resolve)
-    monkeypatch.setattr(routing, "TRY_SECONDS", 1.0)
+    monkeypatch.setattr(routing, "FOUND_PROVIDERS_SECONDS", 1.0)
     with Server(FILE.blocks) as gateway:
         record = peer(f"/dns4/provider.example/tcp/{gateway.port}/http")
 

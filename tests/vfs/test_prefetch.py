@@ -15,8 +15,8 @@ from ipfsfuse.vfs.prefetch import (
     DIRECTORIES_AHEAD,
     FETCHED_TOGETHER,
     MAX_TRACKED,
+    PREFETCH_CHILDREN,
     SMALL_FILE,
-    WINDOW,
     DirectoryPrefetcher,
     ScanTracker,
 )
@@ -47,10 +47,12 @@ def test_who_follows_the_order_is_kept_ahead_of_by_one_window() -> None:
     assert [trail.note(index) for index in (0, 1)] == [False, False]
     assert trail.take() is None
     assert trail.note(2)
-    assert taken(trail) == CHILDREN[3 : 3 + WINDOW]
+    assert taken(trail) == CHILDREN[3 : 3 + PREFETCH_CHILDREN]
     assert not trail.note(3), "a window is topped up by the quarter, not one by one"
-    assert [trail.note(index) for index in range(4, 3 + WINDOW // 4)] == [False] * (WINDOW // 4 - 2) + [True]
-    assert taken(trail) == CHILDREN[3 + WINDOW : 3 + WINDOW + WINDOW // 4]
+    assert [trail.note(index) for index in range(4, 3 + PREFETCH_CHILDREN // 4)] == [False] * (
+        PREFETCH_CHILDREN // 4 - 2
+    ) + [True]
+    assert taken(trail) == CHILDREN[3 + PREFETCH_CHILDREN : 3 + PREFETCH_CHILDREN + PREFETCH_CHILDREN // 4]
 
 
 def test_who_picks_or_goes_backwards_is_not_helped() -> None:
@@ -99,7 +101,7 @@ def test_only_unknown_small_children_are_brought_in_and_no_more_than_some_at_a_t
             ahead.used(small[2])
 
     trio.run(main)
-    assert sorted(brought) == sorted([DIRECTORY, *small[3:5], *small[6 : 3 + WINDOW]])
+    assert sorted(brought) == sorted([DIRECTORY, *small[3:5], *small[6 : 3 + PREFETCH_CHILDREN]])
     assert most == FETCHED_TOGETHER
 
 
@@ -146,7 +148,7 @@ def test_of_many_pages_the_last_are_remembered() -> None:
                     ahead.used(cid)
 
     trio.run(main)
-    assert len(brought) == 2 * (1 + WINDOW)
+    assert len(brought) == 2 * (1 + PREFETCH_CHILDREN)
     assert not {*brought} & {child(number) for number in range(1, MAX_TRACKED // 2 + 1)}
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ipfsfuse.structures import Lru
-from ipfsfuse.vfs.open_file import MAX_WINDOW, MIN_WINDOW, SLACK, ReadAhead
+from ipfsfuse.vfs.open_file import MAX_WINDOW, MIN_WINDOW, SEQUENTIAL_SLACK, ReadAhead
 
 GIB = 1 << 30
 STEP = 128 << 10
@@ -44,7 +44,7 @@ def test_windows_lie_within_the_file_and_are_bounded(size: int, reads: list[tupl
         if window:
             assert 0 < window.size <= MAX_WINDOW
             assert window.start + window.size <= size
-    assert SLACK < MAX_WINDOW
+    assert SEQUENTIAL_SLACK < MAX_WINDOW
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40))))

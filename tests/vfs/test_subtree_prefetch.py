@@ -13,10 +13,10 @@ from ipfsfuse.dag.dagpb import Link
 from ipfsfuse.dag.nodes import Node
 from ipfsfuse.sources.base import Subtree
 from ipfsfuse.vfs.prefetch import (
+    CLAIM_SLACK,
     FEW_NODES,
     MAX_CONTENTS,
     MAX_NODES,
-    SLACK,
     SMALL_FILE,
     SmallFileBuffer,
     SubtreePrefetcher,
@@ -72,7 +72,7 @@ def test_what_a_directory_holds_is_wanted_within_twice_what_its_links_say() -> N
     made = Directories()
     directory = made.of_sizes(100, 200, 300)
     assert made.contents_of(directory)
-    assert made.cache.subtrees == [Subtree(directory, True, 2 * 600 + SLACK)]
+    assert made.cache.subtrees == [Subtree(directory, True, 2 * 600 + CLAIM_SLACK)]
     assert made.cache.wanted == [made.leaf(b"%d" % place) for place in range(3)]
 
 

@@ -45,7 +45,7 @@ class Round(NamedTuple):
         return bool(self.writes or self.drops)
 
 
-NOTHING = Round((), ())
+NO_ROUND = Round((), ())
 
 
 def directory(members: Sequence[Cid]) -> bytes:
@@ -78,7 +78,7 @@ class BatchPlanner:
         self._queue: dict[Cid, None] = {}  # desired CIDs in no batch, oldest first
         self._members: dict[int, tuple[Cid, ...]] = {}
         self._live: dict[int, int] = {}  # batch -> how many desired CIDs have their home there
-        self._round = NOTHING
+        self._round = NO_ROUND
         self._last = 0
 
     def __len__(self) -> int:
@@ -200,7 +200,7 @@ class BatchPlanner:
 
     def finish(self) -> None:
         """All writes of the round are at the node. Now the caller must remove the drops."""
-        done, self._round = self._round, NOTHING
+        done, self._round = self._round, NO_ROUND
         for number in done.drops:
             self.lose(number)
         for batch in done.writes:
@@ -208,4 +208,4 @@ class BatchPlanner:
 
     def abandon(self) -> None:
         """The round failed. The state is as before, but the numbers of its batches are not used again."""
-        self._round = NOTHING
+        self._round = NO_ROUND

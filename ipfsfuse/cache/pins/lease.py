@@ -35,7 +35,7 @@ RENEW = 3600.0
 """Seconds after which a running mount renews its lease."""
 SILENT = 24 * RENEW
 """Seconds without a renewal after which a mount that can't be seen from here counts as ended."""
-VERSION = 1
+LEASE_VERSION = 1
 MAX_PATH = 4096
 MAX_TIME = 1 << 63
 """Seconds since 1970, beyond any clock's time."""
@@ -107,7 +107,7 @@ class Lease:
             inode = f"{info.st_dev}:{info.st_ino}"
         place = str(folder.absolute())
         machine = _hash(_read("/etc/machine-id") or socket.gethostname())
-        return cls(VERSION, machine, _read(BOOT), _namespace(), place, inode, int(time.time()))
+        return cls(LEASE_VERSION, machine, _read(BOOT), _namespace(), place, inode, int(time.time()))
 
     @classmethod
     def parse(cls, data: bytes | None) -> Self | None:

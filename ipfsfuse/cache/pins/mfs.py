@@ -34,10 +34,10 @@ PAUSES = (0.2, 1.0)
 """Seconds between the three tries of a command."""
 COLLECTIONS = 30
 """How often garbage collection may remove a block before it is linked."""
-MAX_ANSWER = 64 << 10
+MAX_RPC_ANSWER = 64 << 10
 MAX_LISTING = 4 << 20
 """Bytes of a folder's listing, about 35,000 entries. A mount with a million pins has 1,000 to 6,000."""
-MAX_BLOCK = 1 << 20
+MAX_BATCH_BLOCK = 1 << 20
 """Bytes of a batch's block: twice the size of 1,000 links to the longest CIDs."""
 _NO_ENTRY = "does not exist"
 
@@ -84,10 +84,12 @@ class Mfs:
             return False
 
     async def block(self, cid: Cid) -> bytes | None:
-        """A verified block that the node itself has; None if it has none, or one of more than `MAX_BLOCK`
-        bytes."""
+        """A verified block that the node itself has; None if it has none, or one of more than
+        `MAX_BATCH_BLOCK` bytes."""
         try:
-            block = await self._call("block/get", [("arg", cids.text(cid)), ("offline", "true")], MAX_BLOCK)
+            block = await self._call(
+                "block/get", [("arg", cids.text(cid)), ("offline", "true")], MAX_BATCH_BLOCK
+            )
             cids.verify(cid, block)
         except (NotHere, WrongBlock, Unsupported):
             return None
@@ -99,7 +101,7 @@ class Mfs:
 
     async def read(self, cid: Cid) -> bytes | None:
         """The first 64 KiB of a file; None if it is not a file, or if the node itself does not have it."""
-        arguments = [("arg", f"/ipfs/{cids.text(cid)}"), ("length", str(MAX_ANSWER)), ("offline", "true")]
+        arguments = [("arg", f"/ipfs/{cids.text(cid)}"), ("length", str(MAX_RPC_ANSWER)), ("offline", "true")]
         try:
             return await self._call("cat", arguments)
         except NotHere:
@@ -173,7 +175,7 @@ class Mfs:
             return await threads.run_sync(_links, answer)
 
     async def _call(
-        self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, file: bytes | None = None
+        self, command: str, arguments: Pairs, limit: int = MAX_RPC_ANSWER, file: bytes | None = None
     ) -> bytes:
         for pause in PAUSES:
             try:
@@ -185,7 +187,7 @@ class Mfs:
         return await self._once(command, arguments, limit, file)
 
     async def _once(
-        self, command: str, arguments: Pairs, limit: int = MAX_ANSWER, file: bytes | None = None
+        self, command: str, arguments: Pairs, limit: int = MAX_RPC_ANSWER, file: bytes | None = None
     ) -> bytes:
         self.requests += 1
         request = SourceRequest()
@@ -223,7 +225,7 @@ def _parse_errors(command: str) -> Iterator[None]:
 
 log = logging.getLogger(__name__)
 
-ROOT = "/ipfsfuse"
+MFS_ROOT = "/ipfsfuse"
 LEASE = "lease"
 OWNER = "owner"
 """The name of the lease in earlier versions."""
@@ -251,7 +253,7 @@ class MfsPinFolder:
     @property
     def path(self) -> str:
         """The path of the claimed folder, or of the one that will be claimed."""
-        return f"{ROOT}/{self._name or self._mount_id.name}"
+        return f"{MFS_ROOT}/{self._name or self._mount_id.name}"
 
     @property
     def is_current(self) -> bool:
@@ -305,13 +307,13 @@ class MfsPinFolder:
         lease = await threads.run_sync(Lease.of, self._mount_id.folder)
         while True:
             name = self._mount_id.name
-            entries = await self._mfs.entries(f"{ROOT}/{name}")
+            entries = await self._mfs.entries(f"{MFS_ROOT}/{name}")
             other = await _read_lease(self._mfs, entries)
             if other is None or await threads.run_sync(other.may_be_claimed, lease, name):
                 break
             await threads.run_sync(self._mount_id.change, name)
             message = "another mount may be using %s/%s, of %s: this one is %s now"
-            log.info(message, ROOT, name, other.folder, self._mount_id.name)
+            log.info(message, MFS_ROOT, name, other.folder, self._mount_id.name)
         if name != self._name:
             self._name = name
             self._written.clear()
@@ -351,13 +353,13 @@ async def release_stale_pins(mfs: Mfs, lease: Lease, ours: str) -> None:
     """Releases the pins of mounts of this host whose cache folder is gone or has another mount-id. Never
     touches the folder `ours`, which belongs to `lease`. What fails is tried again at the next start."""
     try:
-        names = await mfs.entries(ROOT)
+        names = await mfs.entries(MFS_ROOT)
     except SourceFailed as exc:
         log.info("pins of mounts that are gone are not looked for: %s", exc)
         return
     here = [name for name in names if is_mount_id(name) and name.rpartition("-")[0] == host_name()]
     for name in [name for name in here if name != ours][:MAX_FOLDERS]:
-        path = f"{ROOT}/{name}"
+        path = f"{MFS_ROOT}/{name}"
         try:
             other = await _read_lease(mfs, await mfs.entries(path))
             if other is not None and await threads.run_sync(other.is_stale, lease, name):

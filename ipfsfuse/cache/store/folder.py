@@ -84,7 +84,7 @@ LOCK_SECONDS = 0.5
 MAX_SMALL = 1 << 16
 """The most bytes that are read of a small file of ours."""
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-LATER = NO_SPACE | {errno.ENOENT}
+NO_SUBFOLDER_YET = NO_SPACE | {errno.ENOENT}
 """Errors after which a subfolder may be made later: no space is left, or our folder is missing."""
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -140,7 +140,7 @@ class Subfolder:
     def __init__(self, path: Path) -> None:
         """Raises OSError, and StoreFailed if `path` is not a folder that only we may write."""
         self.path = path
-        with _full_disk(f"{path} can't be made", LATER):
+        with _full_disk(f"{path} can't be made", NO_SUBFOLDER_YET):
             _ = self.fd
 
     @cached_property
@@ -700,7 +700,7 @@ def _migrate_mount_id(fd: int) -> None:
 
 # -- the folder of an isolated mount -------------------------------------------------------------------------
 
-TRIES = 100
+MAKE_TRIES = 100
 
 
 @contextlib.contextmanager
@@ -725,7 +725,7 @@ def _prefix() -> str:
 
 def _make(parent: Path, temporary: int) -> tuple[Path, int]:
     """A new folder, and a descriptor that locks it. Raises OSError."""
-    for _ in range(TRIES):
+    for _ in range(MAKE_TRIES):
         path = Path(tempfile.mkdtemp(prefix=_prefix(), dir=parent))
         with contextlib.suppress(FileNotFoundError, BlockingIOError):
             fd = os.open(path.name, _DIRECTORY, dir_fd=temporary)
@@ -737,7 +737,7 @@ def _make(parent: Path, temporary: int) -> tuple[Path, int]:
                 os.close(fd)
                 raise
             os.close(fd)
-    raise OSError(0, f"{TRIES} folders were removed as soon as they were made")
+    raise OSError(0, f"{MAKE_TRIES} folders were removed as soon as they were made")
 
 
 def _sweep(temporary: int) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ipfsfuse import __version__
-from ipfsfuse.cache.store.folder import DAMAGED_INDEX, LATER, as_store_failed, written_by
+from ipfsfuse.cache.store.folder import DAMAGED_INDEX, NO_SUBFOLDER_YET, as_store_failed, written_by
 from ipfsfuse.errors import NotACid, StoreFailed
 from ipfsfuse.fileio.files import Closing
 
@@ -44,7 +44,7 @@ CREATE TABLE IF NOT EXISTS uses (
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS roots (at INTEGER PRIMARY KEY, cid BLOB UNIQUE NOT NULL, spelling TEXT NOT NULL);
 """
-VERSION = 3
+SCHEMA_VERSION = 3
 """PRAGMA user_version. A change of the schema raises it, and adds a migration."""
 Migration = Callable[[sqlite3.Connection], None]
 """Migrates from one version to the next, in the transaction that raises the version."""
@@ -152,25 +152,25 @@ class Index:
 
     def _migrate(self) -> None:
         (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-        if version > VERSION:
+        if version > SCHEMA_VERSION:
             with Closing(os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as folder:
                 writer = written_by(folder)
             raise StoreFailed(
-                f"{self.path} has version {version}, and ipfsfuse {__version__} knows version {VERSION}: "
-                f"use {writer}, or give another --cache-dir"
+                f"{self.path} has version {version}, and ipfsfuse {__version__} knows version "
+                f"{SCHEMA_VERSION}: use {writer}, or give another --cache-dir"
             )
         empty = self._writer.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone() == (0,)
         self.anew = self.anew or empty
         with self._writer:  # commits, or rolls back
             self._writer.execute("BEGIN IMMEDIATE")
-            for step in () if empty else range(version, VERSION):
+            for step in () if empty else range(version, SCHEMA_VERSION):
                 if step not in self._migrations:
                     raise Damaged(f"it has version {step}, which no ipfsfuse has written")
                 log.info("%s is brought from version %d to version %d", self.path, step, step + 1)
                 self._migrations[step](self._writer)
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 self._writer.execute(statement)
-            self._writer.execute(f"PRAGMA user_version = {VERSION}")
+            self._writer.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
     def _connect(self) -> sqlite3.Connection:
         address = (
@@ -302,7 +302,7 @@ def _no_space(exc: StoreFailed) -> bool:
     """Whether the disk is full. SQLite reports that in several ways, for the WAL as "can't open"."""
     cause = exc.__cause__
     if isinstance(cause, OSError):
-        return cause.errno in LATER
+        return cause.errno in NO_SUBFOLDER_YET
     return getattr(cause, "sqlite_errorcode", 0) & 0xFF in (
         sqlite3.SQLITE_FULL,
         sqlite3.SQLITE_IOERR,

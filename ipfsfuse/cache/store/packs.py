@@ -40,9 +40,9 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-PACK = ".pack"
+PACK_SUFFIX = ".pack"
 _NAME = re.compile(r"([1-9][0-9]{0,17})\.pack")
-MAX_OPEN = 64
+MAX_OPEN_PACKS = 64
 """Packs that are kept open for reading."""
 _HEAD = 160
 """Bytes that are enough for the length and the CID of a section: no allowed digest is longer than 128."""
@@ -142,7 +142,7 @@ class Packs:
         """The unverified bytes at `place`. Raises OSError."""
         file = self._files.get(place.pack)
         if file is None:
-            if len(self._files) >= MAX_OPEN:
+            if len(self._files) >= MAX_OPEN_PACKS:
                 os.close(self._files.pop(next(iter(self._files))))
             file = self._files[place.pack] = self.open(place.pack, os.O_RDONLY)
         return os.pread(file, place.size, place.at)
@@ -285,7 +285,7 @@ class Packs:
 
 
 def _name(pack: int) -> str:
-    return f"{pack}{PACK}"
+    return f"{pack}{PACK_SUFFIX}"
 
 
 # -- repair, in a thread: sections are rewritten in place, so that a repaired block needs no new room

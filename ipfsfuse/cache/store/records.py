@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 # -- pins ----------------------------------------------------------------------------------------------------
 
-MAX_BYTES = 1 << 30
+MAX_PINS_FILE = 1 << 30
 """Bytes of one file, enough for about ten million staging files."""
 MAX_SIZE = 1 << 63
 """Bytes, more than any disk has."""
@@ -81,7 +81,7 @@ class PinRecords:
 
     def _read(self, name: str) -> PinRecord:
         try:
-            values = json.loads(read_file(self.folder.fd, name, MAX_BYTES))
+            values = json.loads(read_file(self.folder.fd, name, MAX_PINS_FILE))
             check = values.pop("crc32", None)
             if check not in (None, _check(values)):
                 raise ValueError("its checksum is wrong")
@@ -155,7 +155,7 @@ def _cid(name: str) -> Cid | None:
 
 # -- IPNS records --------------------------------------------------------------------------------------------
 
-MAX_RECORDS = 1024
+MAX_NAME_RECORDS = 1024
 """The most records that are kept, which take 4 to 12 MiB. The one that was used longest ago is removed
 first."""
 _NAME = re.compile(r"[a-z0-9]{1,200}")
@@ -194,7 +194,7 @@ class NameRecords:
 
     def _make_room(self) -> None:
         names = self.names()
-        if len(names) > MAX_RECORDS:
+        if len(names) > MAX_NAME_RECORDS:
             used = sorted((self._folder.stat(name).st_mtime_ns, name) for name in names)
-            for _time, name in used[: len(names) - MAX_RECORDS]:
+            for _time, name in used[: len(names) - MAX_NAME_RECORDS]:
                 self._folder.unlink(name)

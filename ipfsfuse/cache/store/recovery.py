@@ -38,7 +38,7 @@ B = TypeVar("B")
 AT_FIRST = 2000
 """Files of an earlier run that are examined before the mount is up, which takes 0.02 s. Further files are
 examined while reads are served."""
-HEAD_START = 0.3
+EXAMINE_DELAY_SECONDS = 0.3
 """Seconds until that begins. The mount comes up first, because both need the interpreter."""
 LOOKED_AT_TOGETHER = 2000
 """Files that one call in a thread examines after that."""
@@ -51,7 +51,7 @@ MAX_PENDING = 50_000
 """Rows that are kept in memory while the disk can't be written. With more, the oldest are dropped."""
 IN_ORDER = "in order"
 """The key of a row among the uses. If it exists, the rows are those of the last unmount."""
-MARGIN = 1 << 20
+INDEX_MARGIN = 1 << 20
 """Bytes that the index and the log may grow between two measurements; at most an eighth of the budget."""
 USE_BYTES = 44
 """The most bytes of a row of uses in the index, without those of a CID."""
@@ -192,7 +192,7 @@ class Inventory:
 
     async def run(self) -> None:
         """Examines the remaining files and counts them. After an error of the disk, begins again."""
-        await trio.sleep(HEAD_START)
+        await trio.sleep(EXAMINE_DELAY_SECONDS)
         while True:
             try:
                 ended = False
@@ -348,7 +348,7 @@ async def measure(store: Store) -> None:
     next call, and adapts the budget to the free space."""
     rest = await threads.run_sync(store.rest_on_disk, limiter=store.io.background)
     store.free_lingering()
-    await store.budget.refit(rest, min(MARGIN, store.small_budget // 8))
+    await store.budget.refit(rest, min(INDEX_MARGIN, store.small_budget // 8))
     store.note_room()
 
 
@@ -447,7 +447,7 @@ async def _keep_order(store: Store) -> None:
         free = await threads.run_sync(index.clear_uses)
         rows = sum(USE_BYTES if isinstance(key, int) else USE_BYTES + len(key) for key in arc)
         growth = max(0, rows - free)
-    margin = min(MARGIN, store.small_budget // 8)  # half of it for the write-ahead log
+    margin = min(INDEX_MARGIN, store.small_budget // 8)  # half of it for the write-ahead log
     await store.budget.refit(rest, max(margin, growth + margin // 2))
     if store.blocks.changed.is_set():
         await flush(store)

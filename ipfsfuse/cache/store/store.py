@@ -48,7 +48,7 @@ LOOP_PIECES = 8
 """Pieces that are read from the page cache and hashed on the event loop, which takes about 15 us."""
 TAGS_OVERHEAD = 300
 """Bytes of memory for one leaf's tags in addition to the tags themselves."""
-LISTED_TOGETHER = 500
+FILES_LISTED_TOGETHER = 500
 """Staging files that are listed before other tasks run, which takes some milliseconds."""
 
 
@@ -382,7 +382,7 @@ class Store:
         )
         found = []
         for number, entry in enumerate(entries):
-            if number % LISTED_TOGETHER == 0:
+            if number % FILES_LISTED_TOGETHER == 0:
                 await trio.lowlevel.checkpoint()
             if not entry.dead:
                 found.append(self._item(entry))

@@ -50,7 +50,7 @@ UNCOUNTED: Final = 64 * 1024
 MAX_THREADS: Final = 16
 SHORTEST_SILENCE, SILENCE = 1.0, 3.0
 """Seconds, at least and at most, until a request over a kept connection is sent again over a new one."""
-END_SECONDS: Final = 1.0  # for the end of a body after its last byte
+BODY_END_SECONDS: Final = 1.0  # for the end of a body after its last byte
 
 for _name in ("httpx", "httpcore", "h2", "hpack"):  # they log every request and every header
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -132,7 +132,7 @@ class _HttpcoreConnection:
             elif event.endswith("start_tls.complete"):
                 opening.clear()
 
-        await self._end(END_SECONDS)
+        await self._end(BODY_END_SECONDS)
         host = await public_host(origin) if self._public_only else origin.host
         path = request.extensions["path"].encode()
         request.url = httpx.URL(scheme=origin.scheme, host=host, port=origin.port, raw_path=path)

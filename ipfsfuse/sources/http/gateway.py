@@ -25,7 +25,7 @@ from ipfsfuse.sources.streams import Delivery, Leases, Send
 
 BELIEVED = 1 << 30
 """If a server offers more bytes than this for a block, that is a wrong answer and not a large block."""
-FEW = 3
+MAX_SINGLE_LEAVES = 3
 """So few leaves come faster as single blocks than as a range."""
 RECORD_TYPE = "application/vnd.ipfs.ipns-record"
 MAX_RECORD = 10 * 1024
@@ -78,7 +78,7 @@ class Gateway(Source):
         return await ask_for_record(self._http, self.name, target, self._headers[1:])
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
-        if len(wanted.leaves) > FEW and (RANGES if self.local else CARS) in self._offers:
+        if len(wanted.leaves) > MAX_SINGLE_LEAVES and (RANGES if self.local else CARS) in self._offers:
             with suppress(NotOffered):
                 if not self.local:
                     return await self._send_car_of_range(wanted, send)

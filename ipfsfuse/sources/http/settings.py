@@ -204,7 +204,7 @@ class RateLimit:
             if count < (1 if ended else TOGETHER_SECONDS * self._per_second):
                 return
             request.unpaid = 0
-        if self._paid_until - now > GRACE_SECONDS:
+        if self._paid_until - now > MIN_SLEEP_SECONDS:
             with held_back():
                 await trio.sleep_until(self._paid_until)
 
@@ -234,7 +234,7 @@ class FetchQuota:
         self.check()
 
 
-GRACE_SECONDS = 0.01
+MIN_SLEEP_SECONDS = 0.01
 """Shorter waits are saved up until they are worth a sleep."""
 TOGETHER_SECONDS = 0.1
 

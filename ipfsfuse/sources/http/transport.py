@@ -25,11 +25,11 @@ from ipfsfuse.sources.http.failures import SHORT, one_line
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-PIECE: Final = 64 * 1024
-TOGETHER: Final = 32
-"""After a first receive, up to so many more are tried at once, for at most PIECE bytes together."""
+RECEIVE_BYTES: Final = 64 * 1024
+MAX_RECEIVES: Final = 32
+"""After a first receive, up to so many more are tried at once, for at most RECEIVE_BYTES together."""
 FAST: Final = 32 * 1024
-"""After a receive of so many bytes, a thread receives the rest if it is more than PIECE."""
+"""After a receive of so many bytes, a thread receives the rest if it is more than RECEIVE_BYTES."""
 THREAD_WAIT: Final = struct.pack("ll", 0, 20_000)
 """20 ms: the longest wait of a thread for bytes. Then the event loop waits: so a slow server keeps no thread
 busy."""
@@ -78,7 +78,7 @@ class Connection:
                 with trio.fail_at(min(trio.current_time() + self._idle, end)):
                     await trio.lowlevel.wait_writable(self._socket)
         while not self.status:
-            piece = await self._when_readable(end, self._socket.recv, PIECE, socket.MSG_DONTWAIT)
+            piece = await self._when_readable(end, self._socket.recv, RECEIVE_BYTES, socket.MSG_DONTWAIT)
             if not piece:
                 raise EOFError
             self._feed(piece)
@@ -130,7 +130,7 @@ class Connection:
         while not self._pieces and not self._complete:
             if self._failure is not None:
                 raise self._failure
-            size = min(self._left or PIECE, PIECE)
+            size = min(self._left or RECEIVE_BYTES, RECEIVE_BYTES)
             piece = await self._when_readable(math.inf, self._socket.recv, size, socket.MSG_DONTWAIT)
             if self._left is not None and piece:
                 self._left -= len(piece)
@@ -143,7 +143,7 @@ class Connection:
             else:
                 raise SourceFailed("the body was cut short", SHORT)
         try:  # add what has come meanwhile: each piece costs the tasks that it passes through 0.1 ms
-            room, more = PIECE, TOGETHER
+            room, more = RECEIVE_BYTES, MAX_RECEIVES
             while more and not self._complete and (piece := self._socket.recv(room, socket.MSG_DONTWAIT)):
                 self._feed(piece)
                 room, more = room - len(piece), more - 1
@@ -169,7 +169,7 @@ class Connection:
         while left:
             wanted = sum(map(len, left))
             receive = self._socket.recvmsg_into
-            if self._fast and wanted > PIECE:
+            if self._fast and wanted > RECEIVE_BYTES:
                 try:
                     count = (
                         await threads.run_sync(receive, left, 0, socket.MSG_WAITALL, limiter=self._threads)

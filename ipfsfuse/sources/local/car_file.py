@@ -40,7 +40,7 @@ from ipfsfuse.sources.streams import Delivery, Leases, Send, Turns, all_of, cons
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, or fewer at the end of the file."""
 
-MAX_INLINE = 128 << 10
+MAX_COPY_ON_LOOP = 128 << 10
 """Larger blocks take long enough to copy (20 us) that a worker thread should do it."""
 
 
@@ -200,7 +200,7 @@ class CarFile:
 
     def read_small(self, place: Place) -> bytes:
         """The bytes at `place`, from the page cache alone. Raises BlockingIOError, for large blocks too."""
-        if place.size > MAX_INLINE:
+        if place.size > MAX_COPY_ON_LOOP:
             raise BlockingIOError
         return read_cached(self.fd, place.offset, place.size)
 

@@ -43,15 +43,15 @@ one of its files' names. Kubo uses no other scheme."""
 
 MAX_CONFIG = 1 << 20
 """Bytes of the largest file of a repository's configuration that is read."""
-PATIENCE = 0.002
+READ_WAIT_SECONDS = 0.002
 """Seconds that the event loop waits for a block of a quick disk, if no other block is being read: to go to a
 thread and back takes 0.4 ms."""
 STRETCHES = 8
 """Stretches of leaves (of up to 4 MiB each) that may be in memory at a time, for all readers."""
-THREADS = 4
+REPO_THREADS = 4
 READ_TASKS = 2
 """Stretches of one range that are read at a time."""
-LOOK_SECONDS = 1.0
+DENYLIST_CHECK_SECONDS = 1.0
 """How late a new denylist is noticed while the repository is read."""
 
 
@@ -59,7 +59,7 @@ class Denylists:
     """Whether the repository's owner or this machine has denylists for the node. A block that the node would
     refuse must not be read past the node.
 
-    Looks into the folders where the node looks, at most once in LOOK_SECONDS. Source: Kubo's
+    Looks into the folders where the node looks, at most once in DENYLIST_CHECK_SECONDS. Source: Kubo's
     docs/content-blocking.md."""
 
     def __init__(self, repository: Path) -> None:
@@ -78,7 +78,7 @@ class Denylists:
 
     def any(self) -> bool:
         now = time.monotonic()
-        if now - self._looked >= LOOK_SECONDS:
+        if now - self._looked >= DENYLIST_CHECK_SECONDS:
             where = next((folder for folder in self.folders if _has_denylist(folder)), None)
             if where is not None and not self.found:
                 log.warning(
@@ -91,8 +91,8 @@ class Denylists:
         return self.found
 
     def none_lately(self) -> bool:
-        """Whether the last look was less than LOOK_SECONDS ago and found none."""
-        return not self.found and time.monotonic() - self._looked < LOOK_SECONDS
+        """Whether the last look was less than DENYLIST_CHECK_SECONDS ago and found none."""
+        return not self.found and time.monotonic() - self._looked < DENYLIST_CHECK_SECONDS
 
 
 class Flatfs:
@@ -105,11 +105,11 @@ class Flatfs:
         self._direct = Direct()
         self.files = BlockFiles(self._folder, characters)
         self._stretches = trio.Semaphore(STRETCHES)
-        self._threads = trio.CapacityLimiter(THREADS)
+        self._threads = trio.CapacityLimiter(REPO_THREADS)
 
     async def get(self, cid: Cid) -> bytes | Hashed | None:
         """Reads a block as `read_hashed` does. Uses no thread for a block that was read ahead, or comes
-        within PATIENCE."""
+        within READ_WAIT_SECONDS."""
         block = self.take_hashed(cid)
         if block is None:
             block = await threads.run_sync(self.read_hashed, cid, limiter=self._threads)
@@ -195,13 +195,13 @@ class Flatfs:
         return block
 
     def take_hashed(self, cid: Cid) -> bytes | Hashed | None:
-        """The block if it was read ahead, or comes within PATIENCE; for the event loop. None if a thread must
-        look for denylists first."""
+        """The block if it was read ahead, or comes within READ_WAIT_SECONDS; for the event loop. None if a
+        thread must look for denylists first."""
         multihash = cids.multihash(cid)
         if multihash[:2] != multihashes.SHA2_256_PREFIX or (self._denylists and self._denylists.found):
             return None
         sure = self._denylists is None or self._denylists.none_lately()
-        read = self.files.take(multihash[2:], cids.codec(cid), PATIENCE if sure else -1.0)
+        read = self.files.take(multihash[2:], cids.codec(cid), READ_WAIT_SECONDS if sure else -1.0)
         return None if read is None else _block(cid, read)
 
     def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | Hashed | None]:

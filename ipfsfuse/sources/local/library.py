@@ -55,9 +55,9 @@ from ipfsfuse.sources.local.car_writer import CarWriter
 
 log = logging.getLogger(__name__)
 
-MARKER, VERSION = "ipfsfuse library", 1
+MARKER, FORMAT_VERSION = "ipfsfuse library", 1
 FORMAT, LOCK, ROOTS = "format", "lock", "roots"
-PACK = ".car"
+CAR_SUFFIX = ".car"
 TEMPORARY = ".tmp"
 _STEM = r"[0-9]{8}T[0-9]{6}-[0-9a-f]{8}"
 _PACK_NAME = re.compile(_STEM + r"\.car")
@@ -108,7 +108,7 @@ def prepare(folder: Path) -> None:
             ) from exc
         if not examine(folder):
             with suppress(OSError):  # a library that can only be read needs no marker yet
-                _write_text(folder, folder / FORMAT, f"{MARKER} {VERSION}\n")
+                _write_text(folder, folder / FORMAT, f"{MARKER} {FORMAT_VERSION}\n")
         with suppress(FileExistsError):
             (folder / ROOTS).mkdir(mode=0o700)
         _check(folder / ROOTS, stat.S_IFDIR)
@@ -135,10 +135,10 @@ def examine(folder: Path) -> bool:
         raise StoreFailed(
             f"{folder / FORMAT} is not the marker of a library: give --library a folder of its own"
         )
-    if int(number) != VERSION:
+    if int(number) != FORMAT_VERSION:
         raise StoreFailed(
-            f"the library {folder} has format {number}, and ipfsfuse {__version__} knows format {VERSION}: "
-            "use the ipfsfuse that wrote it, or give another --library"
+            f"the library {folder} has format {number}, and ipfsfuse {__version__} knows format "
+            f"{FORMAT_VERSION}: use the ipfsfuse that wrote it, or give another --library"
         )
     return True
 
@@ -164,7 +164,7 @@ def _new_file(folder: Path, path: Path | None = None) -> Iterator[tuple[int, Pat
     """Gives a descriptor of a temporary file in the library `folder`, and the path that the file gets at the
     end: `path`, or that of a new pack. Raises OSError."""
     temporary, fd = new_temporary(folder)
-    path = path or temporary.with_suffix(PACK)
+    path = path or temporary.with_suffix(CAR_SUFFIX)
     with Closing(fd):
         try:
             yield fd, path
@@ -414,7 +414,7 @@ class NewRoot(NamedTuple):
     """Bytes of its DAG."""
 
 
-LOOK_SECONDS = 0.02
+PACK_CHECK_SECONDS = 0.02
 """How late an add notices blocks that another process added."""
 
 
@@ -447,7 +447,7 @@ class LibraryWriter:
         if multihash in self._seen or cids.inline(cid) is not None:
             return False
         # no pack is removed meanwhile; a block that another process has just added may be stored twice
-        look = time.monotonic() - self._looked >= LOOK_SECONDS
+        look = time.monotonic() - self._looked >= PACK_CHECK_SECONDS
         if look:
             self._looked = time.monotonic()
         found = self._found(multihash, block, look)
@@ -493,7 +493,7 @@ class LibraryWriter:
             if self._pack is not None:
                 self._pack.finish()
                 self._pack = None
-                final = self._path.with_suffix(PACK)
+                final = self._path.with_suffix(CAR_SUFFIX)
                 os.rename(self._path, final)
                 sync_folder(self._folder)
                 self._used.add(final.name)

@@ -26,7 +26,7 @@ MAX_RECORD: Final = 10 * 1024
 """Bytes of a record (section "Record Size Limit")."""
 MAX_NAME_TEXT: Final = 253
 """Characters of the longest domain. Names of keys are shorter."""
-PREFIX: Final = b"ipns-signature:"
+SIGNATURE_PREFIX: Final = b"ipns-signature:"
 RSA, ED25519, SECP256K1, ECDSA = range(4)
 RSA_BITS: Final = range(2048, 8192 + 1)
 """The key sizes that go-libp2p accepts: verifying with a larger key takes long."""
@@ -141,7 +141,7 @@ def _verify(name: KeyName, data: bytes) -> Record:
     key = fields.get(7) or _inline_key(name)
     if not isinstance(key, bytes) or not multihashes.matches(name.multihash, (key,)):
         raise WrongRecord(f"{name}: the record's key is another one")
-    if not _is_signed(key, signature, PREFIX + signed):
+    if not _is_signed(key, signature, SIGNATURE_PREFIX + signed):
         raise WrongRecord(f"{name}: the record's signature is wrong")
     return _decode(name, data, signed, fields)
 

@@ -52,22 +52,22 @@ with optional("names"):
 
 log = logging.getLogger(__name__)
 
-MAX_DEPTH: Final = 32
+MAX_NAME_CHAIN: Final = 32
 """The longest chain of names that is followed, as in Kubo."""
 MAX_ASKED: Final = 256
 """Names that are resolved at a time: each needs a connection to every source."""
-MAX_KEPT: Final = 1000
+MAX_NAMES_KEPT: Final = 1000
 """Names of which the value or failure is kept in memory."""
-MIN_SECONDS: Final = 1.0
+MIN_KEPT_SECONDS: Final = 1.0
 """A value is kept at least so long, because one access asks for it more than once."""
 FAILURE_SECONDS: Final = 5.0
 """A failure is kept so long, the same as that of a block."""
 STALE_SECONDS: Final = 60.0
 """How long a stored record that has not expired is used before the sources are asked again, if none of them
 answers with one as new."""
-GRACE_SECONDS: Final = 1.0
+NEWER_RECORD_SECONDS: Final = 1.0
 """How long the other sources may take to send a newer record after one has sent a valid record."""
-MAX_TARGET: Final = 3500
+MAX_NAME_PATH: Final = 3500
 """Bytes of a path that a name may lead to. The path, with the mountpoint before it, is the target of a
 symlink, and Linux allows 4,095 bytes for that."""
 
@@ -77,10 +77,10 @@ symlink, and Linux allows 4,095 bytes for that."""
 # A DNSLink is as trustworthy as DNS. Unlike an IPNS record it is not signed, so the DNS server decides where
 # a domain leads.
 
-PREFIX: Final = "dnslink="
-MAX_ANSWER: Final = 65535
+DNSLINK_PREFIX: Final = "dnslink="
+MAX_DNS_MESSAGE: Final = 65535
 """Bytes of a DNS message."""
-SYSTEM: Final = "system"
+SYSTEM_RESOLVER: Final = "system"
 """The text that names this system's resolver."""
 
 
@@ -100,7 +100,7 @@ class Dns(Protocol):
 async def lookup(asked: Dns, domain: str) -> tuple[str, float]:
     """The path that `domain` links to, and its TTL in seconds. Raises NotFound, Unavailable."""
     texts, seconds = await asked.texts(f"_dnslink.{domain}")
-    links = sorted(text.removeprefix(PREFIX) for text in texts if text.startswith(PREFIX))
+    links = sorted(text.removeprefix(DNSLINK_PREFIX) for text in texts if text.startswith(DNSLINK_PREFIX))
     for path in links:
         if path.startswith(("/ipfs/", "/ipns/")):
             return path, seconds
@@ -154,7 +154,7 @@ class DnsOverHttps:
             async with self._http.ask("GET", target, headers) as response:
                 if response.status != 200:
                     raise Unavailable(f"{domain} can't be looked up: {self._url}: status {response.status}")
-                data = await response.read(MAX_ANSWER)
+                data = await response.read(MAX_DNS_MESSAGE)
         except IpfsFuseError as exc:
             raise exc if isinstance(exc, Unavailable) else Unavailable(f"{domain}: {exc}") from exc
         return self._answer(domain, query, data)
@@ -195,7 +195,7 @@ def _text(record: TXTBase) -> str:
 
 def open_dns(text: str, settings: HttpSettings) -> Dns:
     """The resolver that `text` names: `system`, or the URL of a DNS-over-HTTPS server. Raises UsageError."""
-    return SystemDns() if text == SYSTEM else DnsOverHttps(text, settings)
+    return SystemDns() if text == SYSTEM_RESOLVER else DnsOverHttps(text, settings)
 
 
 # -- names ---------------------------------------------------------------------------------------------------
@@ -270,19 +270,21 @@ class Resolver:
         names: tuple[bytes, ...] = ()
         until = math.inf
         asked = name
-        for _ in range(MAX_DEPTH):
+        for _ in range(MAX_NAME_CHAIN):
             step = await self._step(asked)
             until = min(until, step.until)
             if isinstance(step.value, IpfsFuseError):
                 raise step.value.with_traceback(None)
             if isinstance(step.value, IpfsPath):
                 found = IpfsPath(step.value.root, step.value.names + names)
-                if len(bytes(found)) > MAX_TARGET:
-                    raise Malformed(f"{name} leads to a path of over {MAX_TARGET:,} bytes")
+                if len(bytes(found)) > MAX_NAME_PATH:
+                    raise Malformed(f"{name} leads to a path of over {MAX_NAME_PATH:,} bytes")
                 return Resolved(found, until)
             asked, more = step.value
             names = more + names
-        raise Malformed(f"{name} leads to {MAX_DEPTH} other names, one after the other: no more are followed")
+        raise Malformed(
+            f"{name} leads to {MAX_NAME_CHAIN} other names, one after the other: no more are followed"
+        )
 
     async def _step(self, name: Name) -> _Step:
         async with self._one_at_a_time(name):
@@ -297,13 +299,13 @@ class Resolver:
                     else:
                         record, seconds = await self.newest(name)
                         value = record.value
-                step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_SECONDS))
+                step = _Step(_parse_value(name, value), trio.current_time() + max(seconds, MIN_KEPT_SECONDS))
             except IpfsFuseError as exc:
                 log.info("%s", exc)
                 step = _Step(exc.with_traceback(None), trio.current_time() + FAILURE_SECONDS)
             self._steps[name] = step
             self._steps.move_to_end(name)
-            if len(self._steps) > MAX_KEPT:
+            if len(self._steps) > MAX_NAMES_KEPT:
                 self._steps.popitem(last=False)
             return step
 
@@ -361,14 +363,14 @@ class Resolver:
 
     async def _answers(self, name: KeyName) -> Sequence[tuple[str, Record | IpfsFuseError]]:
         """(Source, its verified record or why there is none), in the order of arrival. After the first valid
-        record, the other sources have `GRACE_SECONDS`."""
+        record, the other sources have `NEWER_RECORD_SECONDS`."""
         answers: dict[int, Record | IpfsFuseError] = {}
         asked = SourceRequest()
 
         async def ask(number: int) -> None:
             answers[number] = await self._answer(self._sources[number], name)
             if isinstance(answers[number], Record):
-                asked.shorten(scope, GRACE_SECONDS)
+                asked.shorten(scope, NEWER_RECORD_SECONDS)
 
         with asked.current(), asked.patience(self._seconds) as scope:
             async with trio.open_nursery() as nursery:

@@ -44,7 +44,7 @@ if it was. If the source's usual answers take longer, it is two or four times th
 MIN_ANSWER = 0.25
 """Seconds that an answer takes at least. A request that is wanted for less time is not started, unless it is
 new."""
-SHARE = 0.75
+CALLER_SHARE = 0.75
 """The part of all places that one caller may hold. The rest is free for the next caller at once."""
 
 
@@ -360,4 +360,4 @@ class ConcurrencyLimiter:
 
 def _share(places: int) -> int:
     """How many of `places` one caller may hold."""
-    return max(1, int(places * SHARE))
+    return max(1, int(places * CALLER_SHARE))

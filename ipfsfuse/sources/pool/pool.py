@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PATIENCE = 3.0
+MAX_PATIENCE = 3.0
 """Seconds: see `SourcePool.patience`."""
 ALONE_SHARE = 1 / 3
 """The longest pause after a failure of the only source that may be asked, as a part of the deadline. So each
@@ -243,7 +243,7 @@ class SourcePool:
     def patience(self) -> float:
         """Seconds without an answer after which the next source is asked. So each source is asked within the
         deadline, and the last one has time to answer."""
-        return min(PATIENCE, self.deadline / (len(self._network) + 1))
+        return min(MAX_PATIENCE, self.deadline / (len(self._network) + 1))
 
     def network(self) -> Sequence[ManagedSource]:
         """The network sources to ask, in order: those without a pause first. Quarantined sources are left out
