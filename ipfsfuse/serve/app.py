@@ -91,7 +91,7 @@ class TrustlessGateway:
         it answers, besides addresses and this machine's own names; None for any name."""
         self._get_block, self._get_record, self._fetch = get_block, get_record, fetch
         self._hosts = hosts
-        self._turns = trio.CapacityLimiter(MAX_REQUESTS)
+        self._limiter = trio.CapacityLimiter(MAX_REQUESTS)
         self.served = Served()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -119,14 +119,14 @@ class TrustlessGateway:
             _check_method(scope)
             wanted = requests.parse(scope["raw_path"], scope["query_string"], scope["headers"])
             with trio.move_on_after(WAIT_SECONDS) as waiting:
-                await self._turns.acquire()
+                await self._limiter.acquire()
             if waiting.cancelled_caught:
                 raise Refused(503, "there are too many requests: come again in a moment")
             try:
                 give = {RAW: self._raw, CAR: self._car, RECORD: self._record}[wanted.format]
                 await give(wanted, reply)
             finally:
-                self._turns.release()
+                self._limiter.release()
         except Exception as exc:
             if reply.begun:
                 self.served.broken += 1

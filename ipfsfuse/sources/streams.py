@@ -191,7 +191,7 @@ async def send_singly(
     await all_of([work] * min(connections, len(leaves)))
 
 
-class Turns:
+class JobOrder:
     """Makes parallel tasks, each of which takes one job after the other, send their results in the order of
     the jobs."""
 
@@ -200,15 +200,15 @@ class Turns:
         """Set when the result of the job that was taken last has been sent."""
         self._last.set()
 
-    def take(self) -> "Turn":
-        """The turn of the next job. Call it when a task takes the job."""
+    def take(self) -> "JobSlot":
+        """The slot of the next job. Call it when a task takes the job."""
         before, self._last = self._last, trio.Event()
-        return Turn(before, self._last)
+        return JobSlot(before, self._last)
 
 
-class Turn:
+class JobSlot:
     """An async context manager that begins when the results of the jobs before this one have been sent. If it
-    fails, no later turn begins."""
+    fails, no later slot begins."""
 
     def __init__(self, before: trio.Event, sent: trio.Event) -> None:
         self._before, self._sent = before, sent

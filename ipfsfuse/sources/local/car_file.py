@@ -35,7 +35,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
 from ipfsfuse.sources.base import LeafRange, Source, fits, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
-from ipfsfuse.sources.streams import Delivery, Leases, Send, Turns, all_of, consecutive
+from ipfsfuse.sources.streams import Delivery, JobOrder, Leases, Send, all_of, consecutive
 
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, or fewer at the end of the file."""
@@ -382,16 +382,16 @@ async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -
     """Sends the blocks of `leaves` that `find` finds and that fit, in their order. Raises SourceFailed."""
     room = _room_of_run()
     groups = together([leaf.size for leaf in leaves])
-    turns = Turns()
+    order = JobOrder()
 
     async def work() -> None:
         for start, sizes in groups:
-            turn = turns.take()
+            slot = order.take()
             await room.acquire()  # in the order of the groups, since each group waits for those before it
             release = leases.take(1)
             group = leaves[start : start + len(sizes)]
             rows = list(consecutive(await threads.run_sync(_read_group, start, group, find)))
-            async with turn:
+            async with slot:
                 for first, blocks in rows[:-1]:
                     await send.send(Delivery(first, blocks))
                 if rows:

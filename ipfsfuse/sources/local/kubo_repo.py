@@ -32,7 +32,7 @@ from ipfsfuse.fileio.buffers import lend, together
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
 from ipfsfuse.sources.base import LeafRange, Subtree, fits, too_large
-from ipfsfuse.sources.streams import Block, Blocks, Delivery, Hashed, Leases, Send, Turns, all_of
+from ipfsfuse.sources.streams import Block, Blocks, Delivery, Hashed, JobOrder, Leases, Send, all_of
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -123,12 +123,12 @@ class Flatfs:
             return 0
         stretches = together([leaf.size for leaf in wanted.leaves])
         end = len(wanted.leaves)
-        turns = Turns()
+        order = JobOrder()
 
         async def work() -> None:
             nonlocal end
             for index, sizes in stretches:
-                turn = turns.take()
+                slot = order.take()
                 await self._stretches.acquire()  # in order, since each stretch waits for those before it
                 release = leases.take(1)
                 stretch = wanted.leaves[index : index + len(sizes)]
@@ -138,7 +138,7 @@ class Flatfs:
                 if rest := stretch[len(blocks) :]:
                     blocks += await threads.run_sync(self.read_each, rest, limiter=self._threads)
                 is_all_here = len(blocks) == len(stretch) or await self._has(stretch[len(blocks)])
-                async with turn:
+                async with slot:
                     if index < end:
                         await send.send(Delivery(index, blocks, release))
                         if not is_all_here:
