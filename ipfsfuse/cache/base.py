@@ -94,7 +94,7 @@ class Cache(Protocol):
         Raises what the sources raise, and Unavailable after the deadline. A failure is remembered for 5 s."""
         ...
 
-    async def settle(self) -> None:
+    async def wait_until_staged(self) -> None:
         """Returns when all blocks that readers got so far are staged, or could not be staged."""
         ...
 

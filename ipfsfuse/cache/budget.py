@@ -98,7 +98,7 @@ class Budget:
     async def reserve(self, key: Key, start: int, end: int) -> int:
         """Reserves for `key` the most bytes on disk that writing [start, end) can take, with the file
         system's own. Evicts what must make room for them before it returns. Returns the number of bytes, or 0
-        if they can't fit. The caller calls `settle` with it when the write has ended."""
+        if they can't fit. The caller calls `adjust` with it when the write has ended."""
         if not self.counted.is_set():
             return 0
         size = (-(-end // self.unit) - start // self.unit + 1) * self.unit
@@ -129,7 +129,7 @@ class Budget:
         else:
             self.arc.restore(key, size, frequent)
 
-    def settle(self, key: Key, by: int, reserved: int = 0) -> None:
+    def adjust(self, key: Key, by: int, reserved: int = 0) -> None:
         """Adds `by` bytes, which may be negative, to what is counted for `key`. Bytes that others reserved
         meanwhile stay counted. `reserved`: the bytes that were reserved for a write that has ended."""
         self._pending -= reserved

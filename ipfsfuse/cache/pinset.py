@@ -158,7 +158,7 @@ class PinsetCache:
                         finally:
                             # what was read is staged before the store closes
                             with trio.CancelScope(shield=True):
-                                await cache.reader.settle()
+                                await cache.reader.wait_until_staged()
                 except BaseException as exc:
                     failure = exc
                     raise

@@ -296,8 +296,8 @@ class Reader:
                 if self.store.pins.anywhere and not self.store.holds(own):  # it could not be staged
                     self.store.pins.remove(own)
 
-    async def settle(self) -> None:
-        await self._flights.settle()
+    async def wait_until_staged(self) -> None:
+        await self._flights.wait_until_staged()
 
     async def _stage(self, arrived: Iterable[tuple[FileRef, Leaf, FetchResult]]) -> None:
         """Stages what arrived together: adjacent leaves of a file in one write, small blocks in a few

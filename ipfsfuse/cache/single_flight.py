@@ -158,7 +158,7 @@ class SingleFlight(Generic[K, V]):
         finally:
             del late  # otherwise it and this frame would refer to each other
 
-    async def settle(self) -> None:
+    async def wait_until_staged(self) -> None:
         """Returns when all fetches that have yielded their values have ended."""
         for flight in list(self._flights.values()):
             if flight.result is not None:

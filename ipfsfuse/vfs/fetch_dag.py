@@ -53,7 +53,7 @@ async def fetch_all(
     elif isinstance(node, Directory | Shard):
         job.totals.expected = sum(node.links.tsizes)
     await job.run(node, depth)
-    await tree.cache.settle()
+    await tree.cache.wait_until_staged()
     return job.totals
 
 

@@ -231,10 +231,10 @@ def test_a_new_budget_forgets_nothing_that_was_measured_before_it() -> None:
         budget = Budget(100 * MIB, evict, lambda: None)
         budget.counted.set()
         for key in range(20):
-            budget.settle(key, 0, reserved=await budget.reserve(key, 0, 4 * MIB))
+            budget.adjust(key, 0, reserved=await budget.reserve(key, 0, 4 * MIB))
 
         async def needs_room() -> None:
-            budget.settle(20, 0, reserved=await budget.reserve(20, 0, 24 * MIB))
+            budget.adjust(20, 0, reserved=await budget.reserve(20, 0, 24 * MIB))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(needs_room)  # it is the first to have its turn, and evicts

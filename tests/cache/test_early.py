@@ -83,7 +83,7 @@ def test_a_file_of_one_leaf_that_came_as_a_block_is_read_before_it_is_written(tm
                 with trio.fail_after(5):
                     assert await cache.reader.leaf(file, leaf, early=True) == content
                 assert not staged(tmp_path, "staging")
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
             assert len(chain.asked) == 1
             assert await cache.store.has_leaf(file, leaf)
 
@@ -133,7 +133,7 @@ def test_what_was_fetched_ahead_is_staged_though_its_reader_leaves(tmp_path: Pat
                 )
                 await wait_all_tasks_blocked()
                 nursery.cancel_scope.cancel()
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
             assert arrived
             for leaf in arrived:
                 assert await cache.store.has_leaf(file, leaf)
@@ -199,11 +199,11 @@ def test_a_disk_that_hangs_keeps_no_bytes_from_a_reader_and_does_not_fill_the_me
                 waits = [flight.result for flight in cache.reader._flights._flights.values() if flight.result]
                 size = sum(len(result[0].content) for result in waits)
                 assert 0 < size <= MAX_UNWRITTEN
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
             cache.store.backoff._until = 0  # its five seconds are over
             file, leaves, content = make_file(chain, 2 * MIB, MIB, seed=100)
             assert await read_within_deadline(cache, file, leaves) == content
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
             assert cache.trouble == ""
             assert await cache.store.has_leaf(file, leaves[1])
 
@@ -242,7 +242,7 @@ def test_a_block_counts_as_here_while_it_is_being_staged(tmp_path: Path) -> None
             cache.reader.opened(FileRef(small, 12))
             assert pins.asked == [("add", small)]
             assert list(cache.names.staged()) == [(small, cids.text(small))]
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
             assert cache.store.blocks.place(small) is not None
             assert list(cache.names.staged()) == [(small, cids.text(small))]
             assert pins.asked == [("add", small)]
@@ -259,7 +259,7 @@ def test_a_block_that_could_not_be_staged_is_not_kept_pinned(tmp_path: Path) -> 
             cache.store.backoff.failed("the folder", OSError(errno.ENOSPC, "No space left on device"))
             await cache.reader.block(small, early=True)
             cache.reader.opened(FileRef(small, 12))
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
             assert not cache.store.holds(small)
             assert pins.asked == [("add", small), ("remove", small)]
 

@@ -107,7 +107,7 @@ def test_no_flipped_bit_is_ever_given(tmp_path: Path) -> None:
                     assert (
                         part.content == content[leaf.offset + start : leaf.offset + min(start + 4096, LEAF)]
                     )
-                await cache.reader.settle()  # so that the next bits are turned in bytes that are staged
+                await cache.reader.wait_until_staged()  # the next bits are turned in staged bytes
             assert len(chain.asked) > FLIPS // 10, "the other bits lay where nothing was staged yet"
 
     trio.run(main)
@@ -121,15 +121,15 @@ def test_a_file_of_which_nothing_was_right_leaves_no_second_file(tmp_path: Path)
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_whole(cache, file, leaves)
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
             (whole,) = staged(tmp_path, "staging")
             for leaf in leaves:
                 flip(whole, leaf.offset)
                 await cache.reader.part(file, leaf, 0, 9)
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
             assert len(staged(tmp_path, "staging")) == 1
             await read_whole(cache, file, leaves)  # a leaf may have been too late for the file that went
-            await cache.reader.settle()
+            await cache.reader.wait_until_staged()
         assert staged(tmp_path, "staging")[0].read_bytes() == content
 
     trio.run(main)

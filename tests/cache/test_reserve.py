@@ -73,11 +73,11 @@ def test_what_is_reserved_and_not_written_yet_is_still_free() -> None:
         for _ in range(2):
             await budget.refit(0, MIB)
             assert budget.limit == 64 * MIB
-            budget.settle(1, 0, size)
+            budget.adjust(1, 0, size)
             written = size
             await budget.refit(0, MIB)
             assert budget.limit == 64 * MIB
-            budget.settle(1, -size)
+            budget.adjust(1, -size)
             written = 0
             assert await budget.reserve(1, 0, 8 * MIB) == size
 

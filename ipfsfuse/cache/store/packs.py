@@ -514,7 +514,7 @@ class BlockStore:
 
     async def _room_in(self, pack_set: PackSet, size: int) -> tuple[int, int] | None:
         """The pack of `pack_set` for `size` more bytes, and the bytes that are reserved for them, which the
-        caller must settle. None if there is no room."""
+        caller must give to `Budget.adjust`. None if there is no room."""
         while True:
             pack = self.packs.choose(pack_set, size)
             if pack_set is not self.pack_set:
@@ -526,7 +526,7 @@ class BlockStore:
             if self.packs.sizes.get(pack, 0) == filled:
                 return pack, cost
             # the pack itself was evicted to make room: its number is not used again
-            self._budget.settle(pack, -cost, reserved=cost)
+            self._budget.adjust(pack, -cost, reserved=cost)
 
     async def _append(self, pack_set: PackSet, sections: Sequence[Section]) -> bool:
         """Appends `sections` to the last pack of `pack_set`, in one write. Returns False if there is no
@@ -555,12 +555,12 @@ class BlockStore:
             self.packs.drop_empty(pack)
             return False
         finally:
-            self._settle_pack(pack, cost)
+            self._adjust_pack(pack, cost)
 
-    def _settle_pack(self, pack: int, reserved: int = 0) -> None:
+    def _adjust_pack(self, pack: int, reserved: int = 0) -> None:
         size, unit = self.packs.sizes.get(pack, 0), self._unit
         charge = -(-size // unit) * unit + unit if size else 0
-        self._budget.settle(pack, charge - self._budget.size(pack), reserved)
+        self._budget.adjust(pack, charge - self._budget.size(pack), reserved)
 
     # -- eviction and the index ------------------------------------------------------------------------------
 

@@ -199,7 +199,7 @@ class Store:
         except OSError as exc:
             self.backoff.failed(cids.text(entry.cid), exc)
         if entry.disk or entry.reserved or entry.dead:
-            self._settle(entry)
+            self._adjust(entry)
         else:  # nothing is left of it: remove the file too
             await self.budget.evict(entry.cid)
 
@@ -271,7 +271,7 @@ class Store:
         try:
             yield entry
         finally:
-            self._settle(entry, cost)
+            self._adjust(entry, cost)
 
     async def clone_leaves(
         self, file: FileRef, leaves: Sequence[Leaf], files: Sequence[str], source: str
@@ -330,7 +330,7 @@ class Store:
             if whole and not self.backoff.waiting:
                 self.nursery.start_soon(self.finish, entry)
 
-    def _settle(self, entry: Entry, reserved: int = 0) -> None:
+    def _adjust(self, entry: Entry, reserved: int = 0) -> None:
         """Corrects what the budget counts for `entry`. `reserved`: the bytes that were reserved for a write
         that has ended."""
         entry.reserved -= reserved
@@ -341,7 +341,7 @@ class Store:
             by, entry.charged = charge - entry.charged, charge
             if empty:
                 self.staging.forget(entry)
-        self.budget.settle(entry.cid, by, reserved)
+        self.budget.adjust(entry.cid, by, reserved)
 
     async def finish(self, entry: Entry) -> None:
         """Syncs a complete file and gives it its final name."""
@@ -350,7 +350,7 @@ class Store:
         except OSError as exc:
             if not entry.dead:
                 self.backoff.failed(cids.text(entry.cid), exc)
-        self._settle(entry)
+        self._adjust(entry)
         if entry.complete:
             self.completed(entry)
 
