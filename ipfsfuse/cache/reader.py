@@ -86,7 +86,7 @@ class FetchResult(NamedTuple):
     interior: bool = False
     """Whether the block has children besides."""
 
-    def fits(self, leaf: Leaf) -> bool:
+    def is_content_of(self, leaf: Leaf) -> bool:
         """Whether `content` is that of `leaf`. If not, its parent states a wrong size, or it is no leaf."""
         return len(self.content) == leaf.size and self.interior <= leaf.interior
 
@@ -386,7 +386,7 @@ class Reader:
             fetch = partial(self._bring, leaf.cid, (file, leaf), early)
             result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
             content = result.content
-            if not result.fits(leaf):
+            if not result.is_content_of(leaf):
                 # no failure of this leaf: another file may state its size correctly
                 block = await self.block(leaf.cid, early=early)
             elif result.place not in (None, (file.cid, leaf.offset)) and not await self._has(file, leaf):
@@ -516,7 +516,7 @@ class Reader:
                 batch.resolve(key, result)
                 came_now.append((key, result))
                 for leaf in by_key[key]:
-                    if listening and arrived is not None and result.fits(leaf) and leaf not in came:
+                    if listening and arrived is not None and result.is_content_of(leaf) and leaf not in came:
                         came.add(leaf)
                         arrived(leaf, result.content)
             return came_now

@@ -131,7 +131,7 @@ def leaf_content(leaf: Leaf, block: bytes) -> memoryview:
     Malformed if the size differs from the parent's statement, and the errors of `block_content`.
     """
     found = block_content(leaf.cid, block)
-    if found.fits(leaf):
+    if found.is_content_of(leaf):
         return found.data
     name = cids.brief(leaf.cid)
     if found.interior and leaf.size in (found.size, len(found.data)):
@@ -148,7 +148,7 @@ class BlockContent(NamedTuple):
     interior: bool = False
     """Whether it has children."""
 
-    def fits(self, leaf: Leaf) -> bool:
+    def is_content_of(self, leaf: Leaf) -> bool:
         """Whether this is the content of `leaf`."""
         return len(self.data) == leaf.size and self.interior <= leaf.interior
 

@@ -188,7 +188,7 @@ ENVELOPE = 64
 mtime."""
 
 
-def fits(leaf: Leaf, size: int) -> bool:
+def has_claimed_size(leaf: Leaf, size: int) -> bool:
     """Whether a block of `size` bytes can be the block of `leaf`.
 
     A source that knows the sizes of its blocks leaves out those that don't fit, and does not read them. So a

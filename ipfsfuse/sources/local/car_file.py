@@ -33,7 +33,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotACid, NotHere, SourceFailed, Unsupported
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import together
-from ipfsfuse.sources.base import LeafRange, Source, fits, too_large
+from ipfsfuse.sources.base import LeafRange, Source, has_claimed_size, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
 from ipfsfuse.sources.streams import Delivery, JobOrder, Leases, Send, all_of, consecutive
 
@@ -409,7 +409,7 @@ def _read_group(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
     found = [
         (start + index, where)
         for index, leaf in enumerate(leaves)
-        if (where := find(leaf.cid)) is not None and fits(leaf, where.place.size)
+        if (where := find(leaf.cid)) is not None and has_claimed_size(leaf, where.place.size)
     ]
     blocks: Blocks = []
     while found:

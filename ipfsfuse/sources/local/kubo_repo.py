@@ -31,7 +31,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import lend, together
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
-from ipfsfuse.sources.base import LeafRange, Subtree, fits, too_large
+from ipfsfuse.sources.base import LeafRange, Subtree, has_claimed_size, too_large
 from ipfsfuse.sources.streams import Block, Blocks, Delivery, Hashed, JobOrder, Leases, Send, all_of
 
 log = logging.getLogger("ipfsfuse.sources")
@@ -231,7 +231,7 @@ class Flatfs:
     def _into_buffer(self, leaf: Leaf) -> memoryview | None:
         try:
             with regular(self._path(leaf.cid), cids.MAX_BLOCK) as (file, size):
-                if not fits(leaf, size):
+                if not has_claimed_size(leaf, size):
                     return None
                 block = lend(max(size, 1))[:size]
                 if block:

@@ -42,7 +42,7 @@ from ipfsfuse.sources.base import (
     Verified,
     Wanted,
     current_source_request,
-    fits,
+    has_claimed_size,
 )
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
 from ipfsfuse.sources.pool.limiter import Place
@@ -526,7 +526,7 @@ class RangeFetch:
         for index in left:
             leaf = self._wanted.leaves[index]
             fetched = await self._pool.get(leaf.cid)
-            if not fits(leaf, len(fetched.block)):
+            if not has_claimed_size(leaf, len(fetched.block)):
                 raise Malformed(
                     f"{cids.text(leaf.cid)}: a block of {len(fetched.block)} bytes, but its file states "
                     f"{leaf.size}"
