@@ -184,7 +184,7 @@ class PinnedDags:
             if cids.codec(cid) == cids.RAW and file in store.staging.entries:
                 found.add(file)
                 continue
-            block = cids.implied_block(cid)
+            block = cids.inline_or_empty_block(cid)
             if block is None:
                 block = await store.blocks.get(cid)
                 if block is None or place is None:

@@ -222,7 +222,7 @@ class Reader:
     # -- blocks ----------------------------------------------------------------------------------------------
 
     async def block(self, cid: Cid, *, early: bool = False) -> bytes:
-        carried = cids.implied_block(cid)
+        carried = cids.inline_or_empty_block(cid)
         if carried is not None:
             return carried
         staged = await self.store.blocks.get(cid)
@@ -237,7 +237,7 @@ class Reader:
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
         """The verified block if it is staged as a block or as a raw file. Asks no source. `use`: as in
         `Packs.get`."""
-        found: Content | None = cids.implied_block(cid)
+        found: Content | None = cids.inline_or_empty_block(cid)
         if found is None:
             found = await self.store.blocks.get(cid, use=use)
         if found is None:
@@ -352,7 +352,9 @@ class Reader:
 
     def absent(self, wanted: Iterable[Cid]) -> list[bytes]:
         """The keys of those of `wanted` that are not staged."""
-        some = [cid for cid in wanted if cids.implied_block(cid) is None and not self._is_staged_file(cid)]
+        some = [
+            cid for cid in wanted if cids.inline_or_empty_block(cid) is None and not self._is_staged_file(cid)
+        ]
         packed = self.store.blocks.places(some)
         return [block_key(cid) for cid in some if cids.multihash(cid) not in packed]
 
@@ -376,7 +378,7 @@ class Reader:
                 self.hits += 1
                 return proved
         block: bytes | None = None
-        if file.size <= MAX_PACKED or cids.implied_block(leaf.cid) is not None:
+        if file.size <= MAX_PACKED or cids.inline_or_empty_block(leaf.cid) is not None:
             block = await self.block(leaf.cid, early=early)
         elif cids.codec(leaf.cid) != cids.RAW:
             block = await self.store.blocks.get(leaf.cid)
@@ -400,7 +402,7 @@ class Reader:
 
     async def _has(self, file: FileRef, leaf: Leaf) -> bool:
         """Whether the leaf seems to be staged."""
-        if cids.implied_block(leaf.cid) is not None:
+        if cids.inline_or_empty_block(leaf.cid) is not None:
             return True
         in_pack = file.size <= MAX_PACKED or cids.codec(leaf.cid) != cids.RAW
         return (in_pack and self.store.blocks.place(leaf.cid) is not None) or await self.store.has_leaf(

@@ -180,7 +180,7 @@ def canonical(cid: Cid) -> Cid:
 EMPTY = make(RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(b"").digest())
 
 
-def implied_block(cid: Cid) -> bytes | None:
+def inline_or_empty_block(cid: Cid) -> bytes | None:
     """The block of an identity CID, which is in the CID, and the empty block: they need no source. None for
     every other CID. Raises Unsupported for an identity CID of over 128 bytes.
 
@@ -195,9 +195,9 @@ def implied_block(cid: Cid) -> bytes | None:
     return multihashes.split(carried)[1]
 
 
-def inline(cid: Cid) -> bytes | None:
-    """`implied_block` for identity CIDs only. None for the empty block."""
-    return None if cid[:4] in _COMMON_V1 else implied_block(cid)
+def inline_block(cid: Cid) -> bytes | None:
+    """`inline_or_empty_block` for identity CIDs only."""
+    return None if cid[:4] in _COMMON_V1 else inline_or_empty_block(cid)
 
 
 def value(block: Cid, number: int) -> Cid:

@@ -105,7 +105,7 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
         raw = cids.codec(child.cid) == cids.RAW
         if raw and child.size > cids.MAX_BLOCK:
             raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")
-        if raw or (not deep and child.size < cids.MAX_BLOCK and cids.inline(child.cid) is None):
+        if raw or (not deep and child.size < cids.MAX_BLOCK and cids.inline_block(child.cid) is None):
             frontier.append(Leaf(child.cid, base + child.offset, child.size))
         elif level >= MAX_HEIGHT:
             raise Malformed(f"a file of more than {MAX_HEIGHT} levels")

@@ -189,7 +189,7 @@ Node = File | Directory | Shard | Symlink
 def parse(cid: Cid, block: bytes) -> Node:
     """The node in a verified `block`. Raises Malformed, or Unsupported for a codec that is not shown.
 
-    For an identity CID, `block` is `cid.inline`. For a value within a block, `block` is the block of
+    For an identity CID, `block` is `cid.inline_block`. For a value within a block, `block` is the block of
     `cid.block_of`.
     """
     codec = cids.codec(cid)

@@ -47,7 +47,7 @@ def nodes(wanted: Sequence[Cid]) -> Walk[list[Node]]:
     found: dict[Cid, Node] = {}
     ask: list[Cid] = []
     for cid in dict.fromkeys(wanted):
-        inline = cids.inline(cid)
+        inline = cids.inline_block(cid)
         if inline is None:
             ask.append(cid)
         else:
@@ -160,7 +160,7 @@ class BlockWalk(Generic[State]):
 
     Iterate over it, get each block, and `add` the children. Two CIDs of one block with different codecs are
     both visited, since only one of them may have links. Raw identity CIDs are left out. Another identity CID
-    may have links (`cid.implied_block` has its block). The caller may keep any `state` with a CID.
+    may have links (`cid.inline_or_empty_block` has its block). The caller may keep any `state` with a CID.
     """
 
     def __init__(self, roots: Iterable[Cid], state: State) -> None:

@@ -117,7 +117,7 @@ async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: Progress
         below = links(cid, block)
         walk.add(below, None)
         multihash = cids.multihash(cid)
-        if multihash in written or (not below and cids.inline(cid) is not None):
+        if multihash in written or (not below and cids.inline_block(cid) is not None):
             continue
         written.add(multihash)
         await threads.run_sync(writer.add, cid, block)
@@ -160,7 +160,7 @@ _WINDOW = 4 << 20
 
 async def verified(cid: Cid, get: GetBlock) -> bytes:
     """The block of `cid`. Raises what `get` raises, WrongBlock."""
-    block = cids.implied_block(cid)
+    block = cids.inline_or_empty_block(cid)
     if block is None:
         block = await get(cid)
         await threads.run_sync(cids.verify, cid, block)
@@ -255,7 +255,7 @@ def _opened_car(file: Path) -> Iterator[CarFile]:
 
 def _verified(cid: Cid, get: Callable[[Cid], bytes]) -> bytes:
     """Raises what `get` raises, WrongBlock."""
-    block = cids.implied_block(cid)
+    block = cids.inline_or_empty_block(cid)
     if block is None:
         block = get(cid)
         cids.verify(cid, block)

@@ -106,7 +106,7 @@ class _Pusher:
             self._total = _claimed(cid, block)
         if present:
             self.present += 1
-        elif cids.inline(cid) is None:
+        elif cids.inline_block(cid) is None:
             section = car.section_head(cid, len(block)) + block
             self._batch.append(section)
             self._waiting += len(section)
@@ -139,7 +139,7 @@ class _Pusher:
 
         async with trio.open_nursery() as nursery:
             for cid in wanted:
-                if cids.inline(cid) is None:
+                if cids.inline_block(cid) is None:
                     nursery.start_soon(one, cid, nursery.cancel_scope)
         if failed:
             raise failed[0]

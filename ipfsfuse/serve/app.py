@@ -172,7 +172,7 @@ class TrustlessGateway:
             return await self._block(wanted, cid)
 
         place = await dag_stream.find(get, wanted.root, wanted.names)
-        if cids.inline(place.entity) is None:
+        if cids.inline_block(place.entity) is None:
             await get(place.entity)  # reports a missing block before the answer begins
         headers = _common(wanted, cids.text(place.entity), _tag(wanted, place))
         dups = "y" if wanted.dups else "n"

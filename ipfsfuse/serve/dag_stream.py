@@ -84,7 +84,7 @@ async def blocks(
     sent: set[Cid] = set()
     count = inlined = 0
     for cid in place.way:
-        if cids.inline(cid) is None and (dups or cid not in sent):
+        if cids.inline_block(cid) is None and (dups or cid not in sent):
             sent.add(cid)
             yield cid, await get(cid)
     levels: list[Iterator[_Visit]] = [iter([_Visit(place.entity)])]
@@ -95,7 +95,7 @@ async def blocks(
             continue
         if not dups and visit.cid in sent and len(levels) > 1:
             continue
-        inline = cids.inline(visit.cid)
+        inline = cids.inline_block(visit.cid)
         if inline is not None:
             inlined += 1
             if inlined > MAX_INLINE_NODES:

@@ -146,7 +146,7 @@ class Tree:
             node = nodes.value_node(cid, document)
             self._remember(node, node.links.size + document.size if isinstance(node, Directory) else 0)
             return node
-        inline = cids.inline(cid)
+        inline = cids.inline_block(cid)
         block = await self._block(cid) if inline is None else inline
         if len(block) > nodes.MAX_PARSED_ON_LOOP and cids.codec(cid) == cids.DAG_PB:
             self._large.put(cid, True)
@@ -190,7 +190,7 @@ class Tree:
             if self.use is not None:
                 self.use(block_cid, ahead=False)
             return found
-        inline = cids.inline(block_cid)
+        inline = cids.inline_block(block_cid)
         block = await self._block(block_cid) if inline is None else inline
         if len(block) > nodes.MAX_VALUES_ON_LOOP:
             found = await threads.run_sync(nodes.document, cid, block)
@@ -331,7 +331,7 @@ class Tree:
 def _carried(cid: Cid) -> Attributes | None:
     """The attributes of the node in an identity CID."""
     try:
-        block = cids.inline(cid)
+        block = cids.inline_block(cid)
         return attributes_of(nodes.parse(cid, block)) if block is not None else None
     except (Malformed, Unsupported):  # a lookup of it will raise
         return None

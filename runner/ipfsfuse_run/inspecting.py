@@ -147,7 +147,9 @@ def _roots(record: Record, receipt: Receipt) -> list[cids.Cid]:
     read = {cids.multihash(each) for each in receipt.read}
     links = node.links if isinstance(node, Directory) else ()
     return [
-        each.cid for each in links if cids.multihash(each.cid) in read or cids.inline(each.cid) is not None
+        each.cid
+        for each in links
+        if cids.multihash(each.cid) in read or cids.inline_block(each.cid) is not None
     ]
 
 

@@ -137,7 +137,7 @@ class Walk:
         return cids.multihash(cid) in self._read
 
     def _was_read(self, cid: Cid) -> bool:
-        return cids.multihash(cid) in self._read or cids.inline(cid) is not None
+        return cids.multihash(cid) in self._read or cids.inline_block(cid) is not None
 
     def _node(self, cid: Cid) -> _Node:
         if cid not in self._nodes:

@@ -293,7 +293,7 @@ class Record:
             if place.size > cids.MAX_BLOCK:
                 raise Malformed(f"a block of {place.size} bytes: {cids.MAX_BLOCK} are the most")
             cids.verify(found.cid, self._at(place))
-            if cids.inline(found.cid) is None:
+            if cids.inline_block(found.cid) is None:
                 self._places[cids.multihash(found.cid)] = place
             at = found.end
         return roots[0]
@@ -302,11 +302,11 @@ class Record:
         return os.pread(self._file.fileno(), place.size, place.offset)
 
     def __contains__(self, cid: Cid) -> bool:
-        return cids.inline(cid) is not None or cids.multihash(cid) in self._places
+        return cids.inline_block(cid) is not None or cids.multihash(cid) in self._places
 
     def block(self, cid: Cid) -> bytes:
         """Raises ReceiptRefused if the block is not there or has changed."""
-        inline = cids.inline(cid)
+        inline = cids.inline_block(cid)
         if inline is not None:
             return inline
         try:

@@ -292,7 +292,7 @@ class _Blocks:
         self.roots = read_paths.Roots()
         self._nodes: dict[Cid, Node] = {}
         for cid in asked:
-            block = cids.inline(cid)
+            block = cids.inline_block(cid)
             try:
                 if block is None:
                     block = _ask(control, cid)
@@ -306,7 +306,7 @@ class _Blocks:
                 self._nodes[cid] = parse(cid, block)
 
     def _node(self, cid: Cid) -> Node:
-        inline = cids.inline(cid)
+        inline = cids.inline_block(cid)
         if cid not in self._nodes and inline is not None:
             return parse(cid, inline)
         try:

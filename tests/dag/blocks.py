@@ -59,7 +59,7 @@ class Blocks:
             wanted: Sequence[Cid] = next(walk)
             while True:
                 assert len(set(wanted)) == len(wanted), "a walk that asks twice"
-                assert all(cids.inline(cid) is None for cid in wanted)
+                assert all(cids.inline_block(cid) is None for cid in wanted)
                 if wanted:
                     self.asked.append(list(wanted))
                 wanted = walk.send([nodes.parse(cid, self.block(cid)) for cid in wanted])

@@ -62,7 +62,7 @@ def read_range(heap: Blocks, root: File, offset: int, size: int, sure: bool) -> 
 
 
 def content_of(heap: Blocks, leaf: Leaf) -> memoryview:
-    held = cids.inline(leaf.cid)
+    held = cids.inline_block(leaf.cid)
     if held is None:
         heap.asked.append([leaf.cid])
         held = heap.block(leaf.cid)

@@ -149,9 +149,9 @@ def test_a_block_is_checked_against_its_cid() -> None:
 
 
 def test_what_an_identity_cid_carries() -> None:
-    assert cids.inline(identity(b"abc")) == b"abc"
-    assert cids.inline(identity(b"")) == b""
-    assert cids.inline(cid_of(b"abc")) is None
-    assert cids.inline(cids.parse(V0)) is None
+    assert cids.inline_block(identity(b"abc")) == b"abc"
+    assert cids.inline_block(identity(b"")) == b""
+    assert cids.inline_block(cid_of(b"abc")) is None
+    assert cids.inline_block(cids.parse(V0)) is None
     with pytest.raises(Unsupported, match="129 bytes"):
-        cids.inline(identity(b"x" * 129))
+        cids.inline_block(identity(b"x" * 129))

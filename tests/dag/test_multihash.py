@@ -136,11 +136,11 @@ def test_every_blake2_size_that_is_allowed_gives_that_size() -> None:
 
 
 def test_identity_carries_up_to_128_bytes() -> None:
-    assert cids.inline(cids.make(cids.RAW, b"\x00\x03foo")) == b"foo"
-    assert cids.inline(cids.make(cids.RAW, multihash(0, 128))) == bytes(128)
-    assert cids.inline(cids.make(cids.RAW, multihash(0x12, 32))) is None
+    assert cids.inline_block(cids.make(cids.RAW, b"\x00\x03foo")) == b"foo"
+    assert cids.inline_block(cids.make(cids.RAW, multihash(0, 128))) == bytes(128)
+    assert cids.inline_block(cids.make(cids.RAW, multihash(0x12, 32))) is None
     with pytest.raises(Unsupported, match="129 bytes"):
-        cids.inline(cids.make(cids.RAW, multihash(0, 129)))
+        cids.inline_block(cids.make(cids.RAW, multihash(0, 129)))
     with pytest.raises(Unsupported):
         verify(multihash(0, 129), bytes(129))
 

@@ -380,7 +380,7 @@ class Memory:
         return LeafPart((await self.leaf(file, leaf))[start:stop], None)
 
     async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> bytes:
-        content = cids.inline(leaf.cid)
+        content = cids.inline_block(leaf.cid)
         if content is None:
             content = await self.block(leaf.cid)
         if cids.codec(leaf.cid) != cids.RAW:

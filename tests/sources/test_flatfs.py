@@ -321,7 +321,7 @@ def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
     near, far = two_nodes
     monkeypatch.setenv("IPFS_PATH", str(near.repo))
     tree = trees()["nested"]
-    *_but_for, missing = (cid for cid in tree.blocks if cids.implied_block(cid) is None)
+    *_but_for, missing = (cid for cid in tree.blocks if cids.inline_or_empty_block(cid) is None)
     far.cmd("dag", "import", "--pin-roots=false", stdin=tree.car())
     near.cmd(
         "dag",

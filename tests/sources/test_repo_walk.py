@@ -14,7 +14,10 @@ from ipfsfuse.sources.local.kubo_repo import BATCH, BATCH_BYTES, RepoWalk
 from tests.sources.content import raw_blocks, trees
 
 TREES = {
-    name: (tree.root, {cid: block for cid, block in tree.blocks.items() if cids.implied_block(cid) is None})
+    name: (
+        tree.root,
+        {cid: block for cid, block in tree.blocks.items() if cids.inline_or_empty_block(cid) is None},
+    )
     for name, tree in trees().items()
 }
 """Without the empty block, which nobody needs to be asked for."""

@@ -59,7 +59,7 @@ def members_of(block: bytes) -> tuple[Cid, ...] | None:
     try:
         members = tuple(link.cid for link in dagpb.decode(block).links)
         right = len(members) <= MAX_MEMBERS and all(
-            cids.canonical(cid) == cid and cids.inline(cid) is None for cid in members
+            cids.canonical(cid) == cid and cids.inline_block(cid) is None for cid in members
         )
     except (Malformed, NotACid):
         return None

@@ -137,7 +137,7 @@ class KuboPins:
 
     def _want(self, prefix: str, cid: Cid, wanted: bool) -> None:
         cid = cids.canonical(cid)
-        if cids.inline(cid) is not None:
+        if cids.inline_block(cid) is not None:
             return
         planner = self._planners[prefix]
         if planner.add(cid) if wanted else planner.remove(cid):

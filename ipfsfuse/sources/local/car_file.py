@@ -473,7 +473,7 @@ class InPlaceSource(Source):
 
 def readable(name: str, cid: Cid, found: Found | None) -> Found:
     """`found` itself, if it can be read as the block of `cid`. Raises NotHere, BlockTooLarge."""
-    if found is None or cids.inline(cid) is not None:
+    if found is None or cids.inline_block(cid) is not None:
         raise NotHere(f"{name} does not have {cids.text(cid)}")
     if found.place.size > cids.MAX_BLOCK:
         raise too_large(name, cid, found.place.size)

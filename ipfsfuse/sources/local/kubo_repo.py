@@ -382,6 +382,6 @@ class RepoWalk:
 def _below(cid: Cid, block: bytes) -> list[Cid]:
     """The CIDs that a block links, without those that need no source."""
     try:
-        return [child for child in nodes.links(cid, block) if cids.implied_block(child) is None]
+        return [child for child in nodes.links(cid, block) if cids.inline_or_empty_block(child) is None]
     except IpfsFuseError:  # a program that reads the block gets the error
         return []

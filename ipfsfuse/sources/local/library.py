@@ -444,7 +444,7 @@ class LibraryWriter:
 
         Raises StoreFailed."""
         multihash = cids.multihash(cid)
-        if multihash in self._seen or cids.inline(cid) is not None:
+        if multihash in self._seen or cids.inline_block(cid) is not None:
             return False
         # no pack is removed meanwhile; a block that another process has just added may be stored twice
         look = time.monotonic() - self._looked >= PACK_CHECK_SECONDS
@@ -611,7 +611,7 @@ def _links(cid: Cid, packs: Packs) -> list[Cid]:
     if cids.codec(cid) == cids.RAW:
         return []
     try:
-        block = cids.implied_block(cid)
+        block = cids.inline_or_empty_block(cid)
         if block is None:
             found = packs.find(cids.multihash(cid))
             if found is None:

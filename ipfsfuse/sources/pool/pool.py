@@ -93,7 +93,7 @@ class Inline(Source):
     in_place = True
 
     async def get(self, cid: Cid) -> bytes:
-        block = cids.inline(cid)
+        block = cids.inline_block(cid)
         if block is None:
             raise NotHere(f"{cids.text(cid)} holds no block of its own")
         return block
@@ -179,7 +179,7 @@ class SourcePool:
     async def get(self, cid: Cid) -> Fetched:
         key = cids.multihash(cid)
         multihashes.check_allowed(key)
-        implied = cids.implied_block(cid)
+        implied = cids.inline_or_empty_block(cid)
         if implied is not None:
             return Fetched(implied, INLINE)
         fetch = self._under_way[key] = HedgedFetch(self, cid)
@@ -461,7 +461,7 @@ class RangeFetch:
     async def run(self, send: Send[Verified]) -> None:
         for index, leaf in enumerate(self._wanted.leaves):
             multihashes.check_allowed(cids.multihash(leaf.cid))
-            block = cids.implied_block(leaf.cid)
+            block = cids.inline_or_empty_block(leaf.cid)
             if block is not None:
                 self._left.discard(index)
                 await send.send(Verified(index, [block], INLINE, streams.nothing))
