@@ -19,7 +19,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf, Node
 from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.buffers import together
+from ipfsfuse.fileio.buffers import segments_of
 from ipfsfuse.sources.base import Blocks, Fetched, LeafRange, Source, Subtree, Verified
 from ipfsfuse.sources.streams import Block
 
@@ -440,11 +440,11 @@ class Reader:
         by_key: dict[bytes, Leaf] = {cids.canonical(leaf.cid): leaf for leaf in leaves}
 
         async def fetch(batch: Batch[bytes, FetchResult]) -> None:
-            queue = _stretches([by_key[key] for key in batch.keys])
+            queue = _segments([by_key[key] for key in batch.keys])
 
             async def work() -> None:
-                for stretch in queue:
-                    for leaf, data in zip(stretch, await self.store.leaves(file, stretch), strict=True):
+                for segment in queue:
+                    for leaf, data in zip(segment, await self.store.leaves(file, segment), strict=True):
                         if data is not None:
                             key = cids.canonical(leaf.cid)
                             batch.resolve(key, FetchResult(data))
@@ -572,12 +572,12 @@ class Reader:
                 nursery.start_soon(work, nursery.cancel_scope)
 
 
-def _stretches(leaves: Sequence[Leaf]) -> Iterator[Sequence[Leaf]]:
-    """Splits `leaves` into groups to read together: where they are not adjacent, and where a group is large
+def _segments(leaves: Sequence[Leaf]) -> Iterator[Sequence[Leaf]]:
+    """Splits `leaves` into segments: where they are not adjacent, and where a segment is large
     enough."""
     first = 0
     for at in range(1, len(leaves) + 1):
         if at == len(leaves) or leaves[at].offset != leaves[at - 1].offset + leaves[at - 1].size:
-            for start, sizes in together([leaf.size for leaf in leaves[first:at]]):
+            for start, sizes in segments_of([leaf.size for leaf in leaves[first:at]]):
                 yield leaves[first + start : first + start + len(sizes)]
             first = at

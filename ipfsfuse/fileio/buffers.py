@@ -60,24 +60,24 @@ def give_back() -> None:
                 pages.pop()
 
 
-TOGETHER = 4 << 20
+SEGMENT_BYTES = 4 << 20
 """The most bytes of leaves that one call reads, verifies or writes. A call in a thread costs 60 us of CPU."""
-MOST_TOGETHER = 64
+SEGMENT_LEAVES = 64
 """The most leaves of one call."""
 
 
-def together(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-    """Cuts `sizes` into stretches, each for one call. Yields (index of the first, sizes) for each.
+def segments_of(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
+    """Cuts `sizes` into segments, each for one call. Yields (index of the first, sizes) for each.
 
-    The first stretch has one leaf, the next two, and so on: so a reader gets the first leaf soon."""
+    The first segment has one leaf, the next two, and so on: so a reader gets the first leaf soon."""
     start, most = 0, 1
     while start < len(sizes):
-        end, left = start, TOGETHER
+        end, left = start, SEGMENT_BYTES
         while end < len(sizes) and end - start < most and (left := left - sizes[end]) >= 0:
             end += 1
         end = max(end, start + 1)
         yield start, sizes[start:end]
-        start, most = end, min(2 * most, MOST_TOGETHER)
+        start, most = end, min(2 * most, SEGMENT_LEAVES)
 
 
 def advance(left: list[memoryview], count: int) -> None:

@@ -166,10 +166,10 @@ def can_range(leaves: Sequence[Leaf]) -> bool:
 
 
 def consecutive(found: Sequence[tuple[int, B]]) -> Iterator[tuple[int, Sequence[B]]]:
-    """Groups the blocks of consecutive leaves. `found`: indexes of leaves with their blocks. Yields the index
-    of the first leaf, and the blocks, of each group."""
-    for _, run in groupby(enumerate(found), key=lambda each: each[1][0] - each[0]):
-        rows = [row for _at, row in run]
+    """Splits blocks where leaves between them are missing. `found`: indexes of leaves with their blocks.
+    Yields the index of the first leaf, and the blocks, of each part."""
+    for _, part in groupby(enumerate(found), key=lambda each: each[1][0] - each[0]):
+        rows = [row for _at, row in part]
         yield rows[0][0], [block for _index, block in rows]
 
 

@@ -227,11 +227,11 @@ class OpenFile:
         self._ahead = ReadAhead(file.size)
         self._buffer = PrefetchBuffer(budget, file.size, windows)
         self._windows = windows
-        self._stretches: deque[Sequence[Leaf]] = deque(maxlen=WALKS_REMEMBERED)
+        self._walks: deque[Sequence[Leaf]] = deque(maxlen=WALKS_REMEMBERED)
         """The leaves that the last walks found: a reader is in some of them while others are fetched
         ahead."""
         if file.inline == file.size:
-            self._stretches.append((Leaf(file.cid, 0, file.size, bool(file.children)),))
+            self._walks.append((Leaf(file.cid, 0, file.size, bool(file.children)),))
             if (come := tree.small_files.take(file.cid)) is not None:
                 self._buffer.put(0, come)
         self._asked: deque[int] = deque(maxlen=RECENT)
@@ -267,10 +267,10 @@ class OpenFile:
         end, walked_again = offset + size, False
         while offset < end:
             leaves: Sequence[Leaf] = ()
-            for stretch in self._stretches:  # leaves of the last walks
-                if not leaves and stretch[0].offset <= offset < stretch[-1].offset + stretch[-1].size:
-                    first_leaf = bisect_right(stretch, offset, key=_OFFSET) - 1
-                    leaves = stretch[first_leaf : bisect_left(stretch, end, key=_OFFSET)]
+            for walk in self._walks:  # leaves of the last walks
+                if not leaves and walk[0].offset <= offset < walk[-1].offset + walk[-1].size:
+                    first_leaf = bisect_right(walk, offset, key=_OFFSET) - 1
+                    leaves = walk[first_leaf : bisect_left(walk, end, key=_OFFSET)]
             try:
                 for leaf in leaves or await self._walk(offset, end - offset):
                     if self._tree.use is not None:
@@ -300,14 +300,14 @@ class OpenFile:
                 if walked_again:
                     raise
                 self._sure = walked_again = True
-                self._stretches.clear()
+                self._walks.clear()
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def _walk(self, offset: int, size: int) -> Sequence[Leaf]:
         walk = file_layout.leaves(self._file, offset, size, self._sure)
         leaves = await traversal.drive(walk, self._tree.nodes)
         if leaves:
-            self._stretches.appendleft(leaves)
+            self._walks.appendleft(leaves)
         return leaves
 
     async def _bring(self, window: Window) -> None:

@@ -288,7 +288,7 @@ def test_leaves_are_read_in_the_repository_up_to_the_first_that_it_lacks(
             await give_each(source.stream(file.run), deliver)
 
     trio.run(main)
-    # 9 to 14 are what is left of the stretch that is read by one call
+    # 9 to 14 are what is left of the segment that is read by one call
     assert set(range(26)) - got.keys() == {*range(9, 15), 25}
 
 

@@ -32,7 +32,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotACid, NotHere, SourceFailed, Unsupported
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.buffers import together
+from ipfsfuse.fileio.buffers import segments_of
 from ipfsfuse.sources.base import LeafRange, Source, has_claimed_size, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
 from ipfsfuse.sources.streams import Delivery, JobOrder, Leases, Send, all_of, consecutive
@@ -343,10 +343,10 @@ def _sweep(folder: Path, keep: Path, identity: Identity) -> None:
 
 # -- long reads ----------------------------------------------------------------------------------------------
 
-GROUPS = 8
-"""Groups of up to 4 MiB that may be in memory at a time, for all readers of all CAR files."""
+SEGMENTS_IN_MEMORY = 8
+"""Segments of up to 4 MiB that may be in memory at a time, for all readers of all CAR files."""
 READ_TASKS = 2
-"""Groups of one file that are read at a time."""
+"""Segments of one file that are read at a time."""
 _MAX_GAP = 4 << 10
 """The largest gap between two blocks of one read: to read the gap is cheaper than a second read."""
 _ALONE = 128 << 10
@@ -361,36 +361,36 @@ class Found(NamedTuple):
 
 
 Blocks = list[tuple[int, bytes]]
-"""(index in the run, block)."""
+"""(index of the leaf, block)."""
 
 Find = Callable[[Cid], Found | None]
 """Blocking; called in worker threads. None for a block that is not here."""
 
 
-_room = trio.lowlevel.RunVar[trio.Semaphore]("groups of blocks from CAR files")
+_room = trio.lowlevel.RunVar[trio.Semaphore]("segments of CAR files")
 
 
 def _room_of_run() -> trio.Semaphore:
     try:
         return _room.get()
     except LookupError:
-        _room.set(room := trio.Semaphore(GROUPS))
+        _room.set(room := trio.Semaphore(SEGMENTS_IN_MEMORY))
         return room
 
 
 async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -> None:
     """Sends the blocks of `leaves` that `find` finds and that fit, in their order. Raises SourceFailed."""
     room = _room_of_run()
-    groups = together([leaf.size for leaf in leaves])
+    segments = segments_of([leaf.size for leaf in leaves])
     order = JobOrder()
 
     async def work() -> None:
-        for start, sizes in groups:
+        for start, sizes in segments:
             slot = order.take()
-            await room.acquire()  # in the order of the groups, since each group waits for those before it
+            await room.acquire()  # in the order of the segments, since each segment waits for those before it
             release = leases.take(1)
-            group = leaves[start : start + len(sizes)]
-            rows = list(consecutive(await threads.run_sync(_read_group, start, group, find)))
+            segment = leaves[start : start + len(sizes)]
+            rows = list(consecutive(await threads.run_sync(_read_segment, start, segment, find)))
             async with slot:
                 for first, blocks in rows[:-1]:
                     await send.send(Delivery(first, blocks))
@@ -398,13 +398,13 @@ async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -
                     await send.send(Delivery(*rows.pop(), release))
                 else:
                     release()
-            del rows  # frees the blocks before the next group is read
+            del rows  # frees the blocks before the next segment is read
 
     with closing(Leases(lambda _one: room.release())) as leases:
         await all_of([work] * READ_TASKS)
 
 
-def _read_group(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
+def _read_segment(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
     """(index, block) of every leaf that is found and fits. Raises SourceFailed."""
     found = [
         (start + index, where)
@@ -445,9 +445,9 @@ class InPlaceSource(Source):
 
     Blocks that the page cache holds are read at once on the event loop (10 us; a worker thread costs 80).
     All other blocks are read in worker threads. For long reads (`send_found`), neighbouring blocks are read
-    together, and the next group is read while one is delivered. Only blocks that fit their leaves are read:
-    so the claimed sizes of the leaves bound the memory of a group. All calls together hold at most GROUPS
-    groups."""
+    together, and the next segment is read while one is delivered. Only blocks that fit their leaves are read:
+    so the claimed sizes of the leaves bound the memory of a segment. All calls together hold at most
+    SEGMENTS_IN_MEMORY."""
 
     in_place = True
 

@@ -28,7 +28,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.buffers import lend, together
+from ipfsfuse.fileio.buffers import lend, segments_of
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
 from ipfsfuse.sources.base import LeafRange, Subtree, has_claimed_size, too_large
@@ -46,11 +46,11 @@ MAX_CONFIG = 1 << 20
 READ_WAIT_SECONDS = 0.002
 """Seconds that the event loop waits for a block of a quick disk, if no other block is being read: to go to a
 thread and back takes 0.4 ms."""
-STRETCHES = 8
-"""Stretches of leaves (of up to 4 MiB each) that may be in memory at a time, for all readers."""
+SEGMENTS_IN_MEMORY = 8
+"""Segments of leaves (of up to 4 MiB each) that may be in memory at a time, for all readers."""
 REPO_THREADS = 4
 READ_TASKS = 2
-"""Stretches of one range that are read at a time."""
+"""Segments of one range that are read at a time."""
 DENYLIST_CHECK_SECONDS = 1.0
 """How late a new denylist is noticed while the repository is read."""
 
@@ -104,7 +104,7 @@ class Flatfs:
         self._denylists = denylists
         self._direct = Direct()
         self.files = BlockFiles(self._folder, characters)
-        self._stretches = trio.Semaphore(STRETCHES)
+        self._segments = trio.Semaphore(SEGMENTS_IN_MEMORY)
         self._threads = trio.CapacityLimiter(REPO_THREADS)
 
     async def get(self, cid: Cid) -> bytes | Hashed | None:
@@ -118,26 +118,26 @@ class Flatfs:
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery], name: str) -> int:
         """Sends the blocks of `wanted` in order, for the source `name`, up to the first that is missing here.
         Returns its index. A block that does not fit its leaf is left out, and so are those after it in the
-        same stretch."""
+        same segment."""
         if not await self._has(wanted.leaves[0]):
             return 0
-        stretches = together([leaf.size for leaf in wanted.leaves])
+        segments = segments_of([leaf.size for leaf in wanted.leaves])
         end = len(wanted.leaves)
         order = JobOrder()
 
         async def work() -> None:
             nonlocal end
-            for index, sizes in stretches:
+            for index, sizes in segments:
                 slot = order.take()
-                await self._stretches.acquire()  # in order, since each stretch waits for those before it
+                await self._segments.acquire()  # in order, since each segment waits for those before it
                 release = leases.take(1)
-                stretch = wanted.leaves[index : index + len(sizes)]
+                segment = wanted.leaves[index : index + len(sizes)]
                 blocks: list[Block] = []
                 if wanted.clone is not None and not self._is_blocked():
-                    blocks += await wanted.clone(stretch, [self._path(leaf.cid) for leaf in stretch], name)
-                if rest := stretch[len(blocks) :]:
+                    blocks += await wanted.clone(segment, [self._path(leaf.cid) for leaf in segment], name)
+                if rest := segment[len(blocks) :]:
                     blocks += await threads.run_sync(self.read_each, rest, limiter=self._threads)
-                is_all_here = len(blocks) == len(stretch) or await self._has(stretch[len(blocks)])
+                is_all_here = len(blocks) == len(segment) or await self._has(segment[len(blocks)])
                 async with slot:
                     if index < end:
                         await send.send(Delivery(index, blocks, release))
@@ -146,7 +146,7 @@ class Flatfs:
                 if end < len(wanted.leaves):
                     return
 
-        with closing(Leases(lambda _one: self._stretches.release())) as leases:
+        with closing(Leases(lambda _one: self._segments.release())) as leases:
             await all_of([work] * min(READ_TASKS, len(wanted.leaves)))
         return end
 
