@@ -30,8 +30,7 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import OpenSettings, SourceProgress, with_headers
-from ipfsfuse.sources.spec import opened as opened_sources
+from ipfsfuse.sources.spec import OpenSettings, SourceProgress, open_sources, with_headers
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.names.record import KeyName
@@ -48,13 +47,13 @@ class Content:
 
 
 @asynccontextmanager
-async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Content]:
+async def open_content(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Content]:
     """Opens the cache in `folder`, which the caller has locked, with the sources of `config`.
 
     Raises StoreFailed, SourceFailed, UsageError."""
     http = with_headers(HttpSettings(), config.header_files, config.sources)
     async with AsyncExitStack() as stack:
-        sources, pool = await stack.enter_async_context(opened_pool(config, folder, http))
+        sources, pool = await stack.enter_async_context(open_pool(config, folder, http))
         cache = await stack.enter_async_context(
             PinsetCache.open(
                 folder.path, pool, config.budget, deadline=config.deadline, reserve=config.reserve
@@ -65,7 +64,7 @@ async def opened(config: ContentConfig, folder: CacheFolder) -> AsyncIterator[Co
 
 
 @asynccontextmanager
-async def opened_pool(
+async def open_pool(
     config: ContentConfig, folder: CacheFolder, http: HttpSettings, indexing: SourceProgress | None = None
 ) -> AsyncIterator[tuple[Sequence[Source], SourcePool]]:
     """Opens the sources of `config`, and a pool of them. Raises SourceFailed, UsageError."""
@@ -78,7 +77,7 @@ async def opened_pool(
         config.routers,
         config.allow_private_providers,
     )
-    async with opened_sources(config.sources, settings) as sources:
+    async with open_sources(config.sources, settings) as sources:
         yield sources, SourcePool(sources, offline=config.offline, deadline=config.deadline)
 
 

@@ -30,7 +30,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.folder import CacheFolder, isolated_folder, locked
 from ipfsfuse.config import MountConfig, User
 from ipfsfuse.confinement import Access
-from ipfsfuse.content import Names, opened_pool
+from ipfsfuse.content import Names, open_pool
 from ipfsfuse.control import live_mounts
 from ipfsfuse.control.commands import Commands
 from ipfsfuse.control.server import ControlServer
@@ -182,16 +182,16 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
     os.environ["SQLITE_TMPDIR"] = str(folder.path)
     with ExitStack() as stack:
 
-        def opened(path: Path) -> int | None:
+        def open_path(path: Path) -> int | None:
             with suppress(OSError):
                 file = os.open(path, os.O_PATH | os.O_CLOEXEC)
                 stack.callback(os.close, file)
                 return file
             return None
 
-        allowed = [Access(file) for path in places if (file := opened(path))]
-        allowed += [Access(file, write=True) for path in own if (file := opened(path))]
-        allowed += [Access(file, remove_folders=True) for path in emptied if (file := opened(path))]
+        allowed = [Access(file) for path in places if (file := open_path(path))]
+        allowed += [Access(file, write=True) for path in own if (file := open_path(path))]
+        allowed += [Access(file, remove_folders=True) for path in emptied if (file := open_path(path))]
         kept = _kept_capabilities(config, own)
         layers = ["no_new_privs"] if confinement.refuse_new_privileges() else []
         # the service manager may listen at an abstract socket
@@ -312,7 +312,7 @@ async def _main(
     quota = None if config.max_fetch is None else FetchQuota(config.max_fetch)
     http = with_headers(HttpSettings(rate=rate, quota=quota), config.header_files, config.sources)
     async with AsyncExitStack() as stack:
-        sources, pool = await stack.enter_async_context(opened_pool(config, folder, http, indexing))
+        sources, pool = await stack.enter_async_context(open_pool(config, folder, http, indexing))
         nodes = [source for source in sources if isinstance(source, Kubo)]
         if config.allow is None:  # else blocks of CIDs that are not allowed would be read
             repositories = [node.blocks for node in nodes if node.blocks]
@@ -357,11 +357,11 @@ async def _main(
         if config.ipns is not None:
             await names.resolver()  # reports wrong settings before anything is mounted
         session = stack.enter_context(
-            sessions.opened(operations, helpers[0], config.record is None, config.passthrough)
+            sessions.open_session(operations, helpers[0], config.record is None, config.passthrough)
         )
         end = partial(_end, helpers[0], nursery.cancel_scope)
         if config.ipns is not None:
-            await stack.enter_async_context(_names_mounted(config, helpers[1], names, end))
+            await stack.enter_async_context(_open_names_mount(config, helpers[1], names, end))
             stack.enter_context(live_mounts.registered(config.ipns, folder.control))
         notifier = Notifier()
         nursery.start_soon(_heed_signals, end, hangup, commands, notifier)
@@ -393,7 +393,7 @@ async def _main(
 
 
 @asynccontextmanager
-async def _names_mounted(
+async def _open_names_mount(
     config: MountConfig, helper: sessions.MountHelper, names: Names, ended: End
 ) -> AsyncIterator[None]:
     """Mounts a folder of names, which are symlinks into the main mount."""
@@ -409,7 +409,7 @@ async def _names_mounted(
     def listed() -> Sequence[bytes]:
         return [name.encode() for name in names.resolved_names()]
 
-    async with name_links.mounted(helper, target, listed, config.deadline, ended):
+    async with name_links.open_mount(helper, target, listed, config.deadline, ended):
         log.info("names are at %s", helper.mountpoint)
         yield
 

@@ -269,7 +269,7 @@ async def open_filesystem(
         place = stack.enter_context(isolated_folder()) if isolated else asked.cache_dir
         folder = stack.enter_context(locked(place))
         folder.announce(os.getpid(), "a Python program")
-        opened = await stack.enter_async_context(content.opened(asked, folder))
+        opened = await stack.enter_async_context(content.open_content(asked, folder))
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
         try:

@@ -197,11 +197,11 @@ def _backend(**options: Any) -> _Backend:
     with _lock, _translated():
         found = _open.get(key)
         if found is None or not found.is_usable():
-            found = _open[key] = _opened(options)
+            found = _open[key] = _open_backend(options)
         return found
 
 
-def _opened(options: dict[str, Any]) -> _Backend:
+def _open_backend(options: dict[str, Any]) -> _Backend:
     cache_dir = config.cache_dir(options.get("cache_dir"))
     if options.get("isolated") or cache_folder.is_free(cache_dir):
         with suppress(errors.StoreFailed):  # another process was quicker

@@ -344,13 +344,13 @@ def _source_failures(
 
     from ipfsfuse.cli.reading import open_settings
     from ipfsfuse.dag import cid as cids
-    from ipfsfuse.sources.spec import opened
+    from ipfsfuse.sources.spec import open_sources
 
     settings = open_settings(arguments)
 
     async def probe(text: str) -> None:
-        async with opened([text], settings) as opened_sources:
-            for source in opened_sources:
+        async with open_sources([text], settings) as sources:
+            for source in sources:
                 with suppress(NotHere), trio.fail_after(PROBE_SECONDS):  # an answer too
                     await source.get(cids.parse(EMPTY_DIRECTORY))
 

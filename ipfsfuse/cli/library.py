@@ -29,7 +29,7 @@ def add(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, str]] = []
     with ExitStack() as exits:
         progress = exits.enter_context(Progress("adding"))
-        library = None if arguments.only_hash else exits.enter_context(opened_library(arguments))
+        library = None if arguments.only_hash else exits.enter_context(open_library(arguments))
         for added in add_all(arguments.paths, options, library, progress):
             if arguments.quieter:
                 rows.clear()
@@ -61,7 +61,7 @@ CID_VERSIONS = ("unixfs-v0-2015", "unixfs-v1-2025")
 
 
 @contextmanager
-def opened_library(arguments: argparse.Namespace) -> Iterator[Library]:
+def open_library(arguments: argparse.Namespace) -> Iterator[Library]:
     library = Library(folders.library(arguments.library))
     try:
         yield library
@@ -71,7 +71,7 @@ def opened_library(arguments: argparse.Namespace) -> Iterator[Library]:
 
 def import_cars(arguments: argparse.Namespace) -> int:
     rows = []
-    with Progress("importing") as progress, opened_library(arguments) as library:
+    with Progress("importing") as progress, open_library(arguments) as library:
         for file in arguments.files:
             for root in cars.import_car(Path(file), library, progress):
                 rows.append({"cid": cids.text(root.cid), "name": root.name, "file": file})
@@ -89,7 +89,7 @@ def check(arguments: argparse.Namespace) -> int:
         if arguments.file is not None:
             what, damage = arguments.file, cars.car_damage(Path(arguments.file), progress)
         else:
-            library = exits.enter_context(opened_library(arguments))
+            library = exits.enter_context(open_library(arguments))
             what, damage = library.folder, cars.library_damage(library, progress)
         found = []
         for path, reason in damage:
@@ -103,7 +103,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def show(arguments: argparse.Namespace) -> int:
-    with opened_library(arguments) as library:
+    with open_library(arguments) as library:
         if arguments.compact:
             library.compact()
         entries = library.entries()
@@ -125,7 +125,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def remove(arguments: argparse.Namespace) -> int:
     cid = cid_alone(arguments.cid)
-    with opened_library(arguments) as library:
+    with open_library(arguments) as library:
         entry = library.remove(cid)
     removed = cids.text(entry.cid)
     return console.answer(

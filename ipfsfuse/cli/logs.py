@@ -155,7 +155,7 @@ class DaemonLog(logging.Handler):
             try:
                 if path.exists() and path.stat().st_size > limit:
                     path.replace(older)
-                target = _opened(path)
+                target = _open_log(path)
             except OSError as exc:
                 if needed and exc.errno not in DISK_TROUBLE:
                     reason = "nobody reads this pipe" if exc.errno == errno.ENXIO else exc.strerror
@@ -180,7 +180,7 @@ class DaemonLog(logging.Handler):
         with self._alone():
             if self._path is not None:
                 try:
-                    _lead_to(_opened(self._path))
+                    _lead_to(_open_log(self._path))
                     log.info("this log was opened anew")
                 except OSError as exc:
                     log.warning("the log can't be opened anew: %s: %s", self._path, exc.strerror)
@@ -194,7 +194,7 @@ class DaemonLog(logging.Handler):
             try:
                 with suppress(FileNotFoundError):  # a program that rotates logs has moved it away already
                     self._path.replace(self._older)
-                _lead_to(_opened(self._path))
+                _lead_to(_open_log(self._path))
             except OSError:  # the folder is gone, or can't be written: the same file begins again
                 with suppress(OSError):
                     os.ftruncate(2, 0)
@@ -242,7 +242,7 @@ class DaemonLog(logging.Handler):
             self.release()
 
 
-def _opened(path: Path) -> int:
+def _open_log(path: Path) -> int:
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(path, flags | os.O_NONBLOCK, 0o600)  # a FIFO that nobody reads would wait
 

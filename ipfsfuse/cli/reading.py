@@ -38,8 +38,7 @@ from ipfsfuse.sources import defaults
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import OpenSettings, parse_source, with_headers
-from ipfsfuse.sources.spec import opened as opened_sources
+from ipfsfuse.sources.spec import OpenSettings, open_sources, parse_source, with_headers
 from ipfsfuse.units import human
 
 READ_BYTES = 4 << 20
@@ -282,7 +281,7 @@ async def _push(arguments: argparse.Namespace) -> int:
         settings = open_settings(arguments, indexing, [arguments.to])
         async with (
             _blocks(arguments, sources, settings) as get,
-            opened_sources([arguments.to], settings) as (node,),
+            open_sources([arguments.to], settings) as (node,),
         ):
             assert isinstance(node, Kubo)
             sent = await pushing.push(cid, get, node.rpc(), progress)
@@ -359,7 +358,7 @@ async def _blocks(
 ) -> AsyncIterator[GetBlock]:
     """Gets blocks from `sources`, or else from a running mount, which has its own cache and sources."""
     control = cache_folder.socket_path(folders.cache_dir(arguments.cache_dir))
-    async with opened_sources(sources, settings) as opened:
+    async with open_sources(sources, settings) as opened:
         pool = SourcePool(opened)
 
         async def get(wanted: Cid) -> bytes:

@@ -41,7 +41,7 @@ def registered(mountpoint: Path, control: Path) -> Iterator[None]:
     """Lets `find` find `mountpoint`, which this process has just mounted, during the block. If no folder can
     be used, only logs that."""
     mounted, place = mountpoints.ours_at(mountpoint), usable_folder()
-    with nullcontext() if place is None else _opened(place) as folder:
+    with nullcontext() if place is None else _open_folder(place) as folder:
         if mounted is None or folder is None:
             log.warning(
                 "commands can't find this mount by --mount: no folder of this user's own for it "
@@ -67,7 +67,7 @@ def find(mountpoint: Path) -> LiveMount | None:
     if mounted is None:
         return None
     for path in _folders():
-        with _opened(path) as folder:
+        with _open_folder(path) as folder:
             found = None if folder is None else _read(folder, mounted.device)
         at = None if found is None else mountpoints.ours_at(found.mountpoint)
         if at is not None and at.device == mounted.device:
@@ -89,14 +89,14 @@ def usable_folder() -> Path | None:
     for path in _folders():
         with suppress(OSError):
             os.mkdir(path, 0o700)
-        with _opened(path) as folder:
+        with _open_folder(path) as folder:
             if folder is not None:
                 return path
     return None
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int | None]:
+def _open_folder(path: Path) -> Iterator[int | None]:
     """A descriptor of the folder. None if it belongs to another user or others may enter it."""
     try:
         folder = os.open(path, _DIRECTORY)

@@ -62,7 +62,7 @@ def mount_and_wait(directory: str, options: Sequence[str]) -> None:
 
 def mount(directory: str, device: int, options: Sequence[str]) -> None:
     """Raises OSError."""
-    place = opened(directory)
+    place = open_directory(directory)
     try:
         owner = {"user_id": os.getuid(), "group_id": os.getgid()}
         given = [each for each in options if each.startswith(PASSED_ON)]
@@ -76,7 +76,7 @@ def mount(directory: str, device: int, options: Sequence[str]) -> None:
         os.close(place)
 
 
-def opened(directory: str) -> int:
+def open_directory(directory: str) -> int:
     """Opens the folder without following a symlink in its path. Raises OSError."""
     place = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in filter(None, directory.split("/")):
@@ -108,7 +108,7 @@ def is_dead(directory: str) -> bool:
 
 def unmount(directory: str, lazy: bool, owner: str) -> None:
     """Unmounts. With `owner` (`user_id=N`), only a mount of that user, and always lazily. Raises OSError."""
-    place = opened(directory)
+    place = open_directory(directory)
     try:
         if owner and not belongs(place, owner):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))

@@ -298,7 +298,7 @@ def _inode(name: bytes) -> int:
 
 
 @contextlib.asynccontextmanager
-async def mounted(
+async def open_mount(
     helper: MountHelper,
     target: Target,
     listed: Listed,

@@ -203,11 +203,11 @@ class OpenFiles:
         self._last_handle += 1
         inode.cached_opens += not in_one_block
         self.handles[self._last_handle] = Handle(
-            self._opened(file, self._last_handle, inode), inode, opener, in_one_block=in_one_block
+            self._open_file(file, self._last_handle, inode), inode, opener, in_one_block=in_one_block
         )
         return self._last_handle
 
-    def _opened(self, file: File, handle: int, inode: Inode) -> OpenFile:
+    def _open_file(self, file: File, handle: int, inode: Inode) -> OpenFile:
         windows = device.ReadWindows(handle, inode.number, inode.cid) if self._push else None
         return OpenFile(self._tree, file, self._buffer_budget, windows)
 
@@ -235,7 +235,7 @@ class OpenFiles:
             self._pusher.remove(number)
             opens = device.revoke(number)
             inode.opens += opens
-            self.handles[handle] = Handle(self._opened(file, handle, inode), inode, opens=opens)
+            self.handles[handle] = Handle(self._open_file(file, handle, inode), inode, opens=opens)
         return self.handles[handle]
 
     def release(self, handle: int) -> None:

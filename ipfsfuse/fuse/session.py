@@ -194,7 +194,7 @@ def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
 
 
 @contextlib.contextmanager
-def opened(
+def open_session(
     operations: Operations, helper: MountHelper, readahead: bool, passthrough: bool = False
 ) -> Iterator[Session]:
     """Mounts, and starts to read the device. No request is answered yet. The mount is gone after the block.

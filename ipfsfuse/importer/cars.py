@@ -199,7 +199,7 @@ def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot
     Blocks that the CAR lacks may be in the library already. If a block is in neither, or is wrong, the
     library is unchanged. Raises AddFailed, StoreFailed.
     """
-    with _opened_car(file) as car, library.open_writer() as writer:
+    with _open_car(file) as car, library.open_writer() as writer:
         if not car.roots:
             raise AddFailed(f"{file} names no roots: the library would not know what to keep")
 
@@ -235,7 +235,7 @@ def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot
 
 
 @contextmanager
-def _opened_car(file: Path) -> Iterator[CarFile]:
+def _open_car(file: Path) -> Iterator[CarFile]:
     """Opens a CAR file with its index. If it has none, builds one in a temporary folder. Raises AddFailed."""
     with tempfile.TemporaryDirectory(prefix="ipfsfuse-") as indexes:
         try:
@@ -316,7 +316,7 @@ def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, 
 
 def car_damage(file: Path, progress: Progress) -> Iterator[tuple[str, str]]:
     """The same for the DAGs of all roots of a CAR file. Raises AddFailed if it is not a CAR."""
-    with _opened_car(file) as car:
+    with _open_car(file) as car:
 
         def get(cid: Cid) -> bytes:
             place = car.find(cids.multihash(cid))

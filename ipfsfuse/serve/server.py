@@ -94,7 +94,7 @@ async def _own(
     only: Sequence[str] | None,
 ) -> AsyncIterator[TrustlessGateway]:
     started = time.clock_gettime(time.CLOCK_BOOTTIME)
-    async with content.opened(config, folder) as here, trio.open_nursery() as nursery:
+    async with content.open_content(config, folder) as here, trio.open_nursery() as nursery:
         blocks = WholeBlocks(here.cache.reader, here.pool)
         app = TrustlessGateway(blocks.get, here.names.record, fetch=fetch, hosts=only)
 

@@ -224,7 +224,7 @@ def _open_network(settings: OpenSettings) -> "Source":
 
 
 @asynccontextmanager
-async def opened(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list["Source"]]:
+async def open_sources(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list["Source"]]:
     """Opens the sources in their order, without those that an offline mount does not use. Closes them at the
     end. Raises UsageError, SourceFailed."""
     from ipfsfuse.sources.local.car_file import CarSource

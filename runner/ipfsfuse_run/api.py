@@ -211,7 +211,7 @@ def _started(asked: Options, stdin: bytes | BinaryIO | None) -> Iterator["_Run"]
     with ExitStack() as stack:
         written = [_spare(stack, name) for name in ("stdout", "stderr", "said")]
         with ExitStack() as begun:
-            given = _opened(begun, stdin)
+            given = _open_stdin(begun, stdin)
             request = forkserver.Request(asked, os.getcwd(), dict(os.environ))
             started = forkserver.start(request, given, *written)
         with started:
@@ -287,7 +287,7 @@ def _spare(stack: ExitStack, name: str) -> int:
     return file
 
 
-def _opened(stack: ExitStack, stdin: bytes | BinaryIO | None) -> int:
+def _open_stdin(stack: ExitStack, stdin: bytes | BinaryIO | None) -> int:
     if stdin is None:
         file = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         stack.callback(os.close, file)

@@ -125,7 +125,7 @@ def _run_command(plan: Plan, path: str, data: bytes, reports: Reports) -> int:
     code = _compiled(plan, key, build, reports, data, lambda: command.check_version(path))
     if plan.options.compile_only:
         return 0
-    with sandbox.opened_folders(plan.box) as folders:
+    with sandbox.open_folders(plan.box) as folders:
         grown = _writable(plan, folders, reports)
         _limit_process(plan, grown)
         _lock(plan, folders, command.allowed(path, code.file), f"the command {path}", reports)
@@ -138,7 +138,7 @@ def _run_library(plan: Plan, data: bytes | None, reports: Reports) -> int:
 
     given = plan.options.limits
     settings = guest.Settings(given.fuel is not None, given.max_wasm_stack, plan.options.deterministic)
-    with sandbox.opened_folders(plan.box) as folders:
+    with sandbox.open_folders(plan.box) as folders:
         engine = guest.make_engine(settings)
         key, build = guest.key(settings), partial(guest.build, engine)
         preloaded = {

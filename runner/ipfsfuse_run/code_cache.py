@@ -72,7 +72,7 @@ class CodeCache:
         except StoreFailed:
             return cls(None)
 
-    def opened(self, key: str) -> int | None:
+    def open_entry(self, key: str) -> int | None:
         """A descriptor of the entry `key`; None if there is none that is ours and complete."""
         if self.folder is None:
             return None
@@ -102,7 +102,7 @@ class CodeCache:
             return None
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         file.seek(0)
-        found = self.opened(key(digest, kind))
+        found = self.open_entry(key(digest, kind))
         return None if found is None else Code(name, kind, found)
 
     def compiled(self, kind: str, code: bytes, name: str, memory: int, key: Key, build: Build) -> Code:
@@ -113,7 +113,7 @@ class CodeCache:
         return Code(name, kind, self._compiled(entry, build, name, memory))
 
     def _compiled(self, key: str, build: Build, name: str, memory: int) -> int:
-        found = self.opened(key)
+        found = self.open_entry(key)
         if found is not None:
             return found
         path = None if self.folder is None else os.path.join(self.folder, f"{key}{_PART}")
@@ -122,7 +122,7 @@ class CodeCache:
             return in_own_process(build, name, memory)
         is_kept = False
         try:
-            found = self.opened(key)  # another process may have made it meanwhile
+            found = self.open_entry(key)  # another process may have made it meanwhile
             if found is not None:
                 return found
             code = in_own_process(build, name, memory)
@@ -132,7 +132,7 @@ class CodeCache:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             os.close(part)
-        kept = self.opened(key) if is_kept else None
+        kept = self.open_entry(key) if is_kept else None
         if kept is None:
             return code
         os.close(code)

@@ -58,7 +58,7 @@ def _execute(options: Options) -> CompletedRun:
         except MountFailed:
             mount_id = None
         return CompletedRun(_run_on(mountpoint, options, mount_id))
-    with mounts.mounted(options) as mount:
+    with mounts.open_mount(options) as mount:
         mounts.warn_of_disclosure(options, mount)
         names = mounts.resolved_names(options, mount)
         quota = None if mount.quota is None else mount.quota.fileno()

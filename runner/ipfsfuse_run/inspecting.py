@@ -16,7 +16,7 @@ from ipfsfuse_run import limits, options, places, read_paths, receipts
 from ipfsfuse_run.errors import ReceiptRefused, say
 from ipfsfuse_run.read_paths import Row, Walk
 from ipfsfuse_run.receipts import Receipt
-from ipfsfuse_run.record import Record, check_content, check_signature, opened, receipt_alone
+from ipfsfuse_run.record import Record, check_content, check_signature, open_record, receipt_alone
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         from ipfsfuse_run import signatures
 
         key = signatures.public_key(asked.key)
-    with opened(path) as (record, receipt):
+    with open_record(path) as (record, receipt):
         if key is not None:
             check_signature(record, receipt, key, most)
         if asked.part == receipts.OUT:

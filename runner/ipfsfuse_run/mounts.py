@@ -46,7 +46,7 @@ class Mount(NamedTuple):
 
 
 @contextlib.contextmanager
-def mounted(options: Options) -> Iterator[Mount]:
+def open_mount(options: Options) -> Iterator[Mount]:
     """The mount for this run. Raises UsageError, MountFailed, DaemonFailed, StoreFailed."""
     mount = _start(options, isolated=True) if options.own_mount else _shared(options)
     try:
@@ -108,7 +108,7 @@ def _daemon_folder(options: Options) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int | None]:
+def _open_folder(path: str) -> Iterator[int | None]:
     """A descriptor of the folder `path`; None if there is none. Its content is trusted to be the user's own,
     so a folder that `ipfsfuse mount` refuses is refused here too. Raises StoreFailed."""
     try:
@@ -139,7 +139,7 @@ def _live(options: Options) -> Mount | None:
     """The live mount of the cache folder; None if there is none. Raises StoreFailed or MountFailed if folder
     or mount is not this user's, UsageError if the mount can't serve this run."""
     path = _daemon_folder(options)
-    with _opened(path) as folder:
+    with _open_folder(path) as folder:
         if folder is None:
             return None
         try:
@@ -217,7 +217,7 @@ def _start(options: Options, isolated: bool) -> Mount:
         except (ValueError, KeyError, IndexError, TypeError) as exc:
             raise MountFailed("ipfsfuse mount did not say where its control socket is") from exc
         parent = os.path.dirname(path)
-        with _opened(parent) as folder:
+        with _open_folder(parent) as folder:
             if folder is None:
                 raise MountFailed(f"the folder {parent} of the new mount's socket is gone")
             control = _held(path, folder)

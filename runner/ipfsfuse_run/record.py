@@ -243,7 +243,7 @@ def tree_cid(folder: str, bound: int) -> Cid:
 
 
 @contextlib.contextmanager
-def car_opened(path: Path) -> Iterator["Record"]:
+def open_car(path: Path) -> Iterator["Record"]:
     """The CAR file of a record. Its receipt is not checked. Raises ReceiptRefused."""
     with contextlib.ExitStack() as stack:
         try:
@@ -460,10 +460,10 @@ def receipt_alone(path: Path) -> Receipt | None:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[Record, Receipt]]:
+def open_record(path: Path) -> Iterator[tuple[Record, Receipt]]:
     """Opens a record, and checks that it has the guest and every block that its receipt names. Does not check
     the content of its streams (`check_content` does). Raises ReceiptRefused."""
-    with car_opened(path) as record:
+    with open_car(path) as record:
         cid = record.find(receipts.RECEIPT)
         if cid is None:
             raise ReceiptRefused(f"{path} holds no {receipts.RECEIPT}: it is not a record of a run")

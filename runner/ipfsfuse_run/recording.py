@@ -53,7 +53,7 @@ from ipfsfuse_run.record import (
     add_tree,
     check_content,
     check_signature,
-    opened,
+    open_record,
     receipt_alone,
     tree_cid,
     written,
@@ -70,11 +70,11 @@ class _Run(NamedTuple):
     seconds: float
 
 
-def mounted(options: Options, used: BinaryIO) -> AbstractContextManager[Mount]:
+def open_mount(options: Options, used: BinaryIO) -> AbstractContextManager[Mount]:
     """A mount of the run's own. Its daemon logs the blocks that are asked for in the file `used`. It opens
     that file by the path of this process's descriptor. This process outlives the daemon."""
     option = f"--record=/proc/{os.getpid()}/fd/{used.fileno()}"
-    return mounts.mounted(options._replace(mount_options=(*options.mount_options, option)))
+    return mounts.open_mount(options._replace(mount_options=(*options.mount_options, option)))
 
 
 def record(options: Options) -> CompletedRun:
@@ -92,7 +92,7 @@ def record(options: Options) -> CompletedRun:
             *(stack.enter_context(tempfile.TemporaryFile(dir=target.parent)) for _ in RunFiles._fields)
         )
         _spool_stdin(files.stdin, options.limits.max_stdin)
-        with mounted(options, files.block_log) as mount:
+        with open_mount(options, files.block_log) as mount:
             mounts.warn_of_disclosure(options, mount)
             box = sandbox.build(options, mount.mountpoint, mount.mount_id)
             plan = Plan(options, mount.mountpoint, box, mount.mount_id, guest_copy=files.guest.fileno())
@@ -415,7 +415,7 @@ def replay(options: Options) -> int:
         key = signatures.public_key(options.key)
     with contextlib.ExitStack() as stack:
         files = RunFiles(*(stack.enter_context(tempfile.TemporaryFile()) for _ in RunFiles._fields))
-        with opened(path) as (car, receipt):
+        with open_record(path) as (car, receipt):
             chosen = limits_for(path, receipt, given)
             if key is not None:
                 check_signature(car, receipt, key, chosen.out_bytes)
@@ -604,7 +604,7 @@ def _repeat(
     options: Options, receipt: Receipt, files: RunFiles, out: places.ResultsFolder | None
 ) -> _Repeated:
     chosen = options.limits
-    with mounted(options, files.block_log) as mount:
+    with open_mount(options, files.block_log) as mount:
         given = options._replace(
             guest=options.guest or f"/proc/self/fd/{files.guest.fileno()}",
             dirs=_dirs(receipt, mount.mountpoint),

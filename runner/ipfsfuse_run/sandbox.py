@@ -158,7 +158,7 @@ class OpenFolder(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
+def open_folders(box: Sandbox) -> Iterator[list[OpenFolder]]:
     """Opens the preopens, and the working directory as the preopen `.`: WASI has no working directory, and
     its C library resolves relative names by that preopen. Call it only in the guest's process, because the
     folders may be in the mount. Raises GuestRefused."""

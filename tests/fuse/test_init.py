@@ -80,7 +80,7 @@ class Limited(device.Device):
 session.Device = Limited
 resource.setrlimit(resource.RLIMIT_STACK, (8 << 20, -1))
 try:
-    with session.opened(pyfuse3.Operations(), session.MountHelper(Path(sys.argv[1]), False), True):
+    with session.open_session(pyfuse3.Operations(), session.MountHelper(Path(sys.argv[1]), False), True):
         pass
 except MountFailed as exc:
     print(exc)

@@ -24,7 +24,7 @@ from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse_run import inspecting, receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.limits import NO_LIMITS
-from ipfsfuse_run.record import opened
+from ipfsfuse_run.record import open_record
 from ipfsfuse_run.recording import limits_for
 from tests.mounting import Home, wait_until
 from tests.runner import recorded
@@ -150,7 +150,7 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
 
 def looked_at(path: Path) -> receipts.Receipt:
     """What `inspect` and `--replay` do before a guest runs."""
-    with opened(path) as (record, told):
+    with open_record(path) as (record, told):
         limits_for(path, told, NO_LIMITS)
         inspecting.checked_rows(record, told)
         return told

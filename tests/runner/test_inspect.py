@@ -12,7 +12,7 @@ from ipfsfuse.dag import builder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.record import RecordWriter, car_opened
+from ipfsfuse_run.record import RecordWriter, open_car
 from tests.runner import recorded
 from tests.runner.conftest import TOP, Runner
 
@@ -43,7 +43,7 @@ def test_a_block_that_was_changed_since_it_was_first_read_is_refused(tmp_path: P
         writer = RecordWriter(out)
         held = writer.add_file(io.BytesIO(b"the content"))
         write(target, writer, held, [held])
-    with car_opened(target) as record:
+    with open_car(target) as record:
         assert record.block(held.cid) == b"the content"
         target.write_bytes(target.read_bytes().replace(b"the content", b"The content"))
         with pytest.raises(ReceiptRefused, match=r"run\.car was changed"):

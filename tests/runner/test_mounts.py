@@ -109,7 +109,7 @@ def test_a_daemon_that_lets_go_while_a_start_fails_costs_no_run(
             raise
 
     monkeypatch.setattr(run_mounts, "_start", noted)
-    with run_mounts.mounted(Options(guest="guest")):
+    with run_mounts.open_mount(Options(guest="guest")):
         assert len(failures) == 1
         assert str(home.store.parent) in failures[0]
 

@@ -21,7 +21,7 @@ from ipfsfuse.dag.builder import Built
 from ipfsfuse.errors import StoreFailed
 from ipfsfuse_run import places, receipts
 from ipfsfuse_run.errors import ReceiptRefused
-from ipfsfuse_run.record import RecordWriter, add_tree, car_opened, tree_cid
+from ipfsfuse_run.record import RecordWriter, add_tree, open_car, tree_cid
 from tests.kubo.node import Node
 from tests.mounting import Home
 from tests.runner.conftest import Measured, Runner, lines, with_command
@@ -146,7 +146,7 @@ def check_elsewhere(envelope: dict[str, object], public: Path, others: Path, cid
 
 def forge(source: Path, target: Path) -> None:
     """The same record, whose receipt tells of another exit code: all blocks are right."""
-    with car_opened(source) as record, target.open("w+b") as out:
+    with open_car(source) as record, target.open("w+b") as out:
         writer = RecordWriter(out)
         children = []
         for link in record.node(record._root).links:  # type: ignore[union-attr]
@@ -211,7 +211,7 @@ def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
         built = add_tree(writer, str(out), MIB).built
         writer.close(built)
     assert b"secret" not in target.read_bytes().replace(os.fsencode(secret), b"")
-    with car_opened(target) as record:
+    with open_car(target) as record:
         (tmp_path / "copy").mkdir()
         record.extract(built.cid, str(tmp_path / "copy"), MIB)
     assert os.readlink(tmp_path / "copy" / "link") == str(secret)
@@ -298,7 +298,7 @@ def test_results_that_no_folder_can_hold_are_refused(tmp_path: Path, what: str) 
         writer.close(held)
     (tmp_path / "copy").mkdir()
     try:
-        with car_opened(target) as record, pytest.raises(ReceiptRefused):
+        with open_car(target) as record, pytest.raises(ReceiptRefused):
             record.extract(held.cid, str(tmp_path / "copy"), 64 * MIB)
         assert sorted(each.name for each in tmp_path.iterdir()) == ["copy", "x.car"]
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse_run.errors import GuestRefused
-from ipfsfuse_run.sandbox import IPFS, Preopen, Sandbox, opened_folders
+from ipfsfuse_run.sandbox import IPFS, Preopen, Sandbox, open_folders
 from tests.mounting import NOBODY, Home
 from tests.runner.conftest import DEMO, TOP, Done, Runner, lines
 
@@ -181,9 +181,9 @@ def test_a_mount_that_was_replaced_meanwhile_is_not_given(tmp_path: Path) -> Non
     preopen = Preopen("/proc", IPFS, writable=False, mount_id=numbers["/proc"])
     right = Sandbox(["guest"], [], [preopen], None)
     wrong = right._replace(preopens=[right.preopens[0]._replace(host=str(tmp_path / "root"))])
-    with pytest.raises(GuestRefused, match="not the mount any more"), opened_folders(wrong):
+    with pytest.raises(GuestRefused, match="not the mount any more"), open_folders(wrong):
         pass
-    with opened_folders(right) as folders:
+    with open_folders(right) as folders:
         assert [each.guest for each in folders] == [IPFS]
 
 

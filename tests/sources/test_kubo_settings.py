@@ -13,7 +13,7 @@ from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import unix_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.spec import OpenSettings, opened
+from ipfsfuse.sources.spec import OpenSettings, open_sources
 from ipfsfuse.sources.streams import Block
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node
@@ -70,7 +70,7 @@ def test_offline_no_node_on_another_machine_is_asked(tmp_path: Path, monkeypatch
 
     async def main() -> None:
         settings = OpenSettings(tmp_path / "library", tmp_path / "indexes", offline=True)
-        async with opened(
+        async with open_sources(
             ["library", *far, "kubo+http://127.0.0.1:5001", "http://localhost:8080"], settings
         ) as all_:
             assert [source.name for source in all_] == [

@@ -19,7 +19,7 @@ from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.routing import MAX_ANSWER, Network, Router, provider_origin
-from ipfsfuse.sources.spec import OpenSettings, opened
+from ipfsfuse.sources.spec import OpenSettings, open_sources
 from ipfsfuse.sources.streams import Block
 from tests.kubo.node import Node
 from tests.mounting import Home
@@ -428,15 +428,15 @@ def test_in_a_pool_it_is_a_source_as_others(tmp_path: Any) -> None:
                 tmp_path / "library", tmp_path / "indexes", routers=[router.url + "/routing/v1/"],
                 allow_private_providers=True,
             )  # fmt: skip
-            async with opened(["network"], settings) as sources:
+            async with open_sources(["network"], settings) as sources:
                 pool = SourcePool(sources)
                 for cid, block in FILE.blocks.items():
                     assert (await pool.get(cid)).block == block
                 assert [each.name for each in pool.statistics()] == ["network", f"network: {gateway.url}"]
             with pytest.raises(UsageError, match="name a router"):
-                async with opened(["network"], OpenSettings(tmp_path / "l", tmp_path / "i")):
+                async with open_sources(["network"], OpenSettings(tmp_path / "l", tmp_path / "i")):
                     pass
-            async with opened(
+            async with open_sources(
                 ["network"], OpenSettings(tmp_path / "l", tmp_path / "i", offline=True)
             ) as none:
                 assert not none

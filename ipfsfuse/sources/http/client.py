@@ -207,7 +207,7 @@ class _Transport(httpx.AsyncBaseTransport):
                 break
             await connection.aclose()
         else:
-            connection = await self._opened(origin)
+            connection = await self._open_connection(origin)
         try:
             if isinstance(connection, Connection):
                 lines = [f"{request.method} {request.extensions['path']} HTTP/1.1".encode()]
@@ -222,7 +222,7 @@ class _Transport(httpx.AsyncBaseTransport):
             raise
         return httpx.Response(connection.status, extensions={"connection": connection})
 
-    async def _opened(self, origin: Origin) -> AnyConnection:
+    async def _open_connection(self, origin: Origin) -> AnyConnection:
         if origin != self._named or not self._own:
             return _HttpcoreConnection(origin, self._settings, origin == self._named)
         with trio.fail_after(self._settings.connect):
