@@ -26,7 +26,7 @@ from ipfsfuse.errors import StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import Blocks
 
-MAX_NAMES_KEPT = 10_000
+MAX_STAGED_NAMES = 10_000
 """Names that are kept. With more, those that are no longer staged are removed."""
 LOOK_AT = 4
 """Names that are checked when one more is noted. So noting one takes the same time for many names as for
@@ -91,7 +91,7 @@ class RootNames:
         own = cids.canonical(cid)
         if own in self._names:
             return
-        if len(self._names) >= MAX_NAMES_KEPT:
+        if len(self._names) >= MAX_STAGED_NAMES:
             self._forget_some()
         self._names[own] = spelling
         self._round.append(own)

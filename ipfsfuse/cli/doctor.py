@@ -332,7 +332,7 @@ def _dead(point: Path) -> Finding:
 
 EMPTY_DIRECTORY = "bafybeiczsscdsbs7ffqz55asqdf3smv6klcw3gofszvwlyarci47bgf354"
 """Every IPFS node has this block."""
-PROBE_SECONDS = 10.0
+SOURCE_PROBE_SECONDS = 10.0
 
 
 def _source_failures(
@@ -351,7 +351,7 @@ def _source_failures(
     async def probe(text: str) -> None:
         async with open_sources([text], settings) as sources:
             for source in sources:
-                with suppress(NotHere), trio.fail_after(PROBE_SECONDS):  # an answer too
+                with suppress(NotHere), trio.fail_after(SOURCE_PROBE_SECONDS):  # an answer too
                     await source.get(cids.parse(EMPTY_DIRECTORY))
 
     for text in sources:
@@ -361,4 +361,4 @@ def _source_failures(
         except IpfsFuseError as exc:
             yield text, str(exc)
         except trio.TooSlowError:
-            yield text, f"no answer within {PROBE_SECONDS:g} s"
+            yield text, f"no answer within {SOURCE_PROBE_SECONDS:g} s"

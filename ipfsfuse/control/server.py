@@ -31,7 +31,7 @@ SOCKET_CHECK_SECONDS = 2.0
 """Seconds between two checks whether the socket still exists."""
 NO_SOCKET_YET = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOENT})
 """Errnos of a socket that may be made later: the disk is full, or there is no folder yet."""
-LONG = 1000
+LONG_LIST = 1000
 """The most items of a list that is encoded on the event loop: some milliseconds."""
 
 Arguments = Mapping[str, Any]
@@ -205,7 +205,7 @@ async def _pump(
 
 
 async def _send(stream: trio.SocketStream, values: Mapping[str, Any]) -> None:
-    long = any(isinstance(value, list) and len(value) > LONG for value in values.values())
+    long = any(isinstance(value, list) and len(value) > LONG_LIST for value in values.values())
     line = await threads.run_sync(_encoded_by_items, values) if long else _encoded(values)
     await stream.send_all(line.encode() + b"\n")
 

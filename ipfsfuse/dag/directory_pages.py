@@ -13,13 +13,13 @@ from ipfsfuse.dag.nodes import Directory, Node, Shard, holds_values
 from ipfsfuse.dag.path import can_hold
 from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 
-PAGE = 2000
+PAGE_ENTRIES = 2000
 """Entries of a full page. A page of a HAMT may have some more, since the last step adds all its entries."""
 MAX_PARALLEL_NODES = 32
 """The most HAMT nodes that are fetched in parallel."""
 FIRST_NODES = 4
 """HAMT nodes that are expanded first, when the number of entries of a node is not known yet."""
-MAX_TRIE_PARTS = 4 * PAGE
+MAX_TRIE_PARTS = 4 * PAGE_ENTRIES
 """The most parts of a trie that one call keeps: a node that is expanded ahead can have any number."""
 
 
@@ -69,7 +69,7 @@ def _stored(directory: Directory, after: int) -> tuple[list[Entry], bool]:
     """The entries in the order stored. A second entry of a name gets an empty name, so that it is left
     out."""
     links = directory.links
-    stop = min(after + PAGE, len(links))
+    stop = min(after + PAGE_ENTRIES, len(links))
     claims, distinct = not holds_values(directory.cid), directory.has_distinct_names
     found = [
         Entry(name if distinct or directory.counts(place - 1) else b"", cid, tsize if claims else -1, place)
@@ -88,14 +88,14 @@ def _in_trie(root: Shard, after: int) -> Walk[tuple[list[Entry], bool]]:
     frontier = _slots(root, hamt.TOP, after)
     done = ready(frontier)
     count, total, cut = FIRST_NODES, 0, False
-    while frontier and len(done) < PAGE:
+    while frontier and len(done) < PAGE_ENTRIES:
         yield from expand(frontier, count, parts_of)
         total += count
         cut = cut or len(done) + len(frontier) > MAX_TRIE_PARTS
         del frontier[MAX_TRIE_PARTS - len(done) :]
         done += ready(frontier)
         found = len(done) + sum(1 for part in frontier if isinstance(part, Entry))
-        count = min(max((PAGE - len(done)) * total // max(found, 1), FIRST_NODES), MAX_PARALLEL_NODES)
+        count = min(max((PAGE_ENTRIES - len(done)) * total // max(found, 1), FIRST_NODES), MAX_PARALLEL_NODES)
     return _distinct(done), not frontier and not cut
 
 

@@ -16,7 +16,7 @@ dag-pb child, and is right for every tree.
 The bytes that a node holds itself come before those of its children, as in Kubo. A part whose size differs
 from what its parent states is Malformed.
 
-Pure. The work is bounded whatever the blocks say: one call returns at most MAX_LEAVES and expands
+Pure. The work is bounded whatever the blocks say: one call returns at most LEAVES_PER_CALL and expands
 about NODES_PER_CALL nodes.
 """
 
@@ -32,7 +32,7 @@ from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
 
-MAX_LEAVES = 4096
+LEAVES_PER_CALL = 4096
 """The most leaves that one call returns. A file of tiny chunks has a million of them in a MiB."""
 NODES_PER_CALL = 512
 """After expanding so many nodes, a call returns the leaves that it has, if it has any."""
@@ -85,7 +85,7 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
     count, together = 0, FIRST_NODES
     while frontier and (count < NODES_PER_CALL or not done):
         yield from expand(frontier, together, parts_of)
-        del frontier[MAX_LEAVES - len(done) :]
+        del frontier[LEAVES_PER_CALL - len(done) :]
         done += ready(frontier)
         count += together
         together = max(1, min(2 * together, MAX_PARALLEL_NODES, MAX_CHILDREN * together // max(children, 1)))
@@ -94,14 +94,14 @@ def leaves(file: File, offset: int, size: int, sure: bool = False) -> Walk[list[
 
 
 def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool) -> _Frontier:
-    """The parts of a node that overlap `span`, at most MAX_LEAVES of them. The node's content begins
+    """The parts of a node that overlap `span`, at most LEAVES_PER_CALL of them. The node's content begins
     at `base`."""
     start, stop = span[0] - base, span[1] - base
     frontier: _Frontier = []
     if file.inline and start < file.inline:
         frontier.append(Leaf(file.cid, base, file.inline, bool(file.children)))
     deep = sure or file.children.first_size >= cids.MAX_BLOCK
-    for child in islice(file.children.between(start, stop), MAX_LEAVES - len(frontier)):
+    for child in islice(file.children.between(start, stop), LEAVES_PER_CALL - len(frontier)):
         raw = cids.codec(child.cid) == cids.RAW
         if raw and child.size > cids.MAX_BLOCK:
             raise Malformed(f"{cids.brief(child.cid)}: a leaf can't have {child.size} bytes")

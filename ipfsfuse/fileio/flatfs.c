@@ -28,7 +28,7 @@
 #define MAX_CHILDREN 4
 #define DEEPEST 5               /* levels below a directory */
 #define SLOTS 16
-#define MOST 16                 /* blocks that are read ahead after one that was asked for alone */
+#define MAX_AHEAD 16            /* blocks that are read ahead after one that was asked for alone */
 #define READ_AHEAD_THREADS 2
 #define READERS 4               /* threads that read the blocks of one call, the calling one included */
 #define KEPT (4 << 20)          /* bytes of blocks that were read ahead and not taken yet */
@@ -532,7 +532,7 @@ int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patie
 	pthread_mutex_lock(&repo->lock);
 	alone = now - repo->asked_at > ALONE_NS;
 	repo->asked_at = now;
-	repo->left = alone ? MOST : repo->left;
+	repo->left = alone ? MAX_AHEAD : repo->left;
 	forget_old(repo);
 	slot = find(repo, digest, codec);
 	if (!slot && alone && (slot = want(repo, digest, codec, 0, 1, repo->order)))

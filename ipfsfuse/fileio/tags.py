@@ -5,7 +5,7 @@ import secrets
 
 from ipfsfuse.fileio.files import load_library
 
-TAG = 16
+TAG_BYTES = 16
 """Bytes of a tag."""
 KEY = secrets.token_bytes(32)
 """The key of this process. With it, one can make other bytes with the same tag: it must stay secret."""
@@ -24,7 +24,7 @@ _LIBRARY.tags_of.restype = None
 def tags_of(content: bytes | bytearray, piece: int) -> bytes:
     """The tags of all pieces of `content`, in order. Pieces have `piece` bytes, only the last one may be
     shorter. 1 MiB takes 0.25 ms, without Python's lock."""
-    tags = ctypes.create_string_buffer(-(-len(content) // piece) * TAG)
+    tags = ctypes.create_string_buffer(-(-len(content) // piece) * TAG_BYTES)
     data = content if isinstance(content, bytes) else (ctypes.c_char * len(content)).from_buffer(content)
     _LIBRARY.tags_of(KEY, data, len(content), piece, tags)
     return tags.raw

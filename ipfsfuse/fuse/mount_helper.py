@@ -25,7 +25,7 @@ from contextlib import suppress
 
 MS_NOSUID, MS_NODEV = 2, 4
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
-PASSED_ON = ("allow_other", "user_id=", "group_id=")
+FUSE_OPTIONS = ("allow_other", "user_id=", "group_id=")
 
 
 def main(words: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def mount(directory: str, device: int, options: Sequence[str]) -> None:
     place = open_directory(directory)
     try:
         owner = {"user_id": os.getuid(), "group_id": os.getgid()}
-        given = [each for each in options if each.startswith(PASSED_ON)]
+        given = [each for each in options if each.startswith(FUSE_OPTIONS)]
         missing = [f"{name}={number}" for name, number in owner.items() if f"{name}=" not in ",".join(given)]
         data = ",".join([f"fd={device}", "rootmode=40000", *given, *missing]).encode()
         target = f"/proc/self/fd/{place}".encode()  # this folder, even if its path was changed meanwhile

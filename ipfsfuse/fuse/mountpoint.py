@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ipfsfuse.errors import MountFailed
 
 TYPE = "fuse.ipfsfuse"
-PROBE_SECONDS = 5
+DAEMON_ANSWER_SECONDS = 5
 
 
 class Mounted(NamedTuple):
@@ -155,7 +155,9 @@ def answers(mountpoint: Path) -> bool:
     script = "import os, sys; os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)"
     command = [sys.executable, "-I", "-S", "-c", script, str(mountpoint)]
     try:
-        done = subprocess.run(command, env={"LC_ALL": "C"}, capture_output=True, timeout=PROBE_SECONDS)
+        done = subprocess.run(
+            command, env={"LC_ALL": "C"}, capture_output=True, timeout=DAEMON_ANSWER_SECONDS
+        )
     except subprocess.TimeoutExpired:
         return True
     return not any(gone in done.stderr for gone in (b"not connected", b"connection abort"))

@@ -27,8 +27,8 @@
 #include <unistd.h>
 
 #define PIECE 8192U           /* bytes of a piece, as in staging.py */
-#define MOST (64U << 10)      /* bytes of the largest read that is answered here: for larger ones Python reads ahead */
-#define PIECES (MOST / PIECE + 1)
+#define MAX_READ (64U << 10)  /* bytes of the largest read that is answered here: for larger ones Python reads ahead */
+#define PIECES (MAX_READ / PIECE + 1)
 #define HELD (16U << 20)      /* bytes of tags and of the structures around them, for all files */
 #define NAME 300              /* bytes of the name of a staging file, with the last 0 */
 #define READERS 8
@@ -435,7 +435,7 @@ int pieces_answer(int device, const struct fuse_in_header *request, size_t size)
 	enum outcome outcome = WRONG;
 	int done;
 
-	if (request->opcode != FUSE_READ || size < sizeof job->request || what->size > MOST || !(job = malloc(sizeof *job)))
+	if (request->opcode != FUSE_READ || size < sizeof job->request || what->size > MAX_READ || !(job = malloc(sizeof *job)))
 		return 0;
 	pthread_mutex_lock(&lock);
 	done = find(request->nodeid, what, job);

@@ -17,7 +17,7 @@ FOREVER = 365 * 86400
 BLOCK = 1 << 20
 """st_blksize: how much programs should read at a time."""
 
-MIN_TIME, MAX_TIME = -(1 << 63), (1 << 63) - 1
+MIN_NANOSECONDS, MAX_NANOSECONDS = -(1 << 63), (1 << 63) - 1
 """pyfuse3 stores times as signed 64-bit nanoseconds since 1970: from the year 1677 to 2262."""
 
 
@@ -58,7 +58,9 @@ class Replies:
         out.st_mode = pyfuse3.ModeT(shown.mode & self._mask)
         out.st_size = shown.size
         out.st_blocks = (shown.size + 511) >> 9
-        out.st_mtime_ns = out.st_ctime_ns = out.st_atime_ns = min(max(shown.mtime, MIN_TIME), MAX_TIME)
+        out.st_mtime_ns = out.st_ctime_ns = out.st_atime_ns = min(
+            max(shown.mtime, MIN_NANOSECONDS), MAX_NANOSECONDS
+        )
         return out
 
     def name_only(self, number: int, mode: int) -> pyfuse3.EntryAttributes:

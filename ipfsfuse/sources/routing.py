@@ -42,9 +42,9 @@ log = logging.getLogger(__name__)
 API: Final = "/routing/v1"
 TRANSPORT: Final = "transport-ipfs-gateway-http"
 LINES, ONE = "application/x-ndjson", "application/json"
-MAX_ANSWER: Final = 1 << 20
+MAX_ROUTER_ANSWER: Final = 1 << 20
 """Bytes that are read of an answer."""
-MAX_LINE: Final = 32 * 1024
+MAX_ANSWER_LINE: Final = 32 * 1024
 """Bytes of one line of an answer."""
 MAX_ANSWER_RECORDS: Final = 500
 MAX_ADDRESSES: Final = 20
@@ -92,12 +92,16 @@ class Router:
                         if line.strip():
                             count += 1
                             yield self._addresses(self._parsed(line))
-                    if size > MAX_ANSWER or len(pieces) > MAX_LINE or count > MAX_ANSWER_RECORDS:
+                    if (
+                        size > MAX_ROUTER_ANSWER
+                        or len(pieces) > MAX_ANSWER_LINE
+                        or count > MAX_ANSWER_RECORDS
+                    ):
                         raise SourceFailed(f"{self.name} sent a list of providers without end", LONG)
                 if pieces.strip():
                     yield self._addresses(self._parsed(pieces))
             elif response.content_type == ONE:
-                said = self._parsed(await response.read(MAX_ANSWER))
+                said = self._parsed(await response.read(MAX_ROUTER_ANSWER))
                 records = said.get("Providers") if isinstance(said, dict) else None
                 for record in records[:MAX_ANSWER_RECORDS] if isinstance(records, list) else ():
                     yield self._addresses(record)

@@ -74,7 +74,7 @@ class ReadAhead:
 
 # They are not cached here: each byte is given to the reader once, and then dropped.
 
-MAX_LEAVES = 64 << 20
+MAX_BUFFERED = 64 << 20
 """Bytes of leaves in the buffers of all open files together."""
 BEHIND = 4 << 20
 """Bytes by which a leaf may be behind the reader before it is dropped: the kernel reads a little out of
@@ -87,7 +87,7 @@ later."""
 class BufferBudget:
     """The bytes that the prefetch buffers of all open files share."""
 
-    def __init__(self, limit: int = MAX_LEAVES) -> None:
+    def __init__(self, limit: int = MAX_BUFFERED) -> None:
         self.left = limit
 
 

@@ -304,7 +304,7 @@ def _mount_options(group: argparse._ArgumentGroup) -> None:
         "NAME",
         "show an IPNS name or a domain as the folder /ipns/NAME, as it resolves when the run begins",
     )
-    for name, (metavar, meaning) in PASSED_ON.items():
+    for name, (metavar, meaning) in MOUNT_OPTIONS.items():
         _repeatable(group, name, metavar, meaning)
     group.add_argument(
         "--cache-dir", metavar="DIR", help="the cache folder; a mount that uses it is used, else one is made"
@@ -314,7 +314,7 @@ def _mount_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-PASSED_ON = {
+MOUNT_OPTIONS = {
     "--from": (
         "SOURCE",
         "where blocks come from: library, a CAR file, kubo, kubo+http://HOST:PORT, a URL, gateway, network",
@@ -400,7 +400,7 @@ def _preload(text: str) -> tuple[str, str]:
 
 
 def _passed_on(seen: dict[str, list[str]]) -> tuple[str, ...]:
-    found = [f"{name}={each}" for name in PASSED_ON for each in seen[name[2:].replace("-", "_")]]
+    found = [f"{name}={each}" for name in MOUNT_OPTIONS for each in seen[name[2:].replace("-", "_")]]
     return tuple(found + ["--offline"] * bool(seen["offline"]))
 
 

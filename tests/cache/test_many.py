@@ -24,7 +24,7 @@ SMALL_BLOCKS = int(os.environ.get("IPFSFUSE_SMALL_BLOCKS", "100000"))
 def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pinset, "MAX_NAMES_KEPT", 100)
+    monkeypatch.setattr(pinset, "MAX_STAGED_NAMES", 100)
 
     async def main() -> None:
         chain = Chain()

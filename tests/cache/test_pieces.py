@@ -13,7 +13,7 @@ from ipfsfuse.cache.store import store as stores
 from ipfsfuse.cache.store.staging import PIECE
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.fileio.tags import TAG
+from ipfsfuse.fileio.tags import TAG_BYTES
 from tests.cache.standin import Chain, flip, make_file, staged
 
 FLIPS = int(os.environ.get("IPFSFUSE_FLIPS", "2000"))
@@ -136,7 +136,7 @@ def test_a_file_of_which_nothing_was_right_leaves_no_second_file(tmp_path: Path)
 
 
 def test_the_memory_for_tags_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "MAX_TAGS", 3 * (16 * TAG + stores.TAGS_OVERHEAD))
+    monkeypatch.setattr(stores, "MAX_TAGS", 3 * (16 * TAG_BYTES + stores.TAGS_OVERHEAD))
     chain = Chain()
     file, leaves, content = make_file(chain, 8 * LEAF, LEAF)
 

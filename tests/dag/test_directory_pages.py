@@ -41,7 +41,7 @@ def test_what_no_file_system_holds_is_counted_and_left_out_and_a_page_is_never_e
             b"first",
             *bad,
             b"first",
-            *(b".." for _ in range(2 * directory_pages.PAGE)),
+            *(b".." for _ in range(2 * directory_pages.PAGE_ENTRIES)),
             b"last",
             b"",
         ]
@@ -54,9 +54,13 @@ def test_what_no_file_system_holds_is_counted_and_left_out_and_a_page_is_never_e
 
 def test_a_large_directory_comes_in_pages() -> None:
     heap = Blocks()
-    links = [Link(A, b"%05d" % number, 1) for number in range(2 * directory_pages.PAGE + 1)]
+    links = [Link(A, b"%05d" % number, 1) for number in range(2 * directory_pages.PAGE_ENTRIES + 1)]
     found = pages(heap, directory(heap, heap.directory(links)))
-    assert [len(page.entries) for page in found] == [directory_pages.PAGE, directory_pages.PAGE, 1]
+    assert [len(page.entries) for page in found] == [
+        directory_pages.PAGE_ENTRIES,
+        directory_pages.PAGE_ENTRIES,
+        1,
+    ]
     assert names(found) == [link.name for link in links]
 
 

@@ -140,7 +140,7 @@ def test_a_block_that_is_named_a_billion_times_costs_what_isread_range() -> None
     assert read(heap, root, 16 * 10**9 - 20, 100) == b"cdef0123456789abcdef"
     assert len(set(heap.fetched)) <= 3
     found = heap.drive(file_layout.leaves(root, 5, root.size, sure=True))
-    assert len(found) == file_layout.MAX_LEAVES
+    assert len(found) == file_layout.LEAVES_PER_CALL
     assert found[0] == Leaf(found[0].cid, 0, 16)
 
 

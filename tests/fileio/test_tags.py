@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ipfsfuse.fileio.tags import KEY, TAG, tags_of
+from ipfsfuse.fileio.tags import KEY, TAG_BYTES, tags_of
 
 PRIME = (1 << 130) - 5
 CLAMP = 0x0FFFFFFC0FFFFFFC0FFFFFFC0FFFFFFF
@@ -30,9 +30,9 @@ def test_a_tag_is_the_polynomial_at_a_secret_point(seed: int) -> None:
             content = b"\xff" * size
         piece = dice.choice([32, 100, 8192])
         tags = tags_of(bytearray(content) if seed and size else content, piece)
-        assert len(tags) == -(-size // piece) * TAG
+        assert len(tags) == -(-size // piece) * TAG_BYTES
         for number, at in enumerate(range(0, size, piece)):
-            tag = int.from_bytes(tags[number * TAG : (number + 1) * TAG], "little")
+            tag = int.from_bytes(tags[number * TAG_BYTES : (number + 1) * TAG_BYTES], "little")
             whole = tag_of(content[at : at + piece])
             assert tag in {(whole + times * PRIME) % (1 << 128) for times in range(3)}
 

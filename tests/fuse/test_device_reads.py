@@ -19,7 +19,7 @@ import trio
 from ipfsfuse.cache.store.staging import PIECE
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.fileio.tags import TAG, tags_of
+from ipfsfuse.fileio.tags import TAG_BYTES, tags_of
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.device import ReadWindows
 from tests.cache.standin import flip, random_bytes
@@ -407,8 +407,8 @@ def test_an_inode_that_is_another_file_now_has_nothing_of_the_old_one(tmp_path: 
 def test_the_tags_that_are_held_are_bounded_and_the_least_recently_read_file_goes(tmp_path: Path) -> None:
     """Four files, each with tags of a third of the bound: of leaves whose first piece alone is there."""
     content = random_bytes(PIECE, 7)
-    count = (HELD // 3 - 2000) // TAG
-    tags = tags_of(content, PIECE) + bytes((count - 1) * TAG)
+    count = (HELD // 3 - 2000) // TAG_BYTES
+    tags = tags_of(content, PIECE) + bytes((count - 1) * TAG_BYTES)
 
     async def main() -> None:
         with staging(tmp_path, content) as (folder, _path):

@@ -9,7 +9,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.sources.http.settings import BodyBudget, BodyShare
 from ipfsfuse.sources.pool.health import (
-    LONGEST_PAUSE,
+    LONGEST_OPEN_SECONDS,
     LONGEST_PROBE,
     LONGEST_RETRY_AFTER,
     Health,
@@ -36,7 +36,7 @@ def test_two_failures_in_a_row_are_nothing_three_are_a_pause_that_doubles() -> N
         now += pauses[-1]
     assert 0.25 <= pauses[0] <= 0.5
     assert 0.5 <= pauses[1] <= 1
-    assert LONGEST_PAUSE / 2 <= pauses[-1] <= LONGEST_PAUSE
+    assert LONGEST_OPEN_SECONDS / 2 <= pauses[-1] <= LONGEST_OPEN_SECONDS
     assert len(set(pauses)) == len(pauses)
 
 

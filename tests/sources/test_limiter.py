@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.cache.single_flight import Fetch
 from ipfsfuse.sources.base import Caller, current_request, request_of
-from ipfsfuse.sources.pool.limiter import NEW, ROTATE_FRESH, SETTLE, ConcurrencyLimiter, Place
+from ipfsfuse.sources.pool.limiter import CROWD_SECONDS, NEW, ROTATE_FRESH, ConcurrencyLimiter, Place
 
 RUNNING, LATE = 16, 128
 ALICE, BOB = 1000, 1001
@@ -166,7 +166,7 @@ def test_a_crowd_does_not_begin_at_once_at_a_source_that_answers() -> None:
             callers = Callers(limiter, nursery)
             callers.crowd(100, ALICE, 1.5)
             await trio.sleep(0.9)
-            assert limiter.in_flight <= RUNNING * (1 + NEW / SETTLE)
+            assert limiter.in_flight <= RUNNING * (1 + NEW / CROWD_SECONDS)
             await trio.sleep(20)
             assert (limiter.in_flight, limiter.waiting, callers.displaced) == (0, 0, 0)
 

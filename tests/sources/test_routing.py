@@ -18,7 +18,7 @@ from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.routing import MAX_ANSWER, Network, Router, provider_origin
+from ipfsfuse.sources.routing import MAX_ROUTER_ANSWER, Network, Router, provider_origin
 from ipfsfuse.sources.spec import OpenSettings, open_sources
 from ipfsfuse.sources.streams import Block
 from tests.kubo.node import Node
@@ -198,7 +198,7 @@ def deep(ask: Ask) -> None:
 
 
 def huge(ask: Ask) -> None:
-    ask.send(200, b" " * (MAX_ANSWER + 1), "application/json")
+    ask.send(200, b" " * (MAX_ROUTER_ANSWER + 1), "application/json")
 
 
 def broken(ask: Ask) -> None:

@@ -25,7 +25,7 @@ from ipfsfuse.cache.base import Copies, PinStatus
 from ipfsfuse.cache.pins import batches, lease
 from ipfsfuse.cache.pins.batches import QUEUED, BatchPlanner, Round
 from ipfsfuse.cache.pins.lease import MountId
-from ipfsfuse.cache.pins.mfs import PINNED, STAGED, Mfs, MfsPinFolder, NodeRpc
+from ipfsfuse.cache.pins.mfs import PINNED_PREFIX, STAGED_PREFIX, Mfs, MfsPinFolder, NodeRpc
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.multihash import SHA2_256_PREFIX
@@ -55,7 +55,7 @@ class KuboPins:
         self.name = name
         self._mfs = mfs
         self._folder = MfsPinFolder(mfs, mount_id)
-        self._planners = {STAGED: BatchPlanner(), PINNED: BatchPlanner()}
+        self._planners = {STAGED_PREFIX: BatchPlanner(), PINNED_PREFIX: BatchPlanner()}
         self._is_staged: Callable[[Cid], object]
         self._repair: BlockRepair
         self._read_back_due = -math.inf
@@ -79,14 +79,14 @@ class KuboPins:
     # -- what is desired -------------------------------------------------------------------------------------
 
     def add(self, cid: Cid) -> None:
-        self._want(STAGED, cid, True)
+        self._want(STAGED_PREFIX, cid, True)
 
     def remove(self, cid: Cid) -> None:
-        self._want(STAGED, cid, False)
+        self._want(STAGED_PREFIX, cid, False)
 
     def state(self, cid: Cid) -> str:
         cid = cids.canonical(cid)
-        pinned, staged = self._planners[PINNED].home(cid), self._planners[STAGED].home(cid)
+        pinned, staged = self._planners[PINNED_PREFIX].home(cid), self._planners[STAGED_PREFIX].home(cid)
         if pinned:
             return "user"
         if staged:
@@ -95,10 +95,10 @@ class KuboPins:
 
     def pin(self, cid: Cid) -> None:
         """Holds `cid` and everything below it until `unpin`, for the user."""
-        self._want(PINNED, cid, True)
+        self._want(PINNED_PREFIX, cid, True)
 
     def unpin(self, cid: Cid) -> None:
-        self._want(PINNED, cid, False)
+        self._want(PINNED_PREFIX, cid, False)
 
     def reconcile(
         self,
@@ -194,7 +194,7 @@ class KuboPins:
             self._changed.set()
 
     async def _do(self, prefix: str, planner: BatchPlanner, step: Round) -> None:
-        self._repair.note(planner, step, everything=prefix == PINNED)
+        self._repair.note(planner, step, everything=prefix == PINNED_PREFIX)
         try:
             await self._folder.write(prefix, step)
         except BaseException:
@@ -205,8 +205,8 @@ class KuboPins:
 
     async def _read_back(self) -> None:
         found = await self._folder.read_back(self._planners)
-        planner = self._planners[STAGED]
-        for number, cid in enumerate(found[STAGED]):
+        planner = self._planners[STAGED_PREFIX]
+        for number, cid in enumerate(found[STAGED_PREFIX]):
             if number % LOOKUPS_PER_TURN == 0:
                 await trio.lowlevel.checkpoint()
             if planner.home(cid) is None and self._is_staged(cid):

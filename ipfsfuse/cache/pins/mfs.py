@@ -229,12 +229,12 @@ MFS_ROOT = "/ipfsfuse"
 LEASE = "lease"
 OWNER = "owner"
 """The name of the lease in earlier versions."""
-STAGED = "staged-"
-PINNED = "pinned-"
+STAGED_PREFIX = "staged-"
+PINNED_PREFIX = "pinned-"
 MAX_FOLDERS = 1000
 """Folders of other mounts that are checked at one start."""
 
-_BATCH = re.compile(f"({STAGED}|{PINNED})([0-9]+)")
+_BATCH = re.compile(f"({STAGED_PREFIX}|{PINNED_PREFIX})([0-9]+)")
 _NUMBER = re.compile("[1-9][0-9]{0,8}")
 
 

@@ -52,16 +52,16 @@ MIGRATING = ".ipfsfuse-cache.migrating"
 LAYOUT = 3
 MARKER = "ipfsfuse cache"
 
-FORMAT, TAG, LOCK, DAEMON, CONTROL = "format", "CACHEDIR.TAG", "lock", "daemon.json", "control"
+FORMAT, CACHEDIR_TAG, LOCK, DAEMON, CONTROL = "format", "CACHEDIR.TAG", "lock", "daemon.json", "control"
 INODE_KEY, MOUNT_ID, INDEX, LOG, OLD_LOG = "inode-key", "mount-id", "index.sqlite", "log", "log.1"
 DAMAGED_INDEX = "index.malformed"
-PINNED, STAGING, PACKS, INDEXES, NAMES, PINS = "pinned", "staging", "packs", "indexes", "names", "pins"
+PINNED_FOLDER, STAGING, PACKS, INDEXES, NAMES, PINS = "pinned", "staging", "packs", "indexes", "names", "pins"
 
 FILES = frozenset({
-    FORMAT, TAG, LOCK, DAEMON, INODE_KEY, MOUNT_ID, INDEX, f"{INDEX}-wal", f"{INDEX}-shm", f"{INDEX}-journal",
-    DAMAGED_INDEX, LOG, OLD_LOG,
+    FORMAT, CACHEDIR_TAG, LOCK, DAEMON, INODE_KEY, MOUNT_ID, INDEX, f"{INDEX}-wal", f"{INDEX}-shm",
+    f"{INDEX}-journal", DAMAGED_INDEX, LOG, OLD_LOG,
 })  # fmt: skip
-FOLDERS = frozenset({PINNED, STAGING, PACKS, INDEXES, NAMES, PINS})
+FOLDERS = frozenset({PINNED_FOLDER, STAGING, PACKS, INDEXES, NAMES, PINS})
 _KINDS = {
     **dict.fromkeys(FILES, stat.S_IFREG), **dict.fromkeys(FOLDERS, stat.S_IFDIR), CONTROL: stat.S_IFSOCK,
 }  # fmt: skip
@@ -565,7 +565,7 @@ def _check_marker(fd: int, path: Path) -> None:
 def written_by(fd: int) -> str:
     """The version of ipfsfuse that used the folder last, according to its tag."""
     try:
-        found = _TAGGED_BY.search(read_file(fd, TAG).decode("ascii", "replace"))
+        found = _TAGGED_BY.search(read_file(fd, CACHEDIR_TAG).decode("ascii", "replace"))
     except OSError:
         found = None
     return f"ipfsfuse {found[1][:40]}" if found else "the ipfsfuse that made it"
@@ -596,8 +596,8 @@ def tag(path: Path) -> None:
     """Writes the tag, by which backups leave the folder out, and which names our version. Errors are
     ignored."""
     with contextlib.suppress(OSError), Closing(os.open(path, _DIRECTORY)) as fd:
-        if not _exists(fd, TAG) or read_file(fd, TAG) != TAG_TEXT.encode():
-            write_file(fd, TAG, TAG_TEXT.encode(), lasting=False)
+        if not _exists(fd, CACHEDIR_TAG) or read_file(fd, CACHEDIR_TAG) != TAG_TEXT.encode():
+            write_file(fd, CACHEDIR_TAG, TAG_TEXT.encode(), lasting=False)
 
 
 # -- the layout before the marked folder ---------------------------------------------------------------------

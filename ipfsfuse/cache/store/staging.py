@@ -41,7 +41,7 @@ from ipfsfuse.fileio.files import (
     regular,
     share_extents,
 )
-from ipfsfuse.fileio.tags import TAG, tags_of
+from ipfsfuse.fileio.tags import TAG_BYTES, tags_of
 
 # -- times of use, by a clock that can't be set
 
@@ -327,7 +327,10 @@ class Staging:
                 if flags and exc.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
                     return None
                 raise
-        if count != len(data) or tags_of(data, PIECE) != tags[start_piece * TAG : end_piece * TAG]:
+        if (
+            count != len(data)
+            or tags_of(data, PIECE) != tags[start_piece * TAG_BYTES : end_piece * TAG_BYTES]
+        ):
             return None
         return memoryview(data)[start - start_piece * PIECE : stop - start_piece * PIECE]
 

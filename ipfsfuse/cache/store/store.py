@@ -20,7 +20,7 @@ import trio
 from ipfsfuse.cache.base import CacheItem, Content, FileRef, LeafPart, NoPins, Pieces, Pins
 from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_usage
 from ipfsfuse.cache.store import staging
-from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED, STAGING
+from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED_FOLDER, STAGING
 from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
 from ipfsfuse.cache.store.records import PinRecord, PinRecords
@@ -79,7 +79,7 @@ class Store:
             self.staging = Staging(folder / STAGING)
             opened.callback(self.staging.folder.close)
             self.budget.unit = self.staging.unit
-            self.pin_records = PinRecords(folder / PINNED)
+            self.pin_records = PinRecords(folder / PINNED_FOLDER)
             opened.callback(self.pin_records.folder.close)
             index = Index(folder / INDEX, self.small_budget, self.pin_records.take_over)
             opened.callback(index.close)

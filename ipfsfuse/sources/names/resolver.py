@@ -56,7 +56,7 @@ MAX_NAME_CHAIN: Final = 32
 """The longest chain of names that is followed, as in Kubo."""
 MAX_ASKED: Final = 256
 """Names that are resolved at a time: each needs a connection to every source."""
-MAX_NAMES_KEPT: Final = 1000
+MAX_RESOLVED_NAMES: Final = 1000
 """Names of which the value or failure is kept in memory."""
 MIN_KEPT_SECONDS: Final = 1.0
 """A value is kept at least so long, because one access asks for it more than once."""
@@ -305,7 +305,7 @@ class Resolver:
                 step = _Step(exc.with_traceback(None), trio.current_time() + FAILURE_SECONDS)
             self._steps[name] = step
             self._steps.move_to_end(name)
-            if len(self._steps) > MAX_NAMES_KEPT:
+            if len(self._steps) > MAX_RESOLVED_NAMES:
                 self._steps.popitem(last=False)
             return step
 

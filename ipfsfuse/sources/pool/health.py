@@ -14,7 +14,7 @@ from ipfsfuse.structures import Histogram
 OPENS_AFTER = 3
 """Failures in a row after which a source is not asked for a while. If one request in three fails at random,
 three in a row fail once in 27."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+FIRST_OPEN_SECONDS, LONGEST_OPEN_SECONDS = 0.5, 10.0
 LONGEST_RETRY_AFTER = 600.0
 """Seconds of the longest pause that a server can ask for."""
 FIRST_QUARANTINE, LONGEST_QUARANTINE = 600.0, 86_400.0
@@ -130,7 +130,9 @@ class Health:
             self._failed_in_a_row = max(self._failed_in_a_row, OPENS_AFTER)
             self._open_until = max(self._open_until, now + min(retry_after, LONGEST_RETRY_AFTER))
         elif self._failed_in_a_row >= OPENS_AFTER:
-            pause = min(FIRST_PAUSE * 2 ** min(self._failed_in_a_row - OPENS_AFTER, 10), LONGEST_PAUSE)
+            pause = min(
+                FIRST_OPEN_SECONDS * 2 ** min(self._failed_in_a_row - OPENS_AFTER, 10), LONGEST_OPEN_SECONDS
+            )
             self._open_until = now + pause * self._rng.uniform(0.5, 1.0)
 
     def record_too_many(self) -> None:

@@ -9,8 +9,8 @@ places are taken, a late request is displaced: it is cancelled, and asked again 
 - A request that was never tried goes before those that were. Among the untried, the newest goes first: a
 caller that has waited long is likely to wait for a block that nobody has, and its deadline is near.
 - A new request (of the last `NEW` seconds) need not wait until others are late. It starts unless `running`
-  requests began in the last `SETTLE` seconds, so that a crowd does not start at once. If all places are taken
-  and no request is late, it displaces one all the same, but only once in `SETTLE` seconds: otherwise a crowd
+  requests began in the last `CROWD_SECONDS`, so that a crowd does not start at once. If all places are taken
+  and no request is late, it displaces one all the same, but only once in `CROWD_SECONDS`: otherwise a crowd
   would leave no request the time to be answered. A request that was displaced so early counts as never tried.
 - Among several callers, the one with the fewest requests in flight is next. No caller holds more than three
   quarters of the places. The request that is displaced belongs to the caller that has most.
@@ -33,7 +33,7 @@ import trio
 
 from ipfsfuse.sources.base import Caller, Request, SourceRequest, current_request, current_source_request
 
-SETTLE = 0.04
+CROWD_SECONDS = 0.04
 """Seconds, see above. A new request starts within this time, unless more than `running` newer ones come in
 it."""
 NEW = 0.1
@@ -200,7 +200,7 @@ class ConcurrencyLimiter:
                     self._watcher = place
                 if self._watcher is place:
                     # 0.1 ms more, so that rounding does not wake it just before the time
-                    with trio.move_on_after(min(SETTLE, self._late_after()) + 0.0001):
+                    with trio.move_on_after(min(CROWD_SECONDS, self._late_after()) + 0.0001):
                         await place.event.wait()
                     self._dispatch()
                 else:
@@ -296,28 +296,30 @@ class ConcurrencyLimiter:
         if place.retried:
             running = max(1, running // 2)  # the other half stays free for requests that were never tried
         full = len(self._active) >= running or self._active_of[place.caller] >= _share(running)
-        if full and not (new and self._is_settled(place.caller, running, now)):
+        if full and not (new and self._is_no_crowd(place.caller, running, now)):
             return False
         late = self._late_after()
         if new:
-            least = max(SETTLE, late)
+            least = max(CROWD_SECONDS, late)
         else:
             least = max(ROTATE_RETRIED, 4 * late) if place.retried else max(ROTATE_FRESH, 2 * late)
         while (own := self._all_of[place.caller] >= self.caller_limit) or self.in_flight >= self.limit:
             if self._displace(place.caller, own, now - least):
                 continue
             # not if the source accepts few requests: it needs its time to answer
-            early = new and self._limit >= self._most > self._running and now - self._early_at >= SETTLE
-            if not early or not self._displace(place.caller, own, now - SETTLE, early=True):
+            early = (
+                new and self._limit >= self._most > self._running and now - self._early_at >= CROWD_SECONDS
+            )
+            if not early or not self._displace(place.caller, own, now - CROWD_SECONDS, early=True):
                 return False
             self._early_at = now
         return True
 
-    def _is_settled(self, caller: Caller, running: int, now: float) -> bool:
-        """Whether so few requests began in the last SETTLE seconds that one more of `caller` may begin."""
+    def _is_no_crowd(self, caller: Caller, running: int, now: float) -> bool:
+        """Whether so few requests began in the last CROWD_SECONDS that one more of `caller` may begin."""
         of_caller = 0
         for began, place in enumerate(reversed(self._active), 1):
-            if now - place.since >= SETTLE:
+            if now - place.since >= CROWD_SECONDS:
                 break
             of_caller += place.caller == caller
             if began >= running or of_caller >= _share(running):

@@ -66,7 +66,7 @@ PARALLEL_SINGLE = 4
 MIN_SLEEP = 1.0
 """Seconds. A shorter sleep of the machine is ignored."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 8.0
+FIRST_RETRY_PAUSE, LONGEST_RETRY_PAUSE = 0.25, 8.0
 """Seconds between two requests for one block at one source. The longest is at most a quarter of the
 deadline."""
 PATIENCE_ALONE = 15.0
@@ -373,7 +373,7 @@ class HedgedFetch:
     async def poll_source(self, managed: ManagedSource, failed: trio.Event, *, hedge: bool) -> None:
         """Asks one source until it gives the block or asking again is useless. Sets `failed` when others
         should be asked."""
-        pause, longest = FIRST_PAUSE, min(LONGEST_PAUSE, self._pool.deadline / 4)
+        pause, longest = FIRST_RETRY_PAUSE, min(LONGEST_RETRY_PAUSE, self._pool.deadline / 4)
         retried = False
         while self.found is None:
             wait = managed.health.wait(trio.current_time())
