@@ -133,34 +133,41 @@ def _whole(cid: Cid, size: int) -> tuple[FileRef, Leaf]:
 
 
 class _Unwritten:
-    """The bytes that wait to be written: at most `MAX_UNWRITTEN`, or one block."""
+    """The bytes that wait to be written: at most `MAX_UNWRITTEN`."""
 
     def __init__(self, store: Store, patience: float) -> None:
         """`patience`: seconds for which `add` waits for the disk."""
         self._store, self._patience = store, patience
         self._bytes = 0
         self._fewer = trio.Event()
+        self._turn = trio.Lock()
+        """Held by the first caller that waits for room: the others, even of less, come after it."""
+        self._removals = 0
         self.is_stuck = False
         """Whether `add` has waited for the disk in vain, and nothing was written since."""
 
     async def add(self, size: int) -> bool:
-        """Counts `size` more bytes, once there is room for them. False if the disk makes no room in time;
-        until it makes some, no other caller waits."""
-        if self._bytes > MAX_UNWRITTEN - size:
-            with trio.move_on_after(0 if self.is_stuck else self._patience):
+        """Counts `size` more bytes, once there is room for them, and returns True. Returns False if the disk
+        makes too little room in time. If it makes none, later calls do not wait until it does."""
+        if self._bytes <= MAX_UNWRITTEN - size and not self._turn.locked():
+            self._bytes += size
+            return True
+        removals = self._removals
+        with trio.move_on_after(0 if self.is_stuck else self._patience):
+            async with self._turn:
                 while self._bytes > MAX_UNWRITTEN - size:
                     await self._fewer.wait()
-        if self._bytes > MAX_UNWRITTEN - size:
-            if not self.is_stuck:
-                self.is_stuck = True
-                late = StoreFailed(f"the disk does not keep up: it took nothing for {self._patience:.1f} s")
-                self._store.backoff.failed(str(self._store.folder), late)
-            return False
-        self._bytes += size
-        return True
+                self._bytes += size
+                return True
+        if removals == self._removals and not self.is_stuck:
+            self.is_stuck = True
+            late = StoreFailed(f"the disk does not keep up: it took nothing for {self._patience:.1f} s")
+            self._store.backoff.failed(str(self._store.folder), late)
+        return False
 
     def remove(self, size: int) -> None:
         self._bytes -= size
+        self._removals += 1
         self.is_stuck = False
         self._fewer.set()
         self._fewer = trio.Event()

@@ -4,15 +4,17 @@ import errno
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.reader import MAX_UNWRITTEN
+from ipfsfuse.cache.reader import MAX_UNWRITTEN, _Unwritten
 from ipfsfuse.cache.single_flight import SingleFlight
+from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import StoreFailed
@@ -282,3 +284,60 @@ def test_a_failure_after_the_value_was_given_goes_to_the_log_alone(caplog: pytes
 
     trio.run(main)
     assert "a bug" in caplog.text
+
+
+class NoStore:
+    """In a store's place: what `_Unwritten` says to it."""
+
+    def __init__(self) -> None:
+        self.folder = Path("cache")
+        self.backoff = self
+        self.said: list[str] = []
+
+    def failed(self, _key: str, error: StoreFailed) -> None:
+        self.said.append(str(error))
+
+
+def test_a_large_delivery_waits_for_the_disk_no_longer_than_small_ones() -> None:
+    """Small ones took all room that the disk made, and then the disk was said to take nothing."""
+
+    async def main() -> None:
+        store = NoStore()
+        unwritten = _Unwritten(cast(Store, store), 1.0)
+
+        async def write_small_ones() -> None:
+            while True:
+                assert await unwritten.add(MIB)
+                await trio.sleep(0.1)
+                unwritten.remove(MIB)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(MAX_UNWRITTEN // MIB + 8):
+                nursery.start_soon(write_small_ones)
+            await wait_all_tasks_blocked()
+            assert await unwritten.add(4 * MIB)
+            assert store.said == []
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+def test_a_disk_that_is_only_slow_is_not_said_to_take_nothing() -> None:
+    async def main() -> None:
+        store = NoStore()
+        unwritten = _Unwritten(cast(Store, store), 1.0)
+        for _ in range(MAX_UNWRITTEN // MIB):
+            assert await unwritten.add(MIB)
+        async with trio.open_nursery() as nursery:
+
+            async def write_one() -> None:
+                await trio.sleep(0.5)
+                unwritten.remove(MIB)
+
+            nursery.start_soon(write_one)
+            assert not await unwritten.add(4 * MIB)
+        assert (store.said, unwritten.is_stuck) == ([], False)
+        assert not await unwritten.add(4 * MIB)
+        assert (len(store.said), unwritten.is_stuck) == (1, True)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
