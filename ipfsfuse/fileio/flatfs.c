@@ -1,13 +1,17 @@
-/* Reads blocks of a Kubo repository (flatfs: one file for each block, named by its multihash). One call reads and hashes a block,
- * without Python's lock. Threads of ours read ahead for a program that goes down a path: after a block it needs one of those
- * that the block links. The disk then works while Python answers the requests in between.
+/* Reads blocks of a Kubo repository (flatfs: one file for each block, named by its multihash). One call reads
+ * and hashes a block, without Python's lock. Threads of this file read ahead for a program that goes down a
+ * path: after a block it needs one of the blocks that this block links. So the disk works while Python
+ * answers the requests in between.
  *
- * The children of a directory of at most MAX_CHILDREN entries are read ahead. Once one of them is asked for and is a file, the first blocks
- * of that file are, too, down to its first leaf. Nothing is read ahead while other blocks are asked for: the disk is busy then.
- * Many blocks are read by one call, and by READERS threads: of a cold one the disk is asked three times, for the folder's entry,
- * the file and its bytes, each time after the other.
- * Nothing here verifies anything. A link is only a hint; the caller compares the hash of a block.
- * Concurrency: any thread. At most READ_AHEAD_THREADS threads read ahead. They use nothing of Python's.
+ * The children of a directory of at most MAX_CHILDREN entries are read ahead. Once one of them is asked for
+ * and is a file, the first blocks of that file are read ahead too, down to its first leaf. Nothing is read
+ * ahead while other blocks are asked for, because the disk is busy then.
+ *
+ * One call can read many blocks, with READERS threads. A block that is not in the page cache costs three disk
+ * reads, one after the other: the folder's entry, the file and its bytes.
+ *
+ * Nothing here verifies a block. A link is only a hint; the caller compares the hash of a block.
+ * Concurrency: any thread may call. At most READ_AHEAD_THREADS threads read ahead. They use nothing of Python.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -32,10 +36,11 @@
 #define READ_AHEAD_THREADS 2
 #define READERS 4               /* threads that read the blocks of one call, the calling one included */
 #define KEPT (4 << 20)          /* bytes of blocks that were read ahead and not taken yet */
-#define KEPT_NS 1000000000LL    /* for which they are kept */
-#define ALONE_NS 20000000LL     /* children are read ahead if no block was asked for in so long a time */
-#define TOGETHER (256 << 10)    /* bytes that are hashed while the disk reads the next ones. Asked for by one call, the disk gives
-                                 * 1 MiB after some 1.2 ms, and hashing begins only there */
+#define KEPT_NS 1000000000LL    /* how long they are kept */
+#define ALONE_NS 20000000LL     /* children are read ahead only if no block was asked for in this time */
+/* Bytes of one read. They are hashed while the disk reads the next ones. A read of 1 MiB returns after some
+ * 1.2 ms, and hashing can't begin before. */
+#define TOGETHER (256 << 10)
 #define POPULATE_WRITE 23       /* MADV_POPULATE_WRITE, which older headers lack */
 #define DIGEST 32
 #define DAG_PB 0x70
@@ -43,7 +48,7 @@
 #define MISSING -1
 #define NO_ROOM INT64_MIN
 
-/* OpenSSL's functions, as `hashlib` uses them; all NULL where there are none. */
+/* OpenSSL's functions, as `hashlib` uses them; all NULL if they are not available. */
 struct sha256 {
 	void *(*new)(void);
 	int (*init)(void *, const void *, void *);
@@ -54,8 +59,8 @@ struct sha256 {
 };
 
 struct found {
-	int64_t size;           /* or MISSING; less than that, if it is too large: -size; or NO_ROOM */
-	char *bytes;            /* malloc's */
+	int64_t size;           /* the size; MISSING; -size if the block is too large; or NO_ROOM */
+	char *bytes;            /* from malloc */
 	int is_hashed;
 	uint8_t hash[DIGEST];
 };
@@ -69,9 +74,9 @@ struct slot {
 	enum { FREE, WANTED, READING, READ } state;
 	uint8_t digest[DIGEST];
 	int codec;
-	int level;              /* below the directory that is asked for or was taken last */
-	int on_path;            /* it was asked for, or is the first block of a file that was: its first link is read, too */
-	atomic_int unwanted;    /* reading it was given up: another child of the directory was asked for, or there is no room */
+	int level;              /* number of levels below the directory that was asked for or taken last */
+	int on_path;            /* asked for, or the first block of such a file: its first link is read too */
+	atomic_int unwanted;    /* stop reading it: another child was asked for, or there is no room */
 	int64_t order, family, read_at;
 	struct found found;
 	struct link links[MAX_CHILDREN + 1]; /* the first of a dag-pb block */
@@ -86,8 +91,8 @@ struct repo {
 	pthread_cond_t work, done;
 	struct slot slots[SLOTS];
 	int64_t asked_at, order, kept;
-	int left;               /* blocks that may still be read ahead, so that a walk through many directories is not followed for long */
-	int is_slow;            /* a wait for a block ended without it: no other is waited for until one is asked for alone */
+	int left;               /* blocks that may still be read ahead; a walk of many directories uses it up */
+	int is_slow;            /* a wait for a block timed out: do not wait until one is asked for alone */
 	int is_blocked;
 	int threads, stopping, orphaned;
 };
@@ -100,9 +105,10 @@ static int64_t now_ns(void)
 	return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/* -- one file ----------------------------------------------------------------------------------------------------------- */
+/* -- one file ----------------------------------------------------------------------------------------------- */
 
-/* The name of a block's file is the base32 of its multihash, its folder's some of its last characters but one. */
+/* A block's file is named by the base32 of its multihash. Its folder is named by the last characters of that
+ * name, without the very last one. */
 static int path_of(const struct repo *repo, const uint8_t *digest, char *path, size_t room)
 {
 	static const char alphabet[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567";
@@ -119,8 +125,8 @@ static int path_of(const struct repo *repo, const uint8_t *digest, char *path, s
 	return snprintf(path, room, "%s/%.*s/%s.data", repo->folder, repo->characters, name + 54 - repo->characters, name) < (int)room;
 }
 
-/* Has the kernel map memory for all pages at once, where it can (Linux 5.14). To touch them one after the other costs 0.3 to
- * 0.5 ms for 1 MiB. */
+/* Lets the kernel map memory for all pages at once (Linux 5.14 and later). Touching them one after the other
+ * costs 0.3 to 0.5 ms for 1 MiB. */
 static void populate(char *bytes, int64_t size)
 {
 	uintptr_t page = sysconf(_SC_PAGESIZE), first = ((uintptr_t)bytes + page - 1) & -page;
@@ -128,7 +134,7 @@ static void populate(char *bytes, int64_t size)
 	madvise((void *)first, ((uintptr_t)bytes + size - first) & -page, POPULATE_WRITE);
 }
 
-/* Reads `found->size` bytes, and hashes them, while they are wanted. */
+/* Reads and hashes `found->size` bytes. Stops if they become unwanted. */
 static int read_open(const struct repo *repo, int file, struct found *found, atomic_int *unwanted)
 {
 	void *hasher = repo->sha256.new ? repo->sha256.new() : NULL;
@@ -152,8 +158,8 @@ static int read_open(const struct repo *repo, int file, struct found *found, ato
 	return at == size;
 }
 
-/* A regular file; links are not followed. O_NONBLOCK: a pipe must not be waited for. With `room`, only if that has as many bytes
- * left. */
+/* Reads a block's file, if it is a regular file. Links are not followed. O_NONBLOCK: the open must not wait
+ * for a pipe. With `room`, reads only if `room` has as many bytes left. */
 static void read_block(const struct repo *repo, const uint8_t *digest, struct found *found, atomic_int *unwanted, atomic_llong *room)
 {
 	char path[4096];
@@ -182,9 +188,9 @@ static void read_block(const struct repo *repo, const uint8_t *digest, struct fo
 	close(file);
 }
 
-/* -- what a block links ------------------------------------------------------------------------------------------------- */
+/* -- what a block links ------------------------------------------------------------------------------------- */
 
-/* A protobuf varint at `at`; NULL where there is none before `end`. */
+/* Reads the protobuf varint at `at`. Returns the place after it, or NULL if it does not end before `end`. */
 static const uint8_t *varint(const uint8_t *at, const uint8_t *end, uint64_t *value)
 {
 	int shift;
@@ -197,8 +203,9 @@ static const uint8_t *varint(const uint8_t *at, const uint8_t *end, uint64_t *va
 	return NULL;
 }
 
-/* The field at `at`: its tag, and the `size` bytes of its content, which end where the next field begins. Of a number the
- * content is empty. NULL at the end, and where there is none of these two kinds. */
+/* Reads the tag of the field at `at`. Returns its content, which has `size` bytes and ends where the next
+ * field begins. The content of a number is empty. Returns NULL at the end, and for a field that is neither a
+ * number nor bytes. */
 static const uint8_t *field(const uint8_t *at, const uint8_t *end, uint64_t *tag, uint64_t *size)
 {
 	uint64_t number;
@@ -213,8 +220,8 @@ static const uint8_t *field(const uint8_t *at, const uint8_t *end, uint64_t *tag
 	return at;
 }
 
-/* The first links of a dag-pb block by SHA-256, at most `most`. Of a PBNode field 2 is a link; of that, field 1 is the CID, and
- * field 2 the name, which is empty in a file. Source: the dag-pb specification. */
+/* The first links of a dag-pb block by SHA-256, at most `most`. Field 2 of a PBNode is a link. Field 1 of a
+ * link is the CID, and field 2 is the name, which is empty in a file. Source: the dag-pb specification. */
 static int links_of(const uint8_t *block, int64_t size, struct link *links, int most)
 {
 	static const uint8_t v0[] = {0x12, DIGEST};
@@ -245,7 +252,7 @@ static int links_of(const uint8_t *block, int64_t size, struct link *links, int 
 	return count;
 }
 
-/* -- ahead -------------------------------------------------------------------------------------------------------------- */
+/* -- ahead -------------------------------------------------------------------------------------------------- */
 
 static struct slot *find(struct repo *repo, const uint8_t *digest, int codec)
 {
@@ -257,7 +264,8 @@ static struct slot *find(struct repo *repo, const uint8_t *digest, int codec)
 	return NULL;
 }
 
-/* A block that was missing when it was read ahead, or whose reading was given up, may be there by now: it is read again. */
+/* False for a block that was missing when it was read ahead, or whose reading was given up. It may exist by
+ * now, so it is read again. */
 static int was_found(const struct slot *slot) { return slot && slot->state == READ && slot->found.size != MISSING; }
 
 static void let_go(struct repo *repo, struct slot *slot)
@@ -285,7 +293,8 @@ static int forget_old(struct repo *repo)
 
 static void *run(void *all);
 
-/* Whether the thread was started. Signals are for Python's main thread. */
+/* Returns whether the thread was started. It blocks all signals, because they are for Python's main
+ * thread. */
 static int start(pthread_t *thread, void *(*work)(void *), void *argument)
 {
 	sigset_t all, before;
@@ -298,8 +307,9 @@ static int start(pthread_t *thread, void *(*work)(void *), void *argument)
 	return !failed;
 }
 
-/* A free slot. If there is none, that of the oldest block of another family which nobody has taken: who looks up names without
- * opening them keeps no other from having blocks read ahead. NULL if there is no such block either. */
+/* A free slot. If there is none, the slot of the oldest block of another family that nobody has taken. So a
+ * program that looks up names without opening them does not prevent read-ahead for others. NULL if there is
+ * no such slot either. */
 static struct slot *free_slot(struct repo *repo, int64_t family)
 {
 	struct slot *slot, *oldest = NULL;
@@ -343,7 +353,8 @@ static void wake(struct repo *repo)
 	pthread_cond_broadcast(&repo->work);
 }
 
-/* A block that is `on_path` was read, or one was asked for: what it links first is wanted next. The lock is held. */
+/* Called when a block that is `on_path` was read, or when a block was taken. The blocks that it links first
+ * are wanted next. The lock is held. */
 static void follow(struct repo *repo, const struct slot *slot)
 {
 	struct link links[MAX_CHILDREN + 1];
@@ -355,9 +366,9 @@ static void follow(struct repo *repo, const struct slot *slot)
 	if (named) {
 		level = 0;
 		count = count > MAX_CHILDREN ? 0 : count;
-	} else /* a program that looks up a file by its CID may want no more than its size */
+	} else /* level 0: a program that looks up a file by its CID may want only the file's size */
 		count = count && level && level < DEEPEST;
-	for (pass = 0; pass < 2; pass++) /* the small ones first */
+	for (pass = 0; pass < 2; pass++) /* dag-pb blocks first, because they are small */
 		for (each = 0; each < count && wanted < repo->left; each++)
 			if ((links[each].codec == RAW) == pass && !find(repo, links[each].digest, links[each].codec))
 				wanted += !!want(repo, links[each].digest, links[each].codec, level + 1, !named, family);
@@ -366,7 +377,7 @@ static void follow(struct repo *repo, const struct slot *slot)
 		wake(repo);
 }
 
-/* The block that `slot` has read goes to who asks for it. */
+/* Gives the block of `slot` to the caller that asks for it. */
 static void take(struct repo *repo, struct slot *slot, struct found *found)
 {
 	struct slot *other;
@@ -383,7 +394,8 @@ static void take(struct repo *repo, struct slot *slot, struct found *found)
 		follow(repo, slot);
 }
 
-/* Reads what `slot` wants, and what that links. The lock is held, but not while it reads. */
+/* Reads the block that `slot` wants. If it is on the path, the blocks that it links are wanted next. The lock
+ * is held, except while the block is read. */
 static void fill(struct repo *repo, struct slot *slot)
 {
 	struct found found;
@@ -460,7 +472,7 @@ static void *run(void *all)
 	return NULL;
 }
 
-/* -- for Python --------------------------------------------------------------------------------------------------------- */
+/* -- for Python --------------------------------------------------------------------------------------------- */
 
 /* The blocks in `folder`, whose folders have names of `characters` characters. NULL without memory. */
 struct repo *repo_open(const char *folder, int characters, const struct sha256 *sha256)
@@ -482,8 +494,8 @@ struct repo *repo_open(const char *folder, int characters, const struct sha256 *
 	return repo;
 }
 
-/* Nothing is read ahead any more. The lock is held. The threads use OpenSSL, which ends with the process: they are waited for,
- * but not for long where the disk does not answer. */
+/* Ends read-ahead. The lock is held. The threads use OpenSSL, which ends with the process, so this waits for
+ * them. It does not wait long if the disk does not answer. */
 static void stop(struct repo *repo)
 {
 	struct timespec until;
@@ -499,7 +511,7 @@ static void stop(struct repo *repo)
 		;
 }
 
-/* For the end of a process, in which another thread may still be in `repo_read`: nothing is freed. */
+/* For the end of a process. Nothing is freed, because another thread may still be in `repo_read`. */
 void repo_stop(struct repo *repo)
 {
 	pthread_mutex_lock(&repo->lock);
@@ -507,7 +519,7 @@ void repo_stop(struct repo *repo)
 	pthread_mutex_unlock(&repo->lock);
 }
 
-/* Nobody is in `repo_read` any more. */
+/* Call this only when no thread is in `repo_read`. */
 void repo_close(struct repo *repo)
 {
 	pthread_mutex_lock(&repo->lock);
@@ -519,9 +531,9 @@ void repo_close(struct repo *repo)
 		end(repo);
 }
 
-/* Takes the block if it was read ahead, and returns 1. If no other block was asked for lately, it waits up to `patience` nanoseconds
- * until a thread of ours has read it: that is sooner than a thread of Python's would have it. With a negative `patience` the
- * block is read ahead in this way, but not taken. */
+/* Takes the block if it was read ahead, and returns 1. If no other block was asked for lately, this waits up
+ * to `patience` nanoseconds until a read-ahead thread has read the block, which is sooner than a Python
+ * thread would read it. With a negative `patience` the block is read ahead, but not taken. */
 int repo_take(struct repo *repo, const uint8_t *digest, int codec, int64_t patience, struct found *found)
 {
 	struct timespec until;
@@ -593,8 +605,9 @@ static int from_base58(const char *name, size_t size, uint8_t *out, size_t room)
 	return 1;
 }
 
-/* A program looks up `name` in the mount's root. If that is the CID of a dag-pb block in its usual spelling, and no block was asked
- * for lately, its block is read ahead. If the block is staged already, it is read for nothing. */
+/* Called when a program looks up `name` in the mount's root. If the name is the CID of a dag-pb block in its
+ * usual spelling, and no block was asked for lately, the block is read ahead. If it is staged already, the
+ * read is wasted. */
 void repo_name(struct repo *repo, const char *name, size_t size)
 {
 	uint8_t cid[4 + DIGEST], *multihash = cid + 2;
@@ -613,7 +626,7 @@ void repo_name(struct repo *repo, const char *name, size_t size)
 	pthread_mutex_unlock(&repo->lock);
 }
 
-/* Whether names have nothing read, since their content may be blocked. */
+/* Sets whether lookups of names read nothing ahead, because their content may be blocked. */
 void repo_block(struct repo *repo, int is_blocked)
 {
 	pthread_mutex_lock(&repo->lock);
@@ -621,7 +634,8 @@ void repo_block(struct repo *repo, int is_blocked)
 	pthread_mutex_unlock(&repo->lock);
 }
 
-/* Reads the block, or waits for the thread that reads it ahead. The bytes of `found` are to be freed by `repo_free`. */
+/* Reads the block, or waits for the thread that reads it ahead. The caller frees the bytes of `found` by
+ * `repo_free`. */
 void repo_read(struct repo *repo, const uint8_t *digest, int codec, struct found *found)
 {
 	struct slot *slot;
@@ -660,9 +674,9 @@ static void *read_next(void *all)
 	return NULL;
 }
 
-/* Reads `count` blocks, whose digests lie one behind the other, into `found`: the first, and those behind it that have `room` bytes
- * together. Returns how many of `found` are filled before the first that found no room. The bytes of all are to be freed by
- * `repo_free_many`. */
+/* Reads up to `count` blocks into `found`. `digests` holds their digests, one after the other. Reads the
+ * first block, and as many of the next ones as fit into `room` bytes together. Returns how many of `found`
+ * are filled before the first block without room. The caller frees the bytes of all by `repo_free_many`. */
 int repo_read_many(struct repo *repo, const uint8_t *digests, int count, int64_t room, struct found *found)
 {
 	struct many many = {repo, digests, found, count, 0, room};

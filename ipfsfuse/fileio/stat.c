@@ -1,5 +1,6 @@
-/* What the disk says of many files, in one call: each by itself would take and give back Python's lock, and while another thread
- * wants it that costs more than the asking. Knows nothing of Python. */
+/* Calls stat(2) for many files in one call. A call for each file would release and take Python's lock each
+ * time, and while another thread wants the lock, that costs more than stat(2) itself. Uses nothing of
+ * Python. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -7,9 +8,10 @@
 #include <string.h>
 #include <sys/stat.h>
 
-/* What stat(2) says of files in the open folder `folder`. `names` has `count` names, one behind the other, each with a 0 at its
- * end. `out` gets seven numbers for each: errno (0 for none), mode, links, user, bytes, blocks of 512 bytes, and nanoseconds
- * since 1970 of the last change. Links are not followed. */
+/* Writes to `out` what stat(2) says of files in the open folder `folder`. `names` has `count` names, one
+ * after the other, each with a 0 at its end. `out` gets seven numbers for each: errno (0 for none), mode,
+ * links, user, bytes, blocks of 512 bytes, and the time of the last change in nanoseconds since 1970. Links
+ * are not followed. */
 void stat_files(int folder, const char *names, int count, int64_t *out)
 {
 	struct stat info;

@@ -1,7 +1,8 @@
 /* The tags of the pieces of a leaf, for Python. */
 #include "tags.h"
 
-/* Writes the tags of the pieces of `bytes`, of `piece` bytes each but for the last one, to `tags`, one behind the other. */
+/* Writes the tags of the pieces of `bytes` to `tags`, one after the other. Each piece has `piece` bytes; the
+ * last one may have fewer. */
 void tags_of(const uint8_t *key, const uint8_t *bytes, size_t size, size_t piece, uint8_t *tags)
 {
 	for (size_t at = 0; at < size; at += piece, tags += TAG)

@@ -1,9 +1,11 @@
-/* The tag of a piece of a verified leaf, by which the piece is recognized when it is read again.
+/* The tag of a piece of a verified leaf. When the piece is read again, its tag shows whether the bytes are
+ * the same.
  *
- * It is the polynomial of Poly1305 (D. J. Bernstein, "The Poly1305-AES message-authentication code", 2005), at a
- * secret point. Keys and tags never leave this process's memory, so nobody can choose bytes by them: other bytes of
- * the same length have the same tag with a probability of less than 2^-90. Cryptographic digests would take longer.
- * Two halves of each 32 bytes go into two polynomials side by side, since one waits for its own products.
+ * The tag is the polynomial of Poly1305 (D. J. Bernstein, "The Poly1305-AES message-authentication code",
+ * 2005), at a secret point. Keys and tags never leave this process's memory, so nobody can choose bytes to
+ * match a tag: other bytes of the same length have the same tag with a probability of less than 2^-90. A
+ * cryptographic digest would take longer. The two halves of each 32 bytes go into two polynomials, because
+ * each step of a polynomial waits for its own products.
  */
 #ifndef IPFSFUSE_TAGS_H
 #define IPFSFUSE_TAGS_H
@@ -37,7 +39,7 @@ static inline struct tag_point tag_point_of(const uint8_t *key)
 	return (struct tag_point){tag_word(key) & 0x0ffffffc0fffffffULL, high, high + (high >> 2)};
 }
 
-/* (sum + what is added) * point. The clamped point leaves room for the carries. */
+/* (sum + the three added words) * point. The clamped point leaves room for the carries. */
 static inline struct tag_sum tag_step(struct tag_sum sum, uint64_t low, uint64_t middle, uint64_t high, struct tag_point at)
 {
 	tag_wide first, second;
@@ -61,7 +63,8 @@ static inline struct tag_sum tag_step(struct tag_sum sum, uint64_t low, uint64_t
 	return sum;
 }
 
-/* Writes the tag of `size` bytes. What is missing of the last 32 is taken for zeros: the length of a piece is known. */
+/* Writes the tag of `size` bytes. The last 32 bytes are filled up with zeros, which is safe because the
+ * length of a piece is known. */
 static inline void tag_of(const uint8_t key[TAG_KEY], const uint8_t *bytes, size_t size, uint8_t tag[TAG])
 {
 	struct tag_point at = tag_point_of(key), last = tag_point_of(key + 16);
