@@ -11,7 +11,7 @@
  * reads, one after the other: the folder's entry, the file and its bytes.
  *
  * Nothing here verifies a block. A link is only a hint; the caller compares the hash of a block.
- * Concurrency: any thread may call. At most READ_AHEAD_THREADS threads read ahead. They use nothing of Python.
+ * Concurrency: any thread may call. At most READ_AHEAD_THREADS threads read ahead, and use nothing of Python.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -91,7 +91,7 @@ struct repo {
 	pthread_cond_t work, done;
 	struct slot slots[SLOTS];
 	int64_t asked_at, order, kept;
-	int left;               /* blocks that may still be read ahead; a walk of many directories uses it up */
+	int left;               /* blocks that may still be read ahead; a walk of directories uses it up */
 	int is_slow;            /* a wait for a block timed out: do not wait until one is asked for alone */
 	int is_blocked;
 	int threads, stopping, orphaned;
@@ -105,7 +105,7 @@ static int64_t now_ns(void)
 	return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-/* -- one file ----------------------------------------------------------------------------------------------- */
+/* -- one file -------------------------------------------------------------------------------------------- */
 
 /* A block's file is named by the base32 of its multihash. Its folder is named by the last characters of that
  * name, without the very last one. */
@@ -188,7 +188,7 @@ static void read_block(const struct repo *repo, const uint8_t *digest, struct fo
 	close(file);
 }
 
-/* -- what a block links ------------------------------------------------------------------------------------- */
+/* -- what a block links ---------------------------------------------------------------------------------- */
 
 /* Reads the protobuf varint at `at`. Returns the place after it, or NULL if it does not end before `end`. */
 static const uint8_t *varint(const uint8_t *at, const uint8_t *end, uint64_t *value)
@@ -252,7 +252,7 @@ static int links_of(const uint8_t *block, int64_t size, struct link *links, int 
 	return count;
 }
 
-/* -- ahead -------------------------------------------------------------------------------------------------- */
+/* -- ahead ----------------------------------------------------------------------------------------------- */
 
 static struct slot *find(struct repo *repo, const uint8_t *digest, int codec)
 {
@@ -472,7 +472,7 @@ static void *run(void *all)
 	return NULL;
 }
 
-/* -- for Python --------------------------------------------------------------------------------------------- */
+/* -- for Python ------------------------------------------------------------------------------------------ */
 
 /* The blocks in `folder`, whose folders have names of `characters` characters. NULL without memory. */
 struct repo *repo_open(const char *folder, int characters, const struct sha256 *sha256)
