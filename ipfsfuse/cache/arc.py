@@ -304,6 +304,11 @@ class Arc(Generic[K]):
         `set_capacity` afterwards, which evicts what is too much."""
         (self._again if frequent else self._once).put(key, size)
 
+    def bring_back(self, key: K, size: int, frequent: bool) -> None:
+        """Adds an item that was removed for a while, as the most recently used. Evicts nothing."""
+        self.restore(key, size, frequent)
+        self.changes.note_moved(key, False)
+
     def set_size(self, key: K, size: int) -> None:
         """Corrects the size of a cached item."""
         part = self._part(key)

@@ -190,8 +190,7 @@ class Budget:
         self.remove(key)
         del self._exempt[key]
         if size:
-            self.arc.restore(key, size, frequent)
-            self.arc.refresh(key)
+            self.arc.bring_back(key, size, frequent)
 
     async def refit(self, overhead: int, margin: int) -> None:
         """Counts everything else in the cache folder (`overhead` bytes, which may grow by `margin` before the

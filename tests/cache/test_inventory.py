@@ -407,3 +407,22 @@ def test_the_order_of_use_is_exact_after_many_unmounts(
     ways = list(zip(whole, [*whole[1:], False], strict=True))
     assert (False, True) in ways, "all was written"
     assert (False, False) in ways[:-1], "and only what had changed"
+
+
+def test_a_new_file_that_was_exempt_from_eviction_counts_as_a_new_row(tmp_path: Path) -> None:
+    """Its row was taken for an old one, and the last eviction made no room for it."""
+    files = make_staging_files(tmp_path, 20)
+    new = cids.make(cids.RAW, b"\x12\x20" + b"\xff" * 32)
+
+    async def main() -> None:
+        async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
+            budget = cache.store.budget
+            budget.arc.admit(new, 4096)
+            for cid in (new, files[7].cid):
+                budget.protect(cid)
+                budget.unprotect(cid)
+            assert (budget.arc.changes.came, budget.arc.changes.left) == ({new}, set())
+            assert budget.arc.changes.moved == {new, files[7].cid}
+            budget.remove(new)
+
+    trio.run(main)
