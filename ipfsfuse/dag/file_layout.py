@@ -13,8 +13,8 @@ Trees of tiny chunks and the tail of a trickle tree break this rule. Then `leaf_
 an interior node that was taken for a leaf, and the caller walks again with `sure=True`. That expands every
 dag-pb child, and is right for every tree.
 
-The bytes that a node holds itself come before those of its children, as in Kubo. A part whose size differs
-from what its parent states is Malformed.
+The bytes that a node holds itself come before those of its children, as the UnixFS specification says (Kubo
+leaves them out). A part whose size differs from what its parent states is Malformed.
 
 Pure. The work is bounded whatever the blocks say: one call returns at most LEAVES_PER_CALL and expands
 about NODES_PER_CALL nodes.

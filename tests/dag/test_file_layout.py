@@ -215,8 +215,7 @@ def test_a_trickle_tree_reads_right() -> None:
 
 
 def test_a_node_that_has_more_than_its_parent_states_reads_the_same_by_every_walk() -> None:
-    """Its own bytes were taken for all of it, where the walk did not look at it: whether it was read so depended
-    on who read it. Kubo, which takes no size for granted, gives more bytes than the file has."""
+    """Its own bytes were taken for all of it by a walk that did not look at it."""
     heap = Blocks()
     inner = heap.file_node([(heap.leaf(b"de"), 2)], inline=b"abc")
     for sure in (False, True):

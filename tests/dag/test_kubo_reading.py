@@ -50,6 +50,25 @@ def test_a_file_in_every_layout(kubo_node: Kubo, tmp_path: Path, layout: str) ->
         assert read(heap, node, offset, size) == DATA[offset : offset + size]
 
 
+def test_a_file_of_one_block_that_kubo_appended_to(kubo_node: Kubo, tmp_path: Path) -> None:
+    """Its root has bytes of its own and children. Kubo gives what was appended alone."""
+    first, then = DATA[:20_000], DATA[20_000:400_000]
+    (tmp_path / "then").write_bytes(then)
+    kubo_node.cmd("files", "cp", f"/ipfs/{kubo_node.add(first, '--raw-leaves=false')}", "/appended")
+    try:
+        kubo_node.cmd("files", "write", f"--offset={len(first)}", "/appended", tmp_path / "then")
+        root = kubo_node.cmd("files", "stat", "--hash", "/appended").strip()
+    finally:
+        kubo_node.cmd("files", "rm", "/appended")
+    heap = fetched(kubo_node, root, tmp_path)
+    node = heap.drive(traversal.node(cids.parse(root)))
+    assert isinstance(node, File)
+    assert node.inline == len(first)
+    for offset, size in [(0, 400_000), (19_990, 20), (300_000, 9)]:
+        assert read(heap, node, offset, size) == (first + then)[offset : offset + size]
+    assert kubo_node.cmd("cat", root, text=False) == then
+
+
 def test_a_tree_with_modes_times_links_and_inlined_files(kubo_node: Kubo, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     (tree / "sub").mkdir(parents=True)
