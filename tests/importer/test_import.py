@@ -12,8 +12,9 @@ import pytest
 from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from tests.mounting import Home
-from tests.sources.libraries import Pairs, multihash, parent, raw
+from ipfsfuse.sources.local.library import MANY, Library
+from tests.mounting import Home, wait_until
+from tests.sources.libraries import Pairs, add, multihash, parent, raw
 
 
 def write_car(file: Path, roots: list[Cid], blocks: Pairs) -> Path:
@@ -147,20 +148,29 @@ def test_cat_writes_files_and_blocks(tmp_path: Path) -> None:
 
 
 def test_a_library_is_backed_up_while_it_is_mounted_and_added_to(home: Home) -> None:
-    """By the lines in docs/SOURCES.md."""
+    """By the line in docs/SOURCES.md. An add merged small packs between the two copies, so that roots of the
+    backup named packs that it did not have."""
     before = [home.add(_file(home, f"before-{number}")) for number in range(3)]
     backup, page = home.folder / "backup", Path("docs/SOURCES.md").read_text()
-    (lines,) = [line.strip() for line in page.splitlines() if line.startswith("    cp -a LIBRARY/roots")]
-    script = lines.replace("LIBRARY", str(home.library)).replace("BACKUP", str(backup))
-    script = script.replace("&&", "&& sleep 1 &&")  # roots that are written between the two are not copied
+    library = Library(home.library)
+    (line,) = [each.strip() for each in page.splitlines() if each.startswith("    flock ")]
+    script = line.replace("LIBRARY", str(home.library)).replace("BACKUP", str(backup))
+    half, added = home.folder / "half", home.folder / "added"
+    script = script.replace("&&", f"&& touch {half} && until [ -e {added} ]; do sleep 0.05; done &&")
     adding = [sys.executable, "-m", "ipfsfuse", "add", "-Q"]
     with home.mounted("--from", "library") as mount:
-        for _ in range(2):
+        for turn in range(1, 3):
             backup.mkdir(mode=0o700, exist_ok=True)
+            for number in range(MANY):
+                add(library, [raw(1000 * turn + number)])
             copy = subprocess.Popen(["sh", "-c", script])
             new = _file(home, f"meanwhile-{time.monotonic_ns()}")
+            wait_until(half.exists, "the roots are copied")
             subprocess.run([*adding, new], env=home.env, check=True, capture_output=True)
+            added.touch()
             assert copy.wait() == 0
+            half.unlink()
+            added.unlink()
             assert all((mount.path / cid).read_text().startswith("before") for cid in before)
     shutil.rmtree(home.library)
     shutil.copytree(backup, home.library, symlinks=True)
@@ -170,7 +180,7 @@ def test_a_library_is_backed_up_while_it_is_mounted_and_added_to(home: Home) -> 
     assert {entry["cid"] for entry in kept} >= set(before)
     with home.mounted("--from", "library") as mount:
         for entry in kept:
-            assert (mount.path / entry["cid"]).read_text()
+            assert (mount.path / entry["cid"]).read_bytes()
     home.add(_file(home, "after"))
 
 
