@@ -32,7 +32,14 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import too_large
 from ipfsfuse.sources.local.car_file import CarFile, ensure_index
 from ipfsfuse.sources.local.car_writer import CarWriter
-from ipfsfuse.sources.local.library import Library, NewRoot, damaged_roots, lost_packs, store_errors
+from ipfsfuse.sources.local.library import (
+    Library,
+    NewRoot,
+    damaged_roots,
+    lost_packs,
+    read_root,
+    store_errors,
+)
 
 _FETCHED_AHEAD = 16
 """Blocks that are fetched in parallel."""
@@ -308,6 +315,9 @@ def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, 
     with store_errors(f"the library {library.folder}"):
         lost = lost_packs(library.folder, entries)
     for path, pack in lost:
+        now = read_root(path)
+        if now is None or pack not in now.packs:
+            continue  # another process has removed the root, or merged its packs
         how = "add its content again, or remove this root"
         yield path.name, f"{path} names the pack {pack}, which is not there: {how}"
     roots = [(entry.cid, f"{cids.text(entry.cid)} {entry.name}".rstrip()) for entry in entries]

@@ -264,6 +264,18 @@ def test_a_root_that_names_a_pack_which_is_not_there_is_mended_by_an_add(library
     assert list(library_damage(library, lambda _done: None)) == []
 
 
+def test_what_another_process_adds_and_merges_meanwhile_is_no_damage(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(libraries, "MANY", 2)
+    add(library, dag(range(3)))
+    before = library.entries()
+    add(library, dag(range(10, 13)))
+    assert Library(library.folder).compact()
+    monkeypatch.setattr(library, "entries", lambda: before)
+    assert list(library_damage(library, lambda _done: None)) == []
+
+
 def test_an_add_that_fails_leaves_a_damaged_root_where_it_is(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,7 +278,8 @@ def read_roots(folder: Path) -> list[Entry]:
 
 
 def damaged_roots(folder: Path, entries: Iterable[Entry]) -> list[Path]:
-    """Files with the name of a root that are none of `entries`: which packs they need is not known."""
+    """Files with the name of a root that can't be read: which packs they need is not known. `entries` are the
+    roots that could be read before. They are not read again."""
     known = {root_path(folder, entry.cid) for entry in entries}
     found = []
     for path in (folder / ROOTS).iterdir():
@@ -286,7 +287,8 @@ def damaged_roots(folder: Path, entries: Iterable[Entry]) -> list[Path]:
             if (
                 path not in known
                 and root_path(folder, cids.parse(path.name)) == path
-                and stat.S_ISREG(path.lstat().st_mode)
+                and ((entry := read_root(path)) is None or root_path(folder, entry.cid) != path)
+                and stat.S_ISREG(path.lstat().st_mode)  # after it was read: it may be removed meanwhile
             ):
                 found.append(path)
     return found
