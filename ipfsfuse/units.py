@@ -69,6 +69,16 @@ def address(text: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]") or "127.0.0.1", int(port)
 
 
+def host_name(text: str) -> str:
+    """A host name as browsers send it: ASCII, without a port."""
+    if not re.fullmatch(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", text, re.ASCII | re.IGNORECASE):
+        raise UsageError(
+            f"{text[:200]!r} is not a host name: write it without a scheme and a port, as ipfs.example, and "
+            "other letters than a to z in punycode (xn--)"
+        )
+    return text
+
+
 def names_this_machine(host: str, others: Iterable[str] = ()) -> bool:
     """Whether `host`, a Host header, is an address, names this machine, or is one of `others`.
 

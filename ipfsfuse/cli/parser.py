@@ -307,9 +307,9 @@ def _content(commands: Any) -> None:
         help="where to listen (default: 127.0.0.1:8080)",
     )
     serve.add_argument(
-        "--allow-host", action="append", metavar="NAME",
-        help="also answer requests for this host name, such as a reverse proxy's (at a loopback address "
-        "only this machine's names are answered)",
+        "--allow-host", type=_type(units.host_name), action="append", metavar="NAME",
+        help="answer requests for this host name, such as a reverse proxy's, and else only those for this "
+        "machine's names (at a loopback address only those are answered without this option)",
     )  # fmt: skip
     _switches(serve, {"--fetch": "also fetch what is not here, for any client"})
     _bounds(serve)

@@ -428,6 +428,8 @@ def test_what_prevents_it_is_told_in_one_line(home: Home) -> None:
         home.refused("serve", "--listen", f"127.0.0.1:{port}", names=str(port), code=2)
     home.refused("serve", "--listen", "nonsense", names="HOST:PORT", code=2)
     home.refused("serve", "--from", "http://", names="host", code=2)
+    for name in ("ipfs.example:443", "https://ipfs.example", "*.example", "b\u00fccher.example", ""):
+        home.refused("serve", "--allow-host", name, names="is not a host name", code=2)
     with serving(home) as server:
         said = home.refused("mount", home.mountpoint, names=str(server.process.pid), code=os.EX_TEMPFAIL)
         assert "ipfsfuse serve" in said
