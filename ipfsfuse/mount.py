@@ -27,7 +27,7 @@ from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.pins.kubo_pins import NodePins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.store.folder import CacheFolder, isolated_folder, locked
+from ipfsfuse.cache.store.folder import CacheFolder, isolated_folder, lock_folder
 from ipfsfuse.config import MountConfig, User
 from ipfsfuse.confinement import Access
 from ipfsfuse.content import Names, open_pool
@@ -115,7 +115,7 @@ def run(
             if config.user is not None:
                 _become(config.user, [config.cache_dir])
             cache_dir = stack.enter_context(isolated_folder()) if config.isolated else config.cache_dir
-            folder = stack.enter_context(locked(cache_dir))
+            folder = stack.enter_context(lock_folder(cache_dir))
             folder.announce(os.getpid(), str(config.mountpoint))
             record = None if config.record is None else stack.enter_context(UseRecord.create(config.record))
             said = _confine(config, folder, reads, writes) if config.confined else "nothing: --unconfined"
@@ -362,12 +362,12 @@ async def _main(
         end = partial(_end, helpers[0], nursery.cancel_scope)
         if config.ipns is not None:
             await stack.enter_async_context(_open_names_mount(config, helpers[1], names, end))
-            stack.enter_context(live_mounts.registered(config.ipns, folder.control))
+            stack.enter_context(live_mounts.register(config.ipns, folder.control))
         notifier = Notifier()
         nursery.start_soon(_heed_signals, end, hangup, commands, notifier)
         if config.while_held:
             nursery.start_soon(_end_when_released, server, end)
-        stack.enter_context(live_mounts.registered(config.mountpoint, folder.control))
+        stack.enter_context(live_mounts.register(config.mountpoint, folder.control))
         with operations.files.pushing():
             nursery.start_soon(operations.files.run)
             async with trio.open_nursery() as serving:

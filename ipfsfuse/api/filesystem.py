@@ -23,7 +23,7 @@ from typing import Literal, Self
 import trio
 
 from ipfsfuse import config, content
-from ipfsfuse.cache.store.folder import isolated_folder, locked
+from ipfsfuse.cache.store.folder import isolated_folder, lock_folder
 from ipfsfuse.config import GIB, ContentConfig
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import traversal
@@ -267,7 +267,7 @@ async def open_filesystem(
     failure: Exception | None = None
     async with AsyncExitStack() as stack:
         place = stack.enter_context(isolated_folder()) if isolated else asked.cache_dir
-        folder = stack.enter_context(locked(place))
+        folder = stack.enter_context(lock_folder(place))
         folder.announce(os.getpid(), "a Python program")
         opened = await stack.enter_async_context(content.open_content(asked, folder))
         nursery = await stack.enter_async_context(trio.open_nursery())

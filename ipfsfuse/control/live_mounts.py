@@ -37,7 +37,7 @@ class LiveMount(NamedTuple):
 
 
 @contextmanager
-def registered(mountpoint: Path, control: Path) -> Iterator[None]:
+def register(mountpoint: Path, control: Path) -> Iterator[None]:
     """Lets `find` find `mountpoint`, which this process has just mounted, during the block. If no folder can
     be used, only logs that."""
     mounted, place = mountpoints.ours_at(mountpoint), usable_folder()

@@ -56,7 +56,7 @@ def run(
     """Serves until SIGTERM or SIGINT, also under the host names `allowed`. Raises the error that prevents
     it."""
     if cache_folder.is_free(config.cache_dir):
-        with cache_folder.locked(config.cache_dir) as folder:
+        with cache_folder.lock_folder(config.cache_dir) as folder:
             folder.announce(os.getpid(), "ipfsfuse serve")
             trio.run(_serve, partial(_own, config, folder), host, port, fetch, allowed, ready)
     else:

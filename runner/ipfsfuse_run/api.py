@@ -130,7 +130,7 @@ def run(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
     ran, but its results or receipt could not be stored.
     """
     options = _options(guest, args, asked)
-    with _started(options, asked.get("stdin")) as started:
+    with _start_run(options, asked.get("stdin")) as started:
         started.received()
         return started.result()
 
@@ -140,7 +140,7 @@ async def run_trio(guest: Path, *args: str, **asked: Unpack[Asked]) -> Result:
     import trio
 
     options = _options(guest, args, asked)
-    with _started(options, asked.get("stdin")) as started:
+    with _start_run(options, asked.get("stdin")) as started:
         started.socket.setblocking(False)
         try:
             while not started.received():
@@ -207,7 +207,7 @@ def _texts(what: str, given: Sequence[object]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _started(asked: Options, stdin: bytes | BinaryIO | None) -> Iterator["_Run"]:
+def _start_run(asked: Options, stdin: bytes | BinaryIO | None) -> Iterator["_Run"]:
     with ExitStack() as stack:
         written = [_spare(stack, name) for name in ("stdout", "stderr", "said")]
         with ExitStack() as begun:

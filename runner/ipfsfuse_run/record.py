@@ -99,7 +99,7 @@ class RecordWriter:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[BinaryIO]:
+def replace_file(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` when the `with` block succeeds. Only its owner can read it, because a
     record contains variables, arguments and standard input. Raises StoreFailed."""
     part = path.with_name(f".{path.name[:200]}.{os.urandom(8).hex()}.part")

@@ -55,8 +55,8 @@ from ipfsfuse_run.record import (
     check_signature,
     open_record,
     receipt_alone,
+    replace_file,
     tree_cid,
-    written,
 )
 from ipfsfuse_run.supervisor import CompletedRun, Outcome, RunFiles
 
@@ -171,7 +171,7 @@ def _write(
     options, box = plan.options, plan.box
     if options.guest == "-":  # standard input was the guest, which then had none
         files.stdin.truncate(0)
-    with written(target) as file, open(os.devnull, "wb") as nowhere:
+    with replace_file(target) as file, open(os.devnull, "wb") as nowhere:
         is_car = target.suffix == ".car"
         writer = RecordWriter(file if is_car else nowhere)
         asked, ahead = logged_blocks(files.block_log)

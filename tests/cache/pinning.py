@@ -12,7 +12,7 @@ import trio
 from ipfsfuse.cache.pins.kubo_pins import KuboPins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pins.mfs import Mfs
-from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.cache.store.folder import lock_folder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.sources.http.client import Http, HttpSettings
@@ -35,7 +35,7 @@ async def pinning(
     """Pins at a node (or at the URL of its RPC API), of a mount that holds the cache folder `folder`, until
     the block ends; then they rest. `staged` and the others are what the mount finds there at its start."""
     async with rpc_of(node) as rpc:
-        with locked(folder):
+        with lock_folder(folder):
             pins = KuboPins("kubo", Mfs(lambda: rpc), MountId.open(folder))
             pins.reconcile(staged, pinned, is_staged, NoCopies())
             async with trio.open_nursery() as nursery:

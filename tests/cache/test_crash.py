@@ -23,7 +23,7 @@ READER = """
 import json, os, random, sys
 from pathlib import Path
 import trio
-from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.cache.store.folder import lock_folder
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
@@ -40,7 +40,7 @@ async def main():
     files = [make_file(chain, 900_000 + number, [1 << 16, 70_001][number % 2], number, number % 3 == 0) for number in range(12)]
     small = [FileRef(chain.add(random_bytes(10_000, 1000 + number)), 10_000) for number in range(60)]
     known = set(json.loads(sys.argv[4]))
-    with locked(folder) as held:
+    with lock_folder(folder) as held:
         async with PinsetCache.open(held.path, chain, budget) as cache:
             entries = cache.store.staging.entries.values()
             say("open", complete=sorted(cids.text(e.cid) for e in entries if e.complete),

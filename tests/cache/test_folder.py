@@ -22,7 +22,7 @@ from ipfsfuse import __version__
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store import folder
-from ipfsfuse.cache.store.folder import is_free, locked
+from ipfsfuse.cache.store.folder import is_free, lock_folder
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import StoreFailed
 from tests.cache.standin import Chain, make_file
@@ -37,7 +37,7 @@ with contextlib.ExitStack() as stack:
     where = pathlib.Path(sys.argv[2])
     if sys.argv[1] == "isolated":
         where = stack.enter_context(folder.isolated_folder(where))
-    held = stack.enter_context(folder.locked(where))
+    held = stack.enter_context(folder.lock_folder(where))
     if sys.argv[1] == "announced":
         held.announce(12345, "/mnt/there")
     print(where, flush=True)
@@ -70,7 +70,7 @@ def use(cache_dir: Path) -> None:
         async with PinsetCache.open(held.path, Chain(), BUDGET):
             pass
 
-    with locked(cache_dir) as held:
+    with lock_folder(cache_dir) as held:
         held.announce(os.getpid(), "/mnt/here")
         assert len(held.inode_key()) == 32
         assert folder.is_mount_id(MountId.open(held.path).name)
@@ -132,13 +132,13 @@ def test_a_second_daemon_is_refused_with_the_first_ones_pid_and_mountpoint(tmp_p
     finally:
         end(first)
     assert is_free(tmp_path / "cache")
-    with locked(tmp_path / "cache"):
+    with lock_folder(tmp_path / "cache"):
         assert folder.announced(tmp_path / "cache") is None
 
 
 @pytest.mark.parametrize("pid", ["1e999", "NaN", "1" + "0" * 5000, "[]", "{}"])
 def test_what_is_no_announcement_is_none(tmp_path: Path, pid: str) -> None:
-    with locked(tmp_path / "cache") as held:
+    with lock_folder(tmp_path / "cache") as held:
         (held.path / folder.DAEMON).write_text(f'{{"pid": {pid}, "mountpoint": "/mnt"}}')
         assert folder.announced(tmp_path / "cache") is None
 
@@ -186,7 +186,7 @@ def test_who_only_looks_whether_it_is_free_keeps_no_daemon_out(tmp_path: Path) -
         looker.start()
     try:
         for _ in range(200):
-            with locked(tmp_path / "cache"):
+            with lock_folder(tmp_path / "cache"):
                 pass
     finally:
         done.set()
@@ -198,12 +198,12 @@ def test_kill_9_lets_go(tmp_path: Path) -> None:
     first, _where = holder("announced", tmp_path / "cache")
     end(first, signal.SIGKILL)
     assert folder.announced(tmp_path / "cache") == (12345, "/mnt/there")
-    with locked(tmp_path / "cache"):
+    with lock_folder(tmp_path / "cache"):
         assert folder.announced(tmp_path / "cache") is None
 
 
 def test_a_deleted_folder_is_made_again_and_locked_again(tmp_path: Path) -> None:
-    with locked(tmp_path / "cache") as held:
+    with lock_folder(tmp_path / "cache") as held:
         held.announce(os.getpid(), "/mnt/here")
         subprocess.run(["rm", "-r", str(tmp_path / "cache")], check=True)
         assert is_free(tmp_path / "cache")
@@ -236,7 +236,7 @@ def test_the_folder_is_made_for_us_alone_and_marked(tmp_path: Path) -> None:
 @pytest.mark.logs("is damaged", "does not hold the name of a mount")
 def test_names_and_keys_survive_and_damaged_ones_are_made_anew(tmp_path: Path) -> None:
     def told() -> tuple[bytes, str]:
-        with locked(tmp_path) as held:
+        with lock_folder(tmp_path) as held:
             return held.inode_key(), MountId.open(held.path).name
 
     first = told()
@@ -327,7 +327,7 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 await cache.reader.leaf(file, leaf)
             pinning.pin_structure = _nothing  # type: ignore[method-assign]
 
-    with locked(where) as held:
+    with lock_folder(where) as held:
         held.inode_key()
         assert MountId.open(held.path).name
         trio.run(main, held.path)
@@ -550,7 +550,7 @@ def test_folders_that_are_not_exactly_ours_are_never_swept(tmp_path: Path, victi
 
 def _make_and_leave(where: str, times: int, failed: "multiprocessing.Queue[str]") -> None:
     for _ in range(times):
-        with folder.isolated_folder(Path(where)) as made, locked(made) as held:
+        with folder.isolated_folder(Path(where)) as made, lock_folder(made) as held:
             (held.path / "content").write_text("mine")
             if not (held.path / "content").exists() or not made.exists():
                 failed.put(str(made))

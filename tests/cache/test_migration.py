@@ -14,7 +14,7 @@ import trio
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.cache.store.folder import lock_folder
 from ipfsfuse.cache.store.index import SCHEMA_VERSION
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import StoreFailed
@@ -58,7 +58,7 @@ class Used:
                 await read_all(cache, self.other)
                 cache.names.note(self.other, "as-it-was-spelled")
 
-        with locked(cache_dir) as held:
+        with lock_folder(cache_dir) as held:
             trio.run(main, held.path)
 
     @property
@@ -90,7 +90,7 @@ class Used:
                     await read_all(cache, self.pinned)
                     assert chain.asked == []
 
-        with locked(self.cache_dir) as held:
+        with lock_folder(self.cache_dir) as held:
             trio.run(main, held.path)
 
     def as_version(self, number: int) -> None:
@@ -177,7 +177,7 @@ KILLED = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.cache.store.folder import lock_folder
 from tests.cache.standin import Chain
 import trio
 
@@ -199,7 +199,7 @@ def start(cache_dir, left):
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(each)
-        with locked(cache_dir) as held:
+        with lock_folder(cache_dir) as held:
             trio.run(main, held.path)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -263,7 +263,7 @@ def test_the_older_layout_is_not_moved_while_its_daemon_lives(used: Used) -> Non
     try:
         with (
             pytest.raises(StoreFailed, match="in use by process 1, mounted at /mnt/gone"),
-            locked(used.cache_dir),
+            lock_folder(used.cache_dir),
         ):
             pass
         assert contents(used.cache_dir) == before
@@ -289,7 +289,7 @@ def test_an_older_layout_with_something_else_in_it_is_refused_and_left_alone(
         path.write_text("precious")
     before = contents(tmp_path)
     todo = f"holds {name}, which is not part of it: move that elsewhere, or give another --cache-dir"
-    with pytest.raises(StoreFailed, match=todo), locked(used.cache_dir):
+    with pytest.raises(StoreFailed, match=todo), lock_folder(used.cache_dir):
         pass
     assert contents(tmp_path) == before
 
@@ -354,7 +354,7 @@ def test_what_is_pinned_survives_the_loss_of_the_index(used: Used, how: str, rec
             await cache.pinned.unpin(used.pinned)
         assert not pin.exists()
 
-    with locked(used.cache_dir) as held:
+    with lock_folder(used.cache_dir) as held:
         trio.run(main, held.path)
 
 
@@ -387,7 +387,7 @@ def test_what_is_missing_of_a_pin_is_told_and_fetched_when_it_is_used(
             await read_all(cache, used.pinned, pin=True)
             assert cache.statistics().pinned_lost == 0
 
-    with locked(used.cache_dir) as held:
+    with lock_folder(used.cache_dir) as held:
         trio.run(main, held.path)
 
 
@@ -410,7 +410,7 @@ def test_a_pin_that_can_not_be_written_is_no_pin(used: Used) -> None:
             await read_all(cache, other, pin=True)
             assert set(cache.pinned.roots) == {used.pinned, other}
 
-    with locked(used.cache_dir) as held:
+    with lock_folder(used.cache_dir) as held:
         trio.run(main, held.path)
     assert {path.name for path in pinned.iterdir()} == {cids.text(used.pinned), cids.text(other)}
 

@@ -13,7 +13,7 @@ import trio
 from ipfsfuse.cache.pins.kubo_pins import KuboPins
 from ipfsfuse.cache.pins.lease import MountId
 from ipfsfuse.cache.pins.mfs import Mfs
-from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.cache.store.folder import lock_folder
 from ipfsfuse.dag.cid import Cid
 from tests.cache.pinning import (
     PATIENCE,
@@ -150,7 +150,7 @@ def test_nothing_is_released_before_it_is_known_what_is_staged(own_node: Node, t
             await settled(pins)
             nursery.cancel_scope.cancel()
 
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         trio.run(main)
     assert folder_of(own_node, mount) == before
 

@@ -18,7 +18,7 @@ from ipfsfuse.cache.pins import lease as leases
 from ipfsfuse.cache.pins.kubo_pins import KuboPins
 from ipfsfuse.cache.pins.lease import SILENT, Lease, MountId, host_name
 from ipfsfuse.cache.pins.mfs import Mfs
-from ipfsfuse.cache.store.folder import is_mount_id, locked
+from ipfsfuse.cache.store.folder import is_mount_id, lock_folder
 from tests.cache.pinning import NoCopies, folder_of, held, made_up, mounts, pinning, rpc_of, settled, until
 from tests.cache.test_pins_crash import hold_and_die, kinds, settle_once
 from tests.kubo.node import Node
@@ -227,7 +227,7 @@ def test_what_a_lease_proves(tmp_path: Path) -> None:
         assert not stale(renewed=old, **elsewhere)
     (other / "mount-id").write_text("some.host-fedcba9876543210")
     assert stale()
-    with locked(other):
+    with lock_folder(other):
         assert not stale(), "a living mount that could not write its name"
 
 
@@ -362,7 +362,7 @@ def test_a_mount_has_one_name_at_all_its_nodes(two_nodes: tuple[Node, Node], tmp
                 await settled(pins[0])
                 nursery.cancel_scope.cancel()
 
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         trio.run(main)
     (new,) = set(mounts(far)) - {mount}
     assert mounts(near) == [new]

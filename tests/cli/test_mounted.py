@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.cache.store.folder import lock_folder
 from ipfsfuse.dag import cid as cids
 from tests.cache.test_budget import own_filesystem
 from tests.mounting import Home, Mounted, alive, fuse_mounts, wait_until
@@ -81,7 +81,7 @@ def test_the_daemon_leaves_its_starter_alone(mounted: Mounted) -> None:
 
 
 def test_a_long_log_is_put_aside(user: Home, cid: str) -> None:
-    with locked(user.cache):
+    with lock_folder(user.cache):
         pass
     (user.store / "log").write_bytes(b"x\n" * 600_000)
     with user.mounted() as mount:

@@ -104,11 +104,11 @@ CONFINED = """
 import os, socket, subprocess, sys
 from pathlib import Path
 from ipfsfuse import mount
-from ipfsfuse.cache.store.folder import locked
+from ipfsfuse.cache.store.folder import lock_folder
 from ipfsfuse.config import MountConfig
 
 cache, library, point, secret = map(Path, sys.argv[1:])
-with locked(cache) as folder:
+with lock_folder(cache) as folder:
     for name in ("staging", "packs"):
         (folder.path / name).mkdir(exist_ok=True)
     mount._confine(MountConfig(mountpoint=point, cache_dir=cache, library=library), folder, [], [])

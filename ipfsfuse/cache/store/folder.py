@@ -230,7 +230,7 @@ def _check(folder: int, name: str, kind: int, path: Path) -> os.stat_result:
 
 
 class CacheFolder:
-    """Our folder, locked for this process. Made by `locked`."""
+    """Our folder, locked for this process. Made by `lock_folder`."""
 
     def __init__(self, path: Path, fd: int, lock: int) -> None:
         self.path = path
@@ -322,7 +322,7 @@ def _full_disk(what: str, numbers: Collection[int] = NO_SPACE) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def locked(cache_dir: Path) -> Iterator[CacheFolder]:
+def lock_folder(cache_dir: Path) -> Iterator[CacheFolder]:
     """Locks our folder in `cache_dir`. Creates it if it is missing; migrates an older layout.
 
     Raises StoreFailed if another process uses the folder (the message names it), and if others may write it.
@@ -369,13 +369,13 @@ def is_free(cache_dir: Path) -> bool:
 def indexes(cache_dir: Path) -> Path:
     """The folder for indexes of CAR files, for a command that runs without a mount. Raises StoreFailed."""
     if not inside(cache_dir).exists():
-        with locked(cache_dir):
+        with lock_folder(cache_dir):
             pass
     return inside(cache_dir) / INDEXES
 
 
 def examine(cache_dir: Path) -> None:
-    """Raises StoreFailed if `locked` would refuse the folder because of its content. Changes nothing."""
+    """Raises StoreFailed if `lock_folder` would refuse the folder because of its content. Changes nothing."""
     with (
         as_store_failed(f"the cache folder {cache_dir} can't be used"),
         contextlib.suppress(FileNotFoundError),
