@@ -341,6 +341,29 @@ def test_no_bit_that_turns_before_a_block_fails_an_add_or_a_removal_or_costs_ano
             assert there <= readable(library.folder, stays)
 
 
+def test_a_damaged_pack_keeps_no_other_from_being_compacted(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No small packs were merged any more, and packs whose names follow were never rewritten."""
+    monkeypatch.setattr(libraries, "MANY", 3)
+    first, *others = [dag(range(at, at + 3)) for at in range(0, 50, 10)]
+    add(library, first)
+    (name,) = packs(library)
+    before = (library.folder / name).read_bytes()
+    for blocks in others:
+        add(library, blocks)
+    turned = bytearray(before)
+    turned[before.index(first[0][0]) - 1] ^= 0x40  # the length of a section
+    (library.folder / name).write_bytes(turned)
+    for _ in range(2):
+        with pytest.raises(StoreFailed, match=f"{name} is damaged, and was not compacted"):
+            Library(library.folder).compact()
+        assert len(packs(library)) == 2
+    assert (library.folder / name).read_bytes() == turned
+    for blocks in others:
+        assert readable(library.folder, blocks) == {cid for cid, _block in blocks}
+
+
 def readable(folder: Path, blocks: list[tuple[Cid, bytes]]) -> set[Cid]:
     """What a library has of `blocks`."""
     found, library = set(), Library(folder)

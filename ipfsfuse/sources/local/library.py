@@ -542,16 +542,27 @@ MANY = 64
 """So many small packs are merged."""
 
 
-def _rewrite(folder: Path, entries: Iterable[Entry], packs: Packs, names: Iterable[str]) -> None:
+def _rewrite(
+    folder: Path,
+    entries: Iterable[Entry],
+    packs: Packs,
+    names: Iterable[str],
+    damaged: list[IpfsFuseError],
+) -> None:
     """Rewrites those of the packs `names` for which it is worthwhile, without the blocks that no root
-    reaches. Each keeps its name.
+    reaches. Each keeps its name. Adds the error of each damaged pack to `damaged`, and leaves that pack as
+    it is.
 
     Changes nothing if a block below a root is missing. Raises StoreFailed.
     """
     live = _reachable(entries, packs)
     for path in (folder / name for name in names):
-        pack = CarFile(path)
-        keep = [found for found in _sections(pack) if cids.multihash(found.cid) in live]
+        try:
+            pack = CarFile(path)
+            keep = [found for found in _sections(pack) if cids.multihash(found.cid) in live]
+        except (SourceFailed, StoreFailed) as exc:
+            damaged.append(exc)
+            continue
         kept = sum(found.end - found.start for found in keep)
         total = pack.data_end - pack.sections_offset
         if (total - kept) * WORTHWHILE >= total:
@@ -566,21 +577,32 @@ def _sections(pack: CarFile) -> Iterator[Section]:
         raise StoreFailed(f"{pack.path} is damaged, and was not compacted: {exc}") from exc
 
 
-def _merge_small(folder: Path, entries: Iterable[Entry]) -> None:
-    """Merges the small packs if there are MANY. The library is complete at any moment.
+def _merge_small(folder: Path, entries: Iterable[Entry], damaged: list[IpfsFuseError]) -> None:
+    """Merges the small packs if there are MANY, but no damaged one: its error is added to `damaged`. The
+    library is complete at any moment.
 
     Raises OSError, SourceFailed."""
     paths = [path for name in pack_names(folder) if (path := folder / name).stat().st_size < MIN_PACK]
     if len(paths) < MANY:
         return
-    packs = [CarFile(path) for path in paths]
+    packs = []
+    for path in paths:
+        try:
+            pack = CarFile(path)
+            for _section in _sections(pack):
+                pass
+            packs.append(pack)
+        except (SourceFailed, StoreFailed) as exc:
+            damaged.append(exc)
+    if len(packs) < MANY:
+        return
     merged = _write(folder, [(pack, _sections(pack)) for pack in packs])
     old = {pack.name for pack in packs}
     for entry in entries:
         if not old.isdisjoint(entry.packs):
             write_root(folder, replace(entry, packs=tuple(sorted({*entry.packs, merged} - old))))
-    for path in paths:
-        path.unlink()
+    for pack in packs:
+        pack.path.unlink()
 
 
 def _write(
@@ -701,9 +723,12 @@ class Library:
                 (self.folder / name).unlink(missing_ok=True)
             staying = names & needed
             shrinking = sorted(staying if only is None else staying.intersection(only))
+            damaged_packs: list[IpfsFuseError] = []
             if shrinking:
-                _rewrite(self.folder, entries, self.packs, shrinking)
-            _merge_small(self.folder, entries)
+                _rewrite(self.folder, entries, self.packs, shrinking, damaged_packs)
+            _merge_small(self.folder, entries, damaged_packs)
+            if damaged_packs:
+                raise damaged_packs[0]
         return True
 
     def tidy(self, packs: Sequence[str] = ()) -> None:
