@@ -129,13 +129,15 @@ class PrefetchBuffer:
         self._starts: list[int] = []
         """The offsets, sorted."""
 
-    def expect(self, leaves: Iterable[Leaf]) -> None:
+    def expect(self, leaves: Sequence[Leaf]) -> None:
         """`leaves` are being fetched for the reader: `put` or `give_up` follows. The reads that Python has to
-        see do not wait for them."""
-        if self._windows is not None and not self._closed:
-            for leaf in leaves:
-                if leaf.offset not in self.leaves and not self._is_seen(leaf.offset, leaf.size):
-                    self._windows.expect(leaf.offset, leaf.size)
+        see do not wait for them. Python sees all reads of a short window, because the next window should be
+        fetched while they wait."""
+        if self._windows is None or self._closed or sum(leaf.size for leaf in leaves) <= UNSEEN:
+            return
+        for leaf in leaves:
+            if leaf.offset not in self.leaves and not self._is_seen(leaf.offset, leaf.size):
+                self._windows.expect(leaf.offset, leaf.size)
 
     def give_up(self, leaves: Iterable[Leaf]) -> None:
         """Those of `leaves` that are not here are not expected any more."""

@@ -102,5 +102,14 @@ def test_nothing_is_expected_after_the_end() -> None:
     windows = Windows()
     buffer = PrefetchBuffer(BufferBudget(), 100 * LEAF, windows)
     buffer.close()
-    buffer.expect(leaves(0))
+    buffer.expect(leaves(*range(0, 2 * UNSEEN, LEAF)))
     assert not windows.expected
+
+
+def test_of_a_short_window_nothing_is_expected() -> None:
+    windows = Windows()
+    buffer = PrefetchBuffer(BufferBudget(), 100 * LEAF, windows)
+    buffer.expect(leaves(*range(0, UNSEEN, LEAF)))
+    assert not windows.expected
+    buffer.expect(leaves(*range(0, UNSEEN + LEAF, LEAF)))
+    assert windows.expected == set(range(0, UNSEEN + LEAF, LEAF)) - {UNSEEN - LEAF}
