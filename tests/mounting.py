@@ -200,7 +200,7 @@ def wait_until(condition: Any, what: str, seconds: float = PATIENCE) -> None:
 
 def fuse_mounts(below: Path) -> list[str]:
     """What is mounted by ipfsfuse below a folder, from the kernel's table."""
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
     return [
         line.split()[4]
         for line in lines

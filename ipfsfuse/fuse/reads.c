@@ -125,13 +125,10 @@ static void put(struct window *one)
 
 static struct window *new_window(uint64_t handle, uint64_t start, uint64_t size)
 {
-	struct window *one = size ? PyMem_Calloc(1, sizeof *one) : NULL;
+	struct window *one = size ? PyMem_Malloc(sizeof *one) : NULL;
 
-	if (one) {
-		one->handle = handle;
-		one->start = start;
-		one->end = start + size;
-	}
+	if (one)
+		*one = (struct window){.handle = handle, .start = start, .end = start + size};
 	return one;
 }
 
