@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from ipfsfuse.cache.pinset import PinsetCache
+from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store import store as stores
 from tests.cache.standin import Chain, make_file, staged_bytes, staged_items
 from tests.cache.test_pinset import read
@@ -111,3 +112,12 @@ def test_a_use_is_written_to_the_disk_however_the_clock_was_set(
                     cache.reader.opened(file)
 
     trio.run(main)
+
+
+def test_times_that_are_read_in_two_calls_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may let a process wait between its looks at the two clocks."""
+    wall = time.time()
+    (first,) = staging.from_wall([wall - 10.0])
+    monkeypatch.setattr(time, "time", lambda: wall + 0.3)
+    (second,) = staging.from_wall([wall - 9.9])
+    assert second > first

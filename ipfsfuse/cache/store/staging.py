@@ -61,22 +61,28 @@ now = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
 """The time by the machine's clock, in seconds."""
 
 
-def to_wall(moment: float) -> float:
-    """Converts a time by the machine's clock to seconds since 1970. The result for one moment changes only
-    when the wall clock is set."""
+def _wall_at_start() -> float:
+    """The time by the wall clock at which the machine was started: the same until the wall clock is set."""
     global _start
     start = time.time() - now()
     if abs(start - _start) > CLOCK_WAS_SET:
         _start = start
-    return max(0.0, _start + moment)
+    return _start
+
+
+def to_wall(moment: float) -> float:
+    """Converts a time by the machine's clock to seconds since 1970. The result for one moment changes only
+    when the wall clock is set."""
+    return max(0.0, _wall_at_start() + moment)
 
 
 def from_wall(whens: Sequence[float]) -> list[float]:
     """Converts times by the wall clock, the earliest first, to times by the machine's clock. Keeps their
-    order. Times in the future were written before the wall clock was set back: they become about now."""
-    machine, wall = now(), time.time()
-    latest = machine - len(whens) * 1e-6
-    return [min(machine - (wall - when), latest + number * 1e-6) for number, when in enumerate(whens, 1)]
+    order, also beside those of another call. Times in the future were written before the wall clock was set
+    back: they become about now."""
+    start = _wall_at_start()
+    latest = now() - len(whens) * 1e-6
+    return [min(when - start, latest + number * 1e-6) for number, when in enumerate(whens, 1)]
 
 
 # -- staging files -------------------------------------------------------------------------------------------
