@@ -86,10 +86,6 @@ class FetchResult(NamedTuple):
     interior: bool = False
     """Whether the block has children besides."""
 
-    def is_content_of(self, leaf: Leaf) -> bool:
-        """Whether `content` is that of `leaf`. If not, its parent states a wrong size, or it is no leaf."""
-        return len(self.content) == leaf.size and self.interior <= leaf.interior
-
 
 async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
     """The result of `parse` for `block`. Runs in a thread if the block is large: it may have 40,000 links."""
@@ -395,7 +391,7 @@ class Reader:
             fetch = partial(self._bring, leaf.cid, (file, leaf), early)
             result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
             content = result.content
-            if not result.is_content_of(leaf):
+            if not leaf.has_content(len(content), result.interior):
                 # no failure of this leaf: another file may state its size correctly
                 block = await self.block(leaf.cid, early=early)
             elif result.place not in (None, (file.cid, leaf.offset)) and not await self._has(file, leaf):
@@ -525,7 +521,8 @@ class Reader:
                 batch.resolve(key, result)
                 came_now.append((key, result))
                 for leaf in by_key[key]:
-                    if listening and arrived is not None and result.is_content_of(leaf) and leaf not in came:
+                    fits = leaf.has_content(len(result.content), result.interior)
+                    if listening and arrived is not None and fits and leaf not in came:
                         came.add(leaf)
                         arrived(leaf, result.content)
             return came_now

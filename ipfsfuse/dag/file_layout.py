@@ -131,7 +131,7 @@ def leaf_content(leaf: Leaf, block: bytes) -> memoryview:
     Malformed if the size differs from the parent's statement, and the errors of `block_content`.
     """
     found = block_content(leaf.cid, block)
-    if found.is_content_of(leaf):
+    if leaf.has_content(len(found.data), found.interior):
         return found.data
     name = cids.brief(leaf.cid)
     if found.interior and leaf.size in (found.size, len(found.data)):
@@ -147,10 +147,6 @@ class BlockContent(NamedTuple):
     """Bytes of the node and its children, as the node states them."""
     interior: bool = False
     """Whether it has children."""
-
-    def is_content_of(self, leaf: Leaf) -> bool:
-        """Whether this is the content of `leaf`."""
-        return len(self.data) == leaf.size and self.interior <= leaf.interior
 
 
 def block_content(cid: Cid, block: Buffer) -> BlockContent:

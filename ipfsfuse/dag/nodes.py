@@ -51,6 +51,11 @@ class Leaf(NamedTuple):
     interior: bool = False
     """Whether its node is known to have children, with the content of later leaves."""
 
+    def has_content(self, size: int, interior: bool) -> bool:
+        """Whether `size` bytes from the block `cid` are the content. `interior`: whether the block has
+        children. If not, the parent states a wrong size, or the block was taken for a leaf."""
+        return size == self.size and interior <= self.interior
+
 
 class Child(NamedTuple):
     """A subtree of a file: `size` content bytes at `offset` of the file, as its parent states them."""
