@@ -246,8 +246,8 @@ def _check_host(scope: Scope, hosts: Collection[str]) -> None:
         if name == b"host" and not names_this_machine(host, hosts):
             raise Refused(
                 403,
-                f"{host[:200]!r} is no name of this gateway, and a web page may ask under any: ask by the "
-                "address itself or as localhost, or start it with --allow-host NAME",
+                f"{host[:200]!r} is not a name of this gateway. A web page could use any name, so ask by the "
+                "address itself or as localhost, or start the gateway with --allow-host NAME",
             )
 
 
