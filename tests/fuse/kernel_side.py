@@ -6,7 +6,7 @@ import os
 import socket
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import pyfuse3
@@ -151,3 +151,20 @@ async def kernel() -> AsyncIterator[Kernel]:
     async with uninitialized() as (asking, _reader):
         await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
         yield asking
+
+
+@asynccontextmanager
+async def interrupting(calls: Mapping[int, trio.CancelScope]) -> AsyncIterator[Kernel]:
+    """A session in which an INTERRUPT cancels the scope of the request that it names, if that is in `calls`."""
+
+    async def deliver(reader: device.Device) -> None:
+        async for number in reader.interrupted():
+            if number in calls:
+                calls[number].cancel()
+
+    async with uninitialized() as (asking, reader), trio.open_nursery() as nursery:
+        await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
+        await reader.initialized()
+        nursery.start_soon(deliver, reader)
+        yield asking
+        nursery.cancel_scope.cancel()

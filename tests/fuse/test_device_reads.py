@@ -26,12 +26,10 @@ from tests.cache.standin import flip, random_bytes
 from tests.fuse.kernel_side import (
     ANSWERED_HERE,
     ASKED_FOR,
-    EVERYTHING,
-    INIT,
     Kernel,
     Operations,
+    interrupting,
     kernel,
-    uninitialized,
 )
 from tests.fuse.test_interrupts import INTERRUPT
 from tests.sources.content import raw_blocks
@@ -464,19 +462,10 @@ async def interruptible(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Kernel
             await trio.sleep_forever()
         raise pyfuse3.FUSEError(errno.EINTR)
 
-    async def deliver(reader: device.Device) -> None:
-        async for number in reader.interrupted():
-            if number in calls:
-                calls[number].cancel()
-
     monkeypatch.setattr(Operations, "read", wait)
-    async with uninitialized() as (asking, reader), trio.open_nursery() as nursery:
-        await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
-        await reader.initialized()
-        nursery.start_soon(deliver, reader)
+    async with interrupting(calls) as asking:
         with trio.fail_after(60):
             yield asking
-        nursery.cancel_scope.cancel()
 
 
 def test_a_read_that_is_interrupted_while_it_waits_for_the_disk_is_interrupted_in_python(

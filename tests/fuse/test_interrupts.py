@@ -9,28 +9,23 @@ import pytest
 import trio
 
 from ipfsfuse.fuse import device
-from tests.fuse.kernel_side import INIT, OPEN, Kernel, Operations, uninitialized
+from tests.fuse.kernel_side import OPEN, Kernel, Operations, interrupting
 from tests.mounting import wait_until
 
 INTERRUPT = 36
-EVERYTHING = (1 << 20) - 1
 CALLS = 50
 
 
 def test_it_reaches_the_call_that_it_names_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: dict[int, tuple[int, trio.CancelScope]] = {}
+    calls: dict[int, trio.CancelScope] = {}
+    inodes: dict[int, int] = {}
 
     async def wait(_self: Operations, inode: int, _flags: int, _ctx: object) -> None:
         number = device.REQUEST_NUMBER.value
-        with trio.CancelScope() as scope:
-            calls[number] = inode, scope
+        inodes[number] = inode
+        with trio.CancelScope() as calls[number]:
             await trio.sleep_forever()
         raise pyfuse3.FUSEError(errno.EINTR)
-
-    async def deliver(reader: device.Device) -> None:
-        async for number in reader.interrupted():
-            if number in calls:
-                calls[number][1].cancel()
 
     async def open_and_interrupt(asking: Kernel) -> None:
         numbers = {
@@ -44,17 +39,13 @@ def test_it_reaches_the_call_that_it_names_and_no_other(monkeypatch: pytest.Monk
         # an interrupt overtakes requests that still wait
         await trio.to_thread.run_sync(wait_until, lambda: len(calls) == len(numbers), "all are being served")
         assert sorted(answers) == [(number, -errno.EINTR, b"") for number in ended]
-        assert {number: inode for number, (inode, _scope) in calls.items()} == numbers
-        assert sorted(number for number, (_, scope) in calls.items() if scope.cancel_called) == ended
+        assert inodes == numbers
+        assert sorted(number for number, scope in calls.items() if scope.cancel_called) == ended
 
     async def main() -> None:
         monkeypatch.setattr(Operations, "open", wait)
-        async with uninitialized() as (asking, reader), trio.open_nursery() as nursery:
-            await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
-            await reader.initialized()
-            nursery.start_soon(deliver, reader)
+        async with interrupting(calls) as asking:
             with trio.fail_after(30):
                 await open_and_interrupt(asking)
-            nursery.cancel_scope.cancel()
 
     trio.run(main)
