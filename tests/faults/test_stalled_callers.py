@@ -72,7 +72,7 @@ def crowd(command: str, folder: Path, user: int | None) -> Iterator["subprocess.
 
 
 @pytest.mark.parametrize(
-    ("seconds", "user"), [(0.4, None), (0.0, NOBODY)], ids=["slow", "another user's, fast"]
+    ("seconds", "user"), [(0.25, None), (0.0, NOBODY)], ids=["slow", "another user's, fast"]
 )
 def test_a_read_starts_at_once_and_no_call_outlives_its_deadline_behind_a_crowd_that_stalls(
     home: Home, crowd_command: str, seconds: float, user: int | None
@@ -113,7 +113,7 @@ def test_a_read_starts_at_once_and_no_call_outlives_its_deadline_behind_a_crowd_
     assert len(took) == STALLED
     assert min(map(float, took)) > DEADLINE * 0.7, "they end one after the other, a quarter early at most"
     assert max(map(float, took)) <= DEADLINE + 1
-    assert len(delays) > 10
+    assert len(delays) >= 10, "at least ten reads in a row are looked at"
     for first in range(0, len(delays) - 9, 10):
         ten = sorted(delays[first : first + 10])
         assert ten[OF_TEN - 1] < PROMPT, f"from read {first} on: {ten}"
