@@ -148,7 +148,7 @@ class Names:
 
 # -- whole blocks --------------------------------------------------------------------------------------------
 
-MAX_PLACES = 100_000
+MAX_POSITIONS = 100_000
 """Children of file nodes for which the place is remembered, in some 30 MB: enough for 100 GB of a file in
 leaves of 1 MiB."""
 
@@ -162,12 +162,12 @@ class WholeBlocks:
 
     def __init__(self, cache: Reader, pool: SourcePool) -> None:
         self._cache, self._pool = cache, pool
-        self._places: dict[Cid, tuple[FileRef, Leaf]] = {}
+        self._positions: dict[Cid, tuple[FileRef, Leaf]] = {}
 
     async def get(self, cid: Cid, fetch: bool) -> bytes:
         """The verified block of `cid`. Without `fetch`, raises NotHere if the block is neither staged nor in
         a source in place. With `fetch`, raises the errors of `Cache.block`."""
-        known = self._places.get(cids.canonical(cid))
+        known = self._positions.get(cids.canonical(cid))
         block = None if known is None else await self._staged(*known, fetch)
         if block is None:
             block = await (self._cache.block(cid, early=True) if fetch else self._here(cid))
@@ -202,15 +202,15 @@ class WholeBlocks:
     def _note(self, node: File) -> None:
         """Remembers the places of its children."""
         own = cids.canonical(node.cid)
-        file, at = self._places.get(own, (FileRef(own, node.size), Leaf(own, 0, node.size)))
+        file, at = self._positions.get(own, (FileRef(own, node.size), Leaf(own, 0, node.size)))
         if at.size != node.size:  # its parent claims another size: children may be beyond the file's end
             file, at = FileRef(own, node.size), Leaf(own, 0, node.size)
         for child in node.children:
-            self._places.setdefault(
+            self._positions.setdefault(
                 cids.canonical(child.cid), (file, Leaf(child.cid, at.offset + child.offset, child.size))
             )
-        while len(self._places) > MAX_PLACES:
-            del self._places[next(iter(self._places))]
+        while len(self._positions) > MAX_POSITIONS:
+            del self._positions[next(iter(self._positions))]
 
 
 def _parsed(cid: Cid, block: bytes) -> Node | None:

@@ -46,7 +46,7 @@ from ipfsfuse.record import UseRecord
 from ipfsfuse.sources.defaults import LIBRARY
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import FetchQuota, HttpSettings, RateLimit
-from ipfsfuse.sources.local import library
+from ipfsfuse.sources.local import library_folder
 from ipfsfuse.sources.spec import SourceProgress, source_files, source_sockets, with_headers
 from ipfsfuse.vfs.tree import Roots, Tree
 
@@ -164,15 +164,15 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
 
     It applies to threads that start later. The thread that watches the starter until `ready` is older, and is
     not confined. Returns a text that names what confines the daemon."""
-    places = [*map(Path, SYSTEM_FOLDERS), *map(Path, (sys.prefix, sys.base_prefix, *filter(None, sys.path)))]
+    paths = [*map(Path, SYSTEM_FOLDERS), *map(Path, (sys.prefix, sys.base_prefix, *filter(None, sys.path)))]
     if LIBRARY in config.sources:
         with suppress(StoreFailed):  # reported when the source is opened
-            library.prepare(config.library)
-    places += source_files(config.sources, config.library)
-    places += [path for _url, path in config.header_files]
+            library_folder.prepare(config.library)
+    paths += source_files(config.sources, config.library)
+    paths += [path for _url, path in config.header_files]
     files = ("SSL_CERT_FILE", "SSL_CERT_DIR", "IPFSFUSE_KUBO_AUTH_FILE")
     replaced = [*reads, *(Path(os.environ[name]) for name in files if os.environ.get(name))]
-    places += [place for path in replaced for place in (path, _folder_of(path), _folder_of(path.resolve()))]
+    paths += [each for path in replaced for each in (path, _folder_of(path), _folder_of(path.resolve()))]
     # on a full disk the folder may not exist yet
     cache = next(path for path in [_folder_of(folder.path), *folder.path.parents] if path.exists())
     own = [cache, *map(_writable, writes), Path("/dev/null"), Path("/sys/devices/virtual/bdi")]
@@ -189,7 +189,7 @@ def _confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wr
                 return file
             return None
 
-        allowed = [Access(file) for path in places if (file := open_path(path))]
+        allowed = [Access(file) for path in paths if (file := open_path(path))]
         allowed += [Access(file, write=True) for path in own if (file := open_path(path))]
         allowed += [Access(file, remove_folders=True) for path in emptied if (file := open_path(path))]
         kept = _kept_capabilities(config, own)
@@ -232,8 +232,8 @@ def _folder_of(file: Path) -> Path:
 
 def _writable(file: Path) -> Path:
     """The path that must be writable for the log `file`."""
-    place = _folder_of(file)
-    if place == file:
+    folder = _folder_of(file)
+    if folder == file:
         with suppress(OSError):  # reported when the log is opened
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             os.close(os.open(file, flags, 0o600))
@@ -243,7 +243,7 @@ def _writable(file: Path) -> Path:
             file,
             file.parent,
         )
-    return place
+    return folder
 
 
 def _raise_descriptors() -> None:

@@ -135,16 +135,16 @@ class Filesystem:
         if not isinstance(node, Directory | Shard):
             raise NotADirectory(f"{path} is not a directory")
         found: list[Entry] = []
-        place = 0
+        cookie = 0
         while True:
             with request_of(None, trio.current_time() + self._deadline):
-                page = await self._tree.entries(node.cid, place)
+                page = await self._tree.entries(node.cid, cookie)
             for entry in page.entries:
                 attributes = self._tree.claimed_attributes(entry.cid, entry.tsize)
                 size = attributes.size if attributes is not None and modes.S_ISREG(attributes.mode) else None
                 name = entry.name.decode("utf-8", "surrogateescape")
                 found.append(Entry(name, cids.text(entry.cid), size))
-                place = entry.place
+                cookie = entry.cookie
             if page.end:
                 return found
 
@@ -210,7 +210,7 @@ class Filesystem:
         return ways[-1]
 
 
-def place_in_mount(mountpoint: Path, path: str, *, follow: bool = True) -> str:
+def path_in_mount(mountpoint: Path, path: str, *, follow: bool = True) -> str:
     """The place of `path`, as CID/a/b, in a mount, with all symlinks resolved (at the end only if `follow`).
     Symlinks may not lead out of the root, to other files of this machine. Raises NotAllowed, OSError."""
     top = os.path.realpath(mountpoint)
@@ -266,8 +266,8 @@ async def open_filesystem(
     )
     failure: Exception | None = None
     async with AsyncExitStack() as stack:
-        place = stack.enter_context(isolated_folder()) if isolated else asked.cache_dir
-        folder = stack.enter_context(lock_folder(place))
+        folder_path = stack.enter_context(isolated_folder()) if isolated else asked.cache_dir
+        folder = stack.enter_context(lock_folder(folder_path))
         folder.announce(os.getpid(), "a Python program")
         opened = await stack.enter_async_context(content.open_content(asked, folder))
         nursery = await stack.enter_async_context(trio.open_nursery())

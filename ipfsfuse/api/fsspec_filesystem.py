@@ -23,7 +23,7 @@ import trio
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem  # type: ignore[import-untyped]
 
 from ipfsfuse import client, config, errors
-from ipfsfuse.api.filesystem import Entry, File, Kind, Stat, open_filesystem, place_in_mount
+from ipfsfuse.api.filesystem import Entry, File, Kind, Stat, open_filesystem, path_in_mount
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.dag.path import can_hold
 
@@ -321,7 +321,7 @@ class _ThroughMount:
         stored = path.encode("utf-8", "surrogateescape")
         if not all(map(can_hold, stored.split(b"/"))):
             raise errors.NotFound(f"{path} is not a path below a CID")
-        return place_in_mount(self._mountpoint, os.fsdecode(stored))
+        return path_in_mount(self._mountpoint, os.fsdecode(stored))
 
     def stat(self, path: str) -> Stat:
         return self._stat(self._at(path))

@@ -11,8 +11,8 @@ from typing import TypeVar
 
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.reader import Reader
-from ipfsfuse.cache.store.packs import Place, head_before, rewrite_head
-from ipfsfuse.cache.store.staging import Entry
+from ipfsfuse.cache.store.packs import PackLocation, head_before, rewrite_head
+from ipfsfuse.cache.store.staging import StagingEntry
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout
@@ -30,7 +30,7 @@ LISTED_BYTES = 64 << 20
 MOST_LOST = 1000
 """Wrong blocks that a report names."""
 
-Progress = Callable[[int, int], Awaitable[None]]
+FsckProgress = Callable[[int, int], Awaitable[None]]
 """Called with (bytes checked, bytes in all)."""
 
 
@@ -56,7 +56,7 @@ class FsckReport:
     Each of their leaves is verified when it is read."""
 
 
-async def fsck(store: Store, reader: Reader, report_progress: Progress | None = None) -> FsckReport:
+async def fsck(store: Store, reader: Reader, report_progress: FsckProgress | None = None) -> FsckReport:
     report = FsckReport()
     entries = list(store.staging.entries.values())
     total = sum(entry.disk for entry in entries) + sum(store.blocks.packs.sizes.values())
@@ -74,7 +74,7 @@ async def fsck(store: Store, reader: Reader, report_progress: Progress | None = 
     return report
 
 
-async def _tell(report_progress: Progress | None, report: FsckReport, total: int) -> None:
+async def _tell(report_progress: FsckProgress | None, report: FsckReport, total: int) -> None:
     if report_progress is not None:
         await report_progress(min(report.bytes, total), total)
 
@@ -82,58 +82,60 @@ async def _tell(report_progress: Progress | None, report: FsckReport, total: int
 async def _check_pack(store: Store, reader: Reader, pack: int, report: FsckReport) -> None:
     """Checks the blocks that their heads lead to; then those that only the index knows; then looks for blocks
     that the index does not know."""
-    size, end, named, lost = store.blocks.packs.sizes.get(pack, 0), 0, set[Place](), False
-    for cid, place in await threads.run_sync(list, store.blocks.packs.sections(pack)):
-        end = place.at + place.size
-        if store.blocks.place(cid) != place:
+    size, end, named, lost = store.blocks.packs.sizes.get(pack, 0), 0, set[PackLocation](), False
+    for cid, location in await threads.run_sync(list, store.blocks.packs.sections(pack)):
+        end = location.at + location.size
+        if store.blocks.locate(cid) != location:
             lost = True  # a damaged head, a block that was set aside, a copy, or a missing row of the index
             continue
-        named.add(place)
-        await _check_block(store, reader, cid, place, report)
+        named.add(location)
+        await _check_block(store, reader, cid, location, report)
     if lost or end < size:
         await _check_by_index(store, reader, pack, named, report)
         await _find_unnamed(store, pack, named, report)
 
 
-async def _check_block(store: Store, reader: Reader, cid: Cid, place: Place, report: FsckReport) -> bool:
-    """Checks the block that the index has at `place`, and fetches it again if it is wrong. Returns whether it
-    was correct."""
+async def _check_block(
+    store: Store, reader: Reader, cid: Cid, location: PackLocation, report: FsckReport
+) -> bool:
+    """Checks the block that the index has at `location`, and fetches it again if it is wrong. Returns whether
+    it was correct."""
     report.blocks += 1
-    report.bytes += place.size
+    report.bytes += location.size
     if await store.blocks.get(cid) is not None:
         return True
-    if place.pack in store.blocks.packs.sizes:  # otherwise it was evicted meanwhile
+    if location.pack in store.blocks.packs.sizes:  # otherwise it was evicted meanwhile
         report.wrong += 1
         await _mend(reader.block(cid), cids.text(cid), report)
     return False
 
 
 async def _check_by_index(
-    store: Store, reader: Reader, pack: int, named: set[Place], report: FsckReport
+    store: Store, reader: Reader, pack: int, named: set[PackLocation], report: FsckReport
 ) -> None:
     """Checks blocks of the index that no intact head leads to, and adds them to `named`."""
     for key in dict.fromkeys([*await store.blocks.keys_in(pack), *store.blocks.packs.unindexed_in(pack)]):
-        place = store.blocks.place(cids.make(cids.RAW, key))
-        if place is None or place.pack != pack or place in named:
+        location = store.blocks.locate(cids.make(cids.RAW, key))
+        if location is None or location.pack != pack or location in named:
             continue
-        named.add(place)
+        named.add(location)
         # OSError: evicted meanwhile, or the disk can't read it; a read fetches it again
         with contextlib.suppress(OSError):
-            cid, intact = await threads.run_sync(head_before, store.blocks.packs, key, place)
+            cid, intact = await threads.run_sync(head_before, store.blocks.packs, key, location)
             if (
-                await _check_block(store, reader, cid, place, report)
+                await _check_block(store, reader, cid, location, report)
                 and not intact
                 and pack in store.blocks.packs.sizes
             ):
-                await threads.run_sync(rewrite_head, store.blocks.packs, cid, place)
+                await threads.run_sync(rewrite_head, store.blocks.packs, cid, location)
                 report.heads += 1
 
 
-async def _find_unnamed(store: Store, pack: int, named: set[Place], report: FsckReport) -> None:
+async def _find_unnamed(store: Store, pack: int, named: set[PackLocation], report: FsckReport) -> None:
     """Finds correct blocks that the index does not have, in the gaps between the blocks `named`."""
 
-    def unnamed() -> list[tuple[Cid, Place]]:
-        starts = sorted({0, *(place.at + place.size for place in named)})
+    def unnamed() -> list[tuple[Cid, PackLocation]]:
+        starts = sorted({0, *(location.at + location.size for location in named)})
         return [
             found
             for start in starts
@@ -142,14 +144,16 @@ async def _find_unnamed(store: Store, pack: int, named: set[Place], report: Fsck
             )
         ]
 
-    for cid, place in await threads.run_sync(unnamed):
-        if store.blocks.place(cid) is None and await store.blocks.take_back(cid, place):
+    for cid, location in await threads.run_sync(unnamed):
+        if store.blocks.locate(cid) is None and await store.blocks.take_back(cid, location):
             report.blocks += 1
-            report.bytes += place.size
+            report.bytes += location.size
             report.found += 1
 
 
-async def _check_leaf(store: Store, reader: Reader, entry: Entry, leaf: Leaf, report: FsckReport) -> None:
+async def _check_leaf(
+    store: Store, reader: Reader, entry: StagingEntry, leaf: Leaf, report: FsckReport
+) -> None:
     file = FileRef(entry.cid, entry.size)
     if entry.dead or not await store.has_leaf(file, leaf):
         return
@@ -174,7 +178,7 @@ async def _mend(fetch: Awaitable[object], name: str, report: FsckReport) -> None
         report.mended += 1
 
 
-async def leaves_of(reader: Reader, entry: Entry) -> AsyncIterator[Leaf]:
+async def leaves_of(reader: Reader, entry: StagingEntry) -> AsyncIterator[Leaf]:
     """The leaves of a staging file, as its root lists them. Raises what reading its blocks raises."""
     if cids.codec(entry.cid) == cids.RAW:
         yield Leaf(entry.cid, 0, entry.size)

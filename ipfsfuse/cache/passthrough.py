@@ -22,7 +22,7 @@ import trio
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.fsck import leaves_of
 from ipfsfuse.cache.reader import Reader
-from ipfsfuse.cache.store.staging import Entry, is_free
+from ipfsfuse.cache.store.staging import StagingEntry, is_free
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -65,12 +65,12 @@ class PassthroughStatus:
 class PassthroughFiles:
     def __init__(self, store: Store, reader: Reader) -> None:
         self._store, self._reader = store, reader
-        self._waiting: dict[Entry, None] = {}
+        self._waiting: dict[StagingEntry, None] = {}
         self._verifying = False
         self._wake = trio.Event()
-        self._open: dict[Entry, int] = {}
+        self._open: dict[StagingEntry, int] = {}
         """The descriptors of files that the kernel reads itself."""
-        self._mapped: dict[Entry, int] = {}
+        self._mapped: dict[StagingEntry, int] = {}
         """The descriptors of files that were closed, and may be mapped."""
         store.completed = self.verify_later
 
@@ -104,7 +104,7 @@ class PassthroughFiles:
         if entry is not None and entry.complete and not entry.verified:
             self.verify_later(entry)
 
-    def verify_later(self, entry: Entry) -> None:
+    def verify_later(self, entry: StagingEntry) -> None:
         self._waiting[entry] = None
         self._wake.set()
 
@@ -127,7 +127,7 @@ class PassthroughFiles:
                     self._verifying = False
                 self._look_at_mapped()
 
-    async def _verify(self, entry: Entry) -> None:
+    async def _verify(self, entry: StagingEntry) -> None:
         """Verifies a file. A wrong or missing leaf is fetched again, and then the file is verified once
         more."""
         staging, file = self._store.staging, FileRef(entry.cid, entry.size)
@@ -146,7 +146,7 @@ class PassthroughFiles:
 
     # -- read by the kernel ----------------------------------------------------------------------------------
 
-    def open(self, cid: Cid) -> tuple[Entry, int] | None:
+    def open(self, cid: Cid) -> tuple[StagingEntry, int] | None:
         """The staging file of `cid`, and a descriptor of it, if it was verified as a whole and there is room
         to protect it. The caller calls `close` at the end."""
         entry = self._store.staging.find(cids.canonical(cid))
@@ -172,7 +172,7 @@ class PassthroughFiles:
         self._open[entry] = file
         return entry, file
 
-    def close(self, entry: Entry) -> None:
+    def close(self, entry: StagingEntry) -> None:
         """The kernel has released the file for the last time."""
         self._mapped[entry] = self._open.pop(entry)
         self._look_at_mapped()

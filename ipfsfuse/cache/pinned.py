@@ -81,7 +81,7 @@ class Pinning:
         for cid, in_file in walk:
             await trio.lowlevel.checkpoint()  # reading a small block has no checkpoint
             block = await reader.block(cid)
-            if self._store.blocks.place(cid) is not None:  # otherwise it is a staging file, or read in place
+            if self._store.blocks.locate(cid) is not None:  # otherwise it is a staging file, or read in place
                 await self._store.blocks.put(cid, block, self._pack_set)
             walk.add(*_below(self._store, await parsed_node(cid, block, MAX_PACKED), in_file))
             self.check()
@@ -94,7 +94,7 @@ def _below(store: Store, node: Node, in_file: bool) -> tuple[list[Cid], bool]:
     def is_structure(child: Cid) -> bool:
         """Whether a part of a large file is a block in a pack: an interior node, or a leaf that can't be
         verified by its content alone."""
-        return cids.codec(child) != cids.RAW and store.blocks.place(child) is not None
+        return cids.codec(child) != cids.RAW and store.blocks.locate(child) is not None
 
     large = (
         isinstance(node, File) and (in_file or node.size > MAX_PACKED) and not nodes.holds_values(node.cid)
@@ -180,17 +180,17 @@ class PinnedDags:
         walk = BlockWalk([root], False)
         for cid, in_file in walk:
             await trio.lowlevel.checkpoint()  # reading a small block has no checkpoint
-            place, file = store.blocks.place(cid), cids.canonical(cid)
+            location, file = store.blocks.locate(cid), cids.canonical(cid)
             if cids.codec(cid) == cids.RAW and file in store.staging.entries:
                 found.add(file)
                 continue
             block = cids.inline_or_empty_block(cid)
             if block is None:
                 block = await store.blocks.get(cid)
-                if block is None or place is None:
+                if block is None or location is None:
                     missing += 1
                     continue
-                found.add(place.pack)
+                found.add(location.pack)
             try:
                 node = await parsed_node(cid, block, MAX_PACKED)
             except (Malformed, Unsupported):
@@ -274,10 +274,10 @@ class PinnedDags:
         `other`."""
         packs = self._store.blocks.packs
         for pack in [key for key in other if isinstance(key, int)]:
-            for cid, place in await threads.run_sync(list, packs.sections(pack)):
-                found = self._store.blocks.place(cid)
+            for cid, location in await threads.run_sync(list, packs.sections(pack)):
+                found = self._store.blocks.locate(cid)
                 if found is None or found.pack in leaving:
-                    packs.pending[cids.multihash(cid)] = place
+                    packs.pending[cids.multihash(cid)] = location
 
     def _unpin(self, keys: Iterable[Key]) -> None:
         """Unpins those of `keys` that belong to no other pin, finished or under way. If the keys of a pin are

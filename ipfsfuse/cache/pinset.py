@@ -13,7 +13,7 @@ import trio
 
 from ipfsfuse.cache import arc
 from ipfsfuse.cache.base import Copy, Pins
-from ipfsfuse.cache.fsck import FsckReport, Progress, fsck
+from ipfsfuse.cache.fsck import FsckProgress, FsckReport, fsck
 from ipfsfuse.cache.pinned import PinnedDags
 from ipfsfuse.cache.reader import Reader
 from ipfsfuse.cache.store import recovery
@@ -24,7 +24,7 @@ from ipfsfuse.dag import nodes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import Blocks
+from ipfsfuse.sources.base import BlockFetcher
 
 MAX_STAGED_NAMES = 10_000
 """Names that are kept. With more, those that are no longer staged are removed."""
@@ -134,7 +134,7 @@ class PinsetCache:
     async def open(
         cls,
         folder: Path,
-        blocks: Blocks,
+        blocks: BlockFetcher,
         budget: int,
         *,
         deadline: float = 30.0,
@@ -196,7 +196,7 @@ class PinsetCache:
 
     async def copy(self, cid: Cid, node: str) -> Copy | None:
         entry = self.store.staging.find(cids.canonical(cid))
-        if self.store.blocks.place(cid) is None and (
+        if self.store.blocks.locate(cid) is None and (
             entry is None or entry.source not in ("", node) or cids.codec(cid) == cids.RAW
         ):
             return None
@@ -204,9 +204,9 @@ class PinsetCache:
         if cids.codec(cid) == cids.RAW:
             return Copy(block, ())
         below = nodes.children(await threads.run_sync(nodes.parse, cid, block))
-        return Copy(block, [child for child in below if self.store.blocks.place(child) is not None])
+        return Copy(block, [child for child in below if self.store.blocks.locate(child) is not None])
 
-    async def fsck(self, report_progress: Progress | None = None) -> FsckReport:
+    async def fsck(self, report_progress: FsckProgress | None = None) -> FsckReport:
         """See `cache.fsck`."""
         await self.store.budget.counted.wait()
         return await fsck(self.store, self.reader, report_progress)

@@ -20,7 +20,7 @@ from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf, Node
 from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import segments_of
-from ipfsfuse.sources.base import Blocks, Fetched, LeafRange, Source, Subtree, Verified
+from ipfsfuse.sources.base import BlockFetcher, Fetched, LeafRange, Source, Subtree, Verified
 from ipfsfuse.sources.streams import Block
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class FetchResult(NamedTuple):
     source: Source | None = None
     block: Block = b""
     """The block as it arrived."""
-    place: tuple[Cid, int] | None = None
+    staged_at: tuple[Cid, int] | None = None
     """The file, and the offset in it, where the content is staged. None if it can't be in a staging file,
     because it is read in place, or because the content alone can't be verified."""
     interior: bool = False
@@ -105,8 +105,8 @@ async def parsed_node(cid: Cid, block: bytes, most: int = MAX_PARSED_ON_LOOP) ->
 def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
     """The result for the waiters of a block. A raw block may be a whole file, and is staged as one."""
     block, source = fetched.block, fetched.source
-    place = None if cids.codec(cid) != cids.RAW or source.in_place else (cids.canonical(cid), 0)
-    return FetchResult(block, source, block, place)
+    staged_at = None if cids.codec(cid) != cids.RAW or source.in_place else (cids.canonical(cid), 0)
+    return FetchResult(block, source, block, staged_at)
 
 
 async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
@@ -193,7 +193,7 @@ class _Expected:
 class Reader:
     """Reads blocks and leaves. Implements `cache.base.Cache`, which describes the methods."""
 
-    def __init__(self, store: Store, blocks: Blocks, nursery: trio.Nursery, deadline: float) -> None:
+    def __init__(self, store: Store, blocks: BlockFetcher, nursery: trio.Nursery, deadline: float) -> None:
         self.store = store
         self.hits = 0
         self.misses = 0
@@ -201,7 +201,7 @@ class Reader:
         self._patience = deadline * ANSWER_PART
         self._unwritten = _Unwritten(store, deadline * DISK_PART)
         self._flights: SingleFlight[bytes, FetchResult] = SingleFlight(
-            nursery, deadline, name=spelled, cause=lambda key: blocks.said(cid_of(key))
+            nursery, deadline, name=spelled, cause=lambda key: blocks.answers_so_far(cid_of(key))
         )
 
     # -- uses ------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ class Reader:
         for file, leaf, result in arrived:
             if result.source is None or result.source.in_place:
                 continue
-            if result.place is None or file.size <= MAX_PACKED:
+            if result.staged_at is None or file.size <= MAX_PACKED:
                 small.append(((leaf.cid, bytes(result.block)), file))
             elif len(result.content) == leaf.size:  # otherwise its parent states a wrong size
                 last = runs[-1][2][-1] if runs and runs[-1][0] == file else None
@@ -358,7 +358,7 @@ class Reader:
         some = [
             cid for cid in wanted if cids.inline_or_empty_block(cid) is None and not self._is_staged_file(cid)
         ]
-        packed = self.store.blocks.places(some)
+        packed = self.store.blocks.locate_each(some)
         return [block_key(cid) for cid in some if cids.multihash(cid) not in packed]
 
     def _is_staged_file(self, cid: Cid) -> bool:
@@ -394,7 +394,7 @@ class Reader:
             if not leaf.has_content(len(content), result.interior):
                 # no failure of this leaf: another file may state its size correctly
                 block = await self.block(leaf.cid, early=early)
-            elif result.place not in (None, (file.cid, leaf.offset)) and not await self._has(file, leaf):
+            elif result.staged_at not in (None, (file.cid, leaf.offset)) and not await self._has(file, leaf):
                 # the fetch was for a leaf of the same bytes in another file, or elsewhere in this one
                 await self._stage([(file, leaf, result)])
         if block is not None:
@@ -408,7 +408,7 @@ class Reader:
         if cids.inline_or_empty_block(leaf.cid) is not None:
             return True
         in_pack = file.size <= MAX_PACKED or cids.codec(leaf.cid) != cids.RAW
-        return (in_pack and self.store.blocks.place(leaf.cid) is not None) or await self.store.has_leaf(
+        return (in_pack and self.store.blocks.locate(leaf.cid) is not None) or await self.store.has_leaf(
             file, leaf
         )
 
@@ -546,7 +546,7 @@ class Reader:
                         await self._stage(first)
                     for key, result in came_now:
                         for leaf in by_key[key][1:]:
-                            if result.place is not None and not await self._has(file, leaf):
+                            if result.staged_at is not None and not await self._has(file, leaf):
                                 await self._stage([(file, leaf, result)])
                         batch.staged(key)
             finally:

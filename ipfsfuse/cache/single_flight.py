@@ -149,8 +149,8 @@ class SingleFlight(Generic[K, V]):
         if came:
             raise StoreFailed(f"{name()}: the disk has not written it within {round(waited, 1):g} s")
         cause = self._cause(key)
-        said = f"{name()}: no source gave it within {round(min(waited, self._deadline), 1):g} s"
-        late = Unavailable(f"{said}: {cause}" if cause else said)
+        message = f"{name()}: no source gave it within {round(min(waited, self._deadline), 1):g} s"
+        late = Unavailable(f"{message}: {cause}" if cause else message)
         if waited >= self._deadline * LONG_ENOUGH:
             self._note_failure(key, late)
         try:

@@ -136,16 +136,16 @@ def unwrapped(exc: BaseException) -> BaseException:
 def one_line(exc: BaseException) -> str:
     """The reason of a failure. It is printable, even if it contains foreign text."""
     if isinstance(exc, IpfsFuseError):
-        said = str(exc)
+        message = str(exc)
     elif isinstance(exc, OSError):
-        said = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else exc.strerror or str(exc)
+        message = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else exc.strerror or str(exc)
         if exc.filename is None and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
-            said = f"standard output can't be written: {said}"  # other files have a name
+            message = f"standard output can't be written: {message}"  # other files have a name
     else:
-        said = (
+        message = (
             f"unexpected error, {type(exc).__name__}: {str(exc).strip()} (IPFSFUSE_TRACEBACK=1 shows where)"
         )
-    return printable(said.strip())
+    return printable(message.strip())
 
 
 SIZE_KEYS = ("budget", "effective_budget", "reserve", "free", "size", "staged", "used", "freed", "pinned")
@@ -161,9 +161,9 @@ def show(answer: Mapping[str, Any], indent: str = "") -> None:
         elif isinstance(inner, list):
             line(label if inner else f"{label} none")
             for item in inner:
-                line(f"{indent}  {said('', item)}")
+                line(f"{indent}  {formatted('', item)}")
         else:
-            _labelled(label, said(key, inner))
+            _labelled(label, formatted(key, inner))
 
 
 def _labelled(label: str, text: str) -> None:
@@ -179,7 +179,7 @@ def table(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     line(f"{name}:")
     cells = [
         [_label(key) for key in rows[0]],
-        *([printable(said(key, value)) for key, value in row.items()] for row in rows),
+        *([printable(formatted(key, value)) for key, value in row.items()] for row in rows),
     ]
     right = [isinstance(value, int | float | None) for value in rows[0].values()]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -280,7 +280,7 @@ def _small(small: Mapping[str, int]) -> None:
         )
 
 
-def said(key: str, value: object) -> str:
+def formatted(key: str, value: object) -> str:
     """One value in one line."""
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -291,7 +291,9 @@ def said(key: str, value: object) -> str:
     if isinstance(value, float):
         return _seconds(value) if key in ("median", "p95") else f"{value:.3g}"
     if isinstance(value, dict):
-        return ", ".join(f"{_label(name)} {said(name, inner)}" for name, inner in value.items()) or "none"
+        return (
+            ", ".join(f"{_label(name)} {formatted(name, inner)}" for name, inner in value.items()) or "none"
+        )
     return str(value)
 
 
@@ -310,7 +312,7 @@ PLAIN_SECONDS = 5.0
 """Seconds between two plain lines of progress."""
 
 
-class Progress:
+class ProgressBar:
     """Shows progress: a bar in a terminal, else a line now and then."""
 
     def __init__(self, what: str) -> None:

@@ -21,7 +21,7 @@ from ipfsfuse.errors import IpfsFuseError, NotHere
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline, request_timeout
 from ipfsfuse.sources import defaults
-from ipfsfuse.sources.local import library
+from ipfsfuse.sources.local import library_folder
 
 FUSE = Path("/dev/fuse")
 FUSE_CONF = Path("/etc/fuse.conf")
@@ -106,16 +106,16 @@ def _helper() -> Iterator[Finding]:
     if found is None:
         yield Finding(BAD, "fusermount3", "missing", "install the package fuse3")
         return
-    said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout.strip()
     if os.geteuid() != 0 and not os.stat(found).st_mode & stat.S_ISUID:
         yield Finding(
             BAD,
             "fusermount3",
-            f"{said}; not setuid root, so only root can mount",
+            f"{version}; not setuid root, so only root can mount",
             f"as root: chmod u+s {found}",
         )
     else:
-        yield Finding(OK, "fusermount3", said)
+        yield Finding(OK, "fusermount3", version)
 
 
 def _allow_other() -> Finding:
@@ -157,16 +157,16 @@ def _confinement() -> Finding:
 def _guest_sandbox() -> Finding:
     """How the process of a guest of ipfsfuse-run can be confined."""
     try:
-        from ipfsfuse_run import lockdown, places
+        from ipfsfuse_run import host_folders, lockdown
     except ImportError:
         return Finding(NOTE, "guests", "the package ipfsfuse_run is not installed: no guest can be run")
     active = lockdown.available()
     missing = [each for each in lockdown.LAYERS if each not in active]
-    tmp = "/tmp is a tmpfs" if places.tmpfs_is_offered() else "/tmp is a folder that is measured as it grows"
+    tmp = "a tmpfs" if host_folders.tmpfs_is_offered() else "a folder that is measured as it grows"
     if missing:
-        found = f"locked in by {', '.join(active)}; without {', '.join(missing)}; {tmp}"
+        found = f"locked in by {', '.join(active)}; without {', '.join(missing)}; /tmp is {tmp}"
         return Finding(NOTE, "guests", found, "a kernel from 5.13 on, with landlock and seccomp, has them")
-    return Finding(OK, "guests", f"locked in by {', '.join(active)}; {tmp}")
+    return Finding(OK, "guests", f"locked in by {', '.join(active)}; /tmp is {tmp}")
 
 
 def _user_requests() -> Iterator[Finding]:
@@ -268,7 +268,7 @@ def _library(folder: Path) -> Finding:
     if not folder.exists():
         return Finding(OK, "library", f"{folder} will be made by the first `ipfsfuse add`")
     try:
-        library.examine(folder)
+        library_folder.examine(folder)
     except (IpfsFuseError, OSError) as exc:
         return Finding(BAD, "library", str(exc), "mend that, or name another with --library")
     if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
@@ -279,8 +279,8 @@ def _library(folder: Path) -> Finding:
 def _mounts(cache_dir: Path) -> Iterator[Finding]:
     """The health of this user's mounts: those with a known daemon, those in the configuration, and the one
     that uses the cache folder."""
-    said = cache_folder.announced(cache_dir)
-    expected = {*map(str, settings.mounts().values()), *([said[1]] if said else [])}
+    daemon = cache_folder.announced(cache_dir)
+    expected = {*map(str, settings.mounts().values()), *([daemon[1]] if daemon else [])}
     asked = set[Path]()
     for mounted in mountpoints.table():
         if mounted.type != mountpoints.TYPE or mounted.owner != os.geteuid():
@@ -296,7 +296,7 @@ def _mounts(cache_dir: Path) -> Iterator[Finding]:
         if not asked:
             yield Finding(OK, "mount", "none uses the cache folder now")
     elif cache_folder.socket_path(cache_dir) not in asked:  # `serve`, or a mount that is not seen here
-        what = f"process {said[0]} serves {said[1]}" if said else "a daemon is starting"
+        what = f"process {daemon[0]} serves {daemon[1]}" if daemon else "a daemon is starting"
         yield Finding(OK, "mount", what)
 
 

@@ -111,9 +111,9 @@ def last_daemon(given_cache_dir: str | None, mounted_at: str | None, must: bool 
     `mounted_at` can't be asked."""
     if mounted_at is None:
         folder = cache_dir(given_cache_dir)
-        said = cache_folder.announced(folder)
+        daemon = cache_folder.announced(folder)
         socket = cache_folder.socket_path(folder)
-        return Daemon(socket, None, None) if said is None else Daemon(socket, said[0], Path(said[1]))
+        return Daemon(socket, None, None) if daemon is None else Daemon(socket, daemon[0], Path(daemon[1]))
     from ipfsfuse.fuse import mountpoint as mountpoints
 
     point = mountpoint(mounted_at)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ipfsfuse import units
 from ipfsfuse.cli import console, folders
-from ipfsfuse.cli.console import Progress
+from ipfsfuse.cli.console import ProgressBar
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.path import cid_alone
@@ -28,7 +28,7 @@ def add(arguments: argparse.Namespace) -> int:
     )
     rows: list[dict[str, str]] = []
     with ExitStack() as exits:
-        progress = exits.enter_context(Progress("adding"))
+        progress = exits.enter_context(ProgressBar("adding"))
         library = None if arguments.only_hash else exits.enter_context(open_library(arguments))
         for added in add_all(arguments.paths, options, library, progress):
             if arguments.quieter:
@@ -71,7 +71,7 @@ def open_library(arguments: argparse.Namespace) -> Iterator[Library]:
 
 def import_cars(arguments: argparse.Namespace) -> int:
     rows = []
-    with Progress("importing") as progress, open_library(arguments) as library:
+    with ProgressBar("importing") as progress, open_library(arguments) as library:
         for file in arguments.files:
             for root in cars.import_car(Path(file), library, progress):
                 rows.append({"cid": cids.text(root.cid), "name": root.name, "file": file})
@@ -85,7 +85,7 @@ def import_cars(arguments: argparse.Namespace) -> int:
 def check(arguments: argparse.Namespace) -> int:
     """Hashes all blocks of the library or a CAR file. Returns 1 if a block is missing or wrong."""
     with ExitStack() as exits:
-        progress = exits.enter_context(Progress("checking"))
+        progress = exits.enter_context(ProgressBar("checking"))
         if arguments.file is not None:
             what, damage = arguments.file, cars.car_damage(Path(arguments.file), progress)
         else:

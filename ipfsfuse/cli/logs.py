@@ -169,9 +169,9 @@ class DaemonLog(logging.Handler):
                 # on a full disk, or from a file opened for writing alone, that is lost; the mount goes on
                 with suppress(OSError), open(target, "wb", closefd=False) as out:
                     at = 0
-                    while said := os.pread(2, 1 << 16, at):
-                        out.write(said)
-                        at += len(said)
+                    while piece := os.pread(2, 1 << 16, at):
+                        out.write(piece)
+                        at += len(piece)
             _lead_to(target)
             self._path = path
 
@@ -206,8 +206,8 @@ class DaemonLog(logging.Handler):
             data = self._encoded(record)
             if self._lost:
                 what = "%d messages before this one are lost: they could not be written"
-                said = logging.LogRecord(log.name, logging.WARNING, "", 0, what, (self._lost,), None)
-                data = self._encoded(said) + data
+                lost = logging.LogRecord(log.name, logging.WARNING, "", 0, what, (self._lost,), None)
+                data = self._encoded(lost) + data
             rest = self._written(data, wait)
             if len(rest) < len(data):
                 self._rest, self._lost = rest, 0

@@ -110,8 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.server.private and not units.names_this_machine(self.headers.get("Host", "localhost")):
-            said = "a web page could use any name: ask by the address itself or as localhost\n"
-            self._answer(403, said)
+            refusal = "a web page could use any name: ask by the address itself or as localhost\n"
+            self._answer(403, refusal)
         elif self.path.partition("?")[0] != "/metrics":
             self._answer(404, "see /metrics\n")
         else:

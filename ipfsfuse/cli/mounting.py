@@ -36,7 +36,7 @@ from ipfsfuse import client, confinement, units
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
 from ipfsfuse.cli import console, folders, logs, parser, settings
-from ipfsfuse.cli.console import Progress
+from ipfsfuse.cli.console import ProgressBar
 from ipfsfuse.config import ContentConfig, MountConfig, User
 from ipfsfuse.control import live_mounts
 from ipfsfuse.dag import cid as cids
@@ -224,8 +224,10 @@ def run(arguments: argparse.Namespace) -> int:
         remote = [text for text, spec in specs if is_remote(spec)]
         if asked.offline and defaults.KUBO in asked.sources:  # its repository may name a node elsewhere
             remote += [each.text for each in addresses_of_node()[:1] if not each.is_local]
-        said = defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
-        console.note(f"ipfsfuse: {said}")
+        sources = defaults.described(
+            asked.sources, by_default=by_default, offline=asked.offline, remote=remote
+        )
+        console.note(f"ipfsfuse: {sources}")
     if asked.allow_other:
         console.note(f"ipfsfuse: {settings.ALLOW_OTHER}")
     if any(not url for url, _path in asked.header_files):
@@ -264,9 +266,13 @@ def _await_ending(cache_dir: Path) -> None:
     """Waits while the daemon of an earlier mount is ending and still uses the cache folder."""
     end = time.monotonic() + DAEMON_END_SECONDS
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
-        said = cache_folder.announced(cache_dir)
-        serving = said is not None and not os.path.isabs(said[1])  # `ipfsfuse serve`, which has no mount
-        if said is None or serving or any(mounted.mountpoint == said[1] for mounted in mountpoints.table()):
+        daemon = cache_folder.announced(cache_dir)
+        serving = daemon is not None and not os.path.isabs(daemon[1])  # `ipfsfuse serve`, which has no mount
+        if (
+            daemon is None
+            or serving
+            or any(mounted.mountpoint == daemon[1] for mounted in mountpoints.table())
+        ):
             return
         time.sleep(0.05)
 
@@ -275,7 +281,7 @@ def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, 
     """Starts the daemon and waits for its result. Raises MountFailed, FolderInUse or UsageError with the
     daemon's reason."""
     reading, writing = os.pipe()
-    with tempfile.TemporaryFile() as said, open(reading, "rb") as line_from:
+    with tempfile.TemporaryFile() as output, open(reading, "rb") as line_from:
         at = argv.index("mount")
         command = [
             sys.executable,
@@ -292,8 +298,8 @@ def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, 
             daemon = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=output,
+                stderr=output,
                 pass_fds=[writing],
                 start_new_session=True,
                 env=environment,
@@ -311,13 +317,13 @@ def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, 
             mounted: dict[str, Any] = json.loads(line.removeprefix("ok "))
             return mounted
         code = daemon.wait()
-        reason = line.removeprefix("error ") or _last_words(said, code)
+        reason = line.removeprefix("error ") or _last_lines(output, code)
         raise {2: UsageError, os.EX_TEMPFAIL: FolderInUse}.get(code, MountFailed)(reason)
 
 
 def _result(lines: BinaryIO) -> str:
     """Shows the daemon's progress. Returns its result line, "" if there is none."""
-    with Progress("indexing") as show:
+    with ProgressBar("indexing") as show:
         for each in lines:
             line = each.decode(errors="surrogateescape").rstrip("\n")
             if not line.startswith(PROGRESS_PREFIX):
@@ -332,9 +338,9 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
 
 
-def _last_words(said: BinaryIO, code: int) -> str:
-    said.seek(0)
-    lines = said.read().decode(errors="replace").strip().splitlines()
+def _last_lines(output: BinaryIO, code: int) -> str:
+    output.seek(0)
+    lines = output.read().decode(errors="replace").strip().splitlines()
     ending = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
     return f"the mount {ending} before it was ready" + (f": {lines[-1]}" if lines else "")
 
@@ -562,9 +568,9 @@ def take_away(point: Path, lazy: bool) -> None:
     )
     if done.returncode == 0:
         return
-    said = done.stderr.strip().rpartition(": ")[2] or "fusermount3 gave no reason"
-    if "busy" not in said:
-        raise MountFailed(f"{point} can't be unmounted: {said}")
+    reason = done.stderr.strip().rpartition(": ")[2] or "fusermount3 gave no reason"
+    if "busy" not in reason:
+        raise MountFailed(f"{point} can't be unmounted: {reason}")
     users = [f"{user.pid} ({user.command}) uses {user.uses}" for user in holders(point)]
     who = (
         "; ".join(users[:5]) + (f"; and {len(users) - 5} more" if len(users) > 5 else "")
@@ -609,8 +615,8 @@ def _uses(process: str) -> Iterator[str]:
 
 def _command(pid: str) -> str:
     try:
-        said = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ")
-        return os.fsdecode(said)[:60] or Path(f"/proc/{pid}/comm").read_text().strip()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ")
+        return os.fsdecode(command)[:60] or Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return "?"
 

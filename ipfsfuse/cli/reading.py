@@ -20,10 +20,10 @@ from typing import BinaryIO
 import trio
 
 from ipfsfuse import client
-from ipfsfuse.api.filesystem import Filesystem, open_filesystem, place_in_mount
+from ipfsfuse.api.filesystem import Filesystem, open_filesystem, path_in_mount
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cli import console, folders
-from ipfsfuse.cli.console import Progress
+from ipfsfuse.cli.console import ProgressBar
 from ipfsfuse.cli.mounting import header_files, source
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import path as paths
@@ -60,7 +60,7 @@ def _sources(arguments: argparse.Namespace) -> Sequence[str]:
 
 
 def open_settings(
-    arguments: argparse.Namespace, indexing: Progress | None = None, node: Sequence[str] = ()
+    arguments: argparse.Namespace, indexing: ProgressBar | None = None, node: Sequence[str] = ()
 ) -> OpenSettings:
     """The settings for the sources, and for the `node` that gets content. Makes the folder for indexes if
     there are CAR files."""
@@ -82,8 +82,8 @@ def _mount(arguments: argparse.Namespace) -> Path | None:
     folder = folders.cache_dir(arguments.cache_dir)
     if _given(arguments) or cache_folder.is_free(folder):
         return None
-    said = cache_folder.announced(folder)
-    return None if said is None or not os.path.isabs(said[1]) else Path(said[1])
+    daemon = cache_folder.announced(folder)
+    return None if daemon is None or not os.path.isabs(daemon[1]) else Path(daemon[1])
 
 
 def _filesystem(arguments: argparse.Namespace, *, isolated: bool) -> AbstractAsyncContextManager[Filesystem]:
@@ -127,15 +127,15 @@ def get(arguments: argparse.Namespace) -> int:
     if os.path.lexists(target):
         raise UsageError(f"{target} exists already: name another place with -o")
     mount = _mount(arguments)
-    with Progress("getting") as progress:
+    with ProgressBar("getting") as progress:
         done = _Got(progress)
         try:
             if mount is None:
                 trio.run(_get, arguments, target, done)
             else:
                 path = os.fsdecode(bytes(trio.run(_path, arguments, arguments.path)))
-                place = place_in_mount(mount, path.removeprefix("/ipfs/"), follow=False)
-                _copy(Path(place), target, done)
+                source = path_in_mount(mount, path.removeprefix("/ipfs/"), follow=False)
+                _copy(Path(source), target, done)
         except OSError as exc:
             raise StoreFailed(f"{exc.filename or target}: {exc.strerror}") from exc
     return console.answer(
@@ -156,7 +156,7 @@ def _name(path: str) -> str:
 class _Got:
     """Counts what was written."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: ProgressBar) -> None:
         self._progress = progress
         self.files = self.bytes = 0
 
@@ -217,10 +217,10 @@ async def _get_tree(filesystem: Filesystem, path: str, target: Path, done: _Got)
         else:
             with _new_file(target) as out:
                 async with await filesystem.open(path) as file:
-                    place = 0
-                    while piece := await file.read(place, READ_BYTES):
+                    offset = 0
+                    while piece := await file.read(offset, READ_BYTES):
                         await threads.run_sync(out.write, piece)
-                        place += len(piece)
+                        offset += len(piece)
                         done.add(len(piece))
             done.files += 1
 
@@ -244,7 +244,7 @@ async def _export(arguments: argparse.Namespace) -> int:
     if to_stdout:
         _check_standard_output(arguments.v2)
     cid = await _root(arguments)
-    with Progress("indexing") as indexing, Progress("exporting") as progress:
+    with ProgressBar("indexing") as indexing, ProgressBar("exporting") as progress:
         async with _blocks(
             arguments, _sources_beside_mount(arguments), open_settings(arguments, indexing)
         ) as get:
@@ -276,7 +276,7 @@ async def _push(arguments: argparse.Namespace) -> int:
     if parse_source(arguments.to).kind != defaults.KUBO:
         raise UsageError(f"--to {arguments.to}: not a Kubo node; write kubo, or kubo+http://host:port")
     cid = await _root(arguments)
-    with Progress("indexing") as indexing, Progress("pushing") as progress:
+    with ProgressBar("indexing") as indexing, ProgressBar("pushing") as progress:
         sources = _sources(arguments) if _given(arguments) else [defaults.LIBRARY]
         settings = open_settings(arguments, indexing, [arguments.to])
         async with (

@@ -9,7 +9,7 @@ from typing import Any
 
 from ipfsfuse import client
 from ipfsfuse.cli import console, folders
-from ipfsfuse.cli.console import Progress
+from ipfsfuse.cli.console import ProgressBar
 from ipfsfuse.cli.status import ANSWER_SECONDS
 from ipfsfuse.errors import IpfsFuseError, NotACid, UsageError
 
@@ -120,7 +120,7 @@ def _ask(arguments: argparse.Namespace, command: str, **sent: Any) -> int:
 
 
 def _call(control: Path, command: str, timeout: float | None = None, **sent: Any) -> dict[str, Any]:
-    with Progress(command) as progress:
+    with ProgressBar(command) as progress:
         return client.call(control, command, lambda values: progress(**values), timeout=timeout, **sent)
 
 

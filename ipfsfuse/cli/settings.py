@@ -298,7 +298,7 @@ def _as_typed(name: str, value: object) -> str:
         return units.duration_text(value)
     if name == "umask" and isinstance(value, int):
         return f"{value:03o}"
-    return " ".join(map(str, value)) if isinstance(value, list) else console.said(name, value)
+    return " ".join(map(str, value)) if isinstance(value, list) else console.formatted(name, value)
 
 
 def _write_template(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.reader import Reader, parsed_node
 from ipfsfuse.config import MountConfig
 from ipfsfuse.content import Names, WholeBlocks
-from ipfsfuse.control.server import Arguments, Handler, Progress
+from ipfsfuse.control.server import Arguments, Handler, SendProgress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, traversal
 from ipfsfuse.dag.cid import Cid
@@ -102,7 +102,7 @@ class Commands:
             "record": self.record,
         }
 
-    async def status(self, _arguments: Arguments, _progress: Progress) -> Answer:
+    async def status(self, _arguments: Arguments, _progress: SendProgress) -> Answer:
         reasons = self._degraded()
         return {
             "version": __version__,
@@ -153,7 +153,7 @@ class Commands:
     def _uptime(self) -> float:
         return time.clock_gettime(time.CLOCK_BOOTTIME) - self._started
 
-    async def quota(self, arguments: Mapping[str, Any], _progress: Progress) -> dict[str, Any]:
+    async def quota(self, arguments: Mapping[str, Any], _progress: SendProgress) -> dict[str, Any]:
         """The bytes that were fetched and that --max-fetch allows. With `wait`, answers when the quota is
         reached."""
         if self._quota is None:
@@ -166,7 +166,7 @@ class Commands:
             "reached": self._quota.reached.is_set(),
         }
 
-    async def ls(self, arguments: Arguments, progress: Progress) -> Answer:
+    async def ls(self, arguments: Arguments, progress: SendProgress) -> Answer:
         """All staging files with their paths. With `tree` also all staged paths."""
         tree: list[dict[str, Any]] = []
         paths = defaultdict[Cid, list[str]](list)
@@ -196,7 +196,7 @@ class Commands:
             **({"tree": tree} if arguments.get("tree") is True else {}),
         }
 
-    async def resolve(self, arguments: Arguments, _progress: Progress) -> Answer:
+    async def resolve(self, arguments: Arguments, _progress: SendProgress) -> Answer:
         """The path that an IPNS name or a domain resolves to, and for how many seconds that is valid."""
         name = arguments.get("name")
         if not isinstance(name, str):
@@ -207,7 +207,7 @@ class Commands:
             "seconds": max(0.0, found.until - trio.current_time()),
         }
 
-    async def prefetch(self, arguments: Arguments, progress: Progress) -> Answer:
+    async def prefetch(self, arguments: Arguments, progress: SendProgress) -> Answer:
         depth = arguments.get("depth")
         if depth is not None and not (isinstance(depth, int) and depth >= 0):
             raise UsageError("prefetch: depth is a number of levels")
@@ -216,20 +216,20 @@ class Commands:
             totals = await fetch_all(self._tree, cid, depth, _fetched(progress))
         return {"prefetched": cids.text(cid), **_counts(totals)}
 
-    async def pin(self, arguments: Arguments, progress: Progress) -> Answer:
+    async def pin(self, arguments: Arguments, progress: SendProgress) -> Answer:
         cid = await self._named(arguments)
         async with self._cache.pinned.pin(cid) as pinning:
             totals = await fetch_all(self._tree, cid, None, _fetched(progress), pinning.file)
         self._pins.pin(cid)
         return {"pinned": cids.text(cid), **_counts(totals)}
 
-    async def unpin(self, arguments: Arguments, _progress: Progress) -> Answer:
+    async def unpin(self, arguments: Arguments, _progress: SendProgress) -> Answer:
         cid = await self._named(arguments)
         await self._cache.pinned.unpin(cid)
         self._pins.unpin(cid)
         return {"unpinned": cids.text(cid)}
 
-    async def evict(self, arguments: Arguments, _progress: Progress) -> Answer:
+    async def evict(self, arguments: Arguments, _progress: SendProgress) -> Answer:
         if arguments.get("all") is True:
             return {"freed": await self._cache.store.evict()}
         cid = await self._named(arguments)
@@ -247,7 +247,7 @@ class Commands:
         self._cache.names.note(path.root, cids.text(path.root))  # `ls` finds the names below it
         return node.cid
 
-    async def budget(self, arguments: Arguments, _progress: Progress) -> Answer:
+    async def budget(self, arguments: Arguments, _progress: SendProgress) -> Answer:
         """Changes the budget until this mount ends."""
         size = arguments.get("size")
         if not isinstance(size, int) or isinstance(size, bool) or not 0 < size < 1 << 63:
@@ -292,11 +292,11 @@ class Commands:
             "fetched": fetched,
         }
 
-    async def history(self, _arguments: Arguments, _progress: Progress) -> Answer:
+    async def history(self, _arguments: Arguments, _progress: SendProgress) -> Answer:
         """The counts at some hundred moments since the mount started."""
         return {"samples": [*self._history, self._sample()]}
 
-    async def metrics(self, arguments: Arguments, progress: Progress) -> Answer:
+    async def metrics(self, arguments: Arguments, progress: SendProgress) -> Answer:
         """The answer of `status`, and histograms of latencies."""
         return {
             **await self.status(arguments, progress),
@@ -308,13 +308,13 @@ class Commands:
             "stalled": sum(each.in_flight + each.waiting for each in self._pool.statistics()),
         }
 
-    async def fsck(self, _arguments: Arguments, progress: Progress) -> Answer:
+    async def fsck(self, _arguments: Arguments, progress: SendProgress) -> Answer:
         async def report_progress(done: int, total: int) -> None:
             await progress({"done": done, "total": total})
 
         return asdict(await self._cache.fsck(report_progress))
 
-    async def block(self, arguments: Arguments, _progress: Progress) -> Answer:
+    async def block(self, arguments: Arguments, _progress: SendProgress) -> Answer:
         """One verified block. If `fetch` is false, only a block that is here. `serve` sets `serving`."""
         block = await self._blocks.get(_cid(arguments), arguments.get("fetch") is not False)
         if arguments.get("serving") is True:
@@ -322,7 +322,7 @@ class Commands:
             self._served["bytes"] += len(block)
         return {"data": base64.b64encode(block).decode("ascii")}
 
-    async def record(self, arguments: Arguments, _progress: Progress) -> Answer:
+    async def record(self, arguments: Arguments, _progress: SendProgress) -> Answer:
         """The newest IPNS record of a name. If `fetch` is false, the newest stored one."""
         from ipfsfuse.sources.names.record import KeyName, parse_name  # rare, and takes 50 ms
 
@@ -352,7 +352,7 @@ def _counts(totals: Totals) -> dict[str, int]:
     return {"files": totals.files, "directories": totals.directories, "bytes": totals.bytes}
 
 
-def _fetched(progress: Progress) -> OnProgress:
+def _fetched(progress: SendProgress) -> OnProgress:
     """Reports what has been fetched."""
     throttled = _Throttled(progress)
 
@@ -367,7 +367,7 @@ def _fetched(progress: Progress) -> OnProgress:
 class _Throttled:
     """Passes progress on, at most a few times a second."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: SendProgress) -> None:
         self._progress = progress
         self._last = 0.0
 

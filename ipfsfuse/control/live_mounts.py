@@ -40,8 +40,8 @@ class LiveMount(NamedTuple):
 def register(mountpoint: Path, control: Path) -> Iterator[None]:
     """Lets `find` find `mountpoint`, which this process has just mounted, during the block. If no folder can
     be used, only logs that."""
-    mounted, place = mountpoints.ours_at(mountpoint), usable_folder()
-    with nullcontext() if place is None else _open_folder(place) as folder:
+    mounted, path = mountpoints.ours_at(mountpoint), usable_folder()
+    with nullcontext() if path is None else _open_folder(path) as folder:
         if mounted is None or folder is None:
             log.warning(
                 "commands can't find this mount by --mount: no folder of this user's own for it "

@@ -36,8 +36,8 @@ LONG_LIST = 1000
 
 Arguments = Mapping[str, Any]
 """The unchecked members of a request besides `command`."""
-Progress = Callable[[Mapping[str, Any]], Awaitable[None]]
-Handler = Callable[[Arguments, Progress], Awaitable[Mapping[str, Any]]]
+SendProgress = Callable[[Mapping[str, Any]], Awaitable[None]]
+Handler = Callable[[Arguments, SendProgress], Awaitable[Mapping[str, Any]]]
 """(arguments, progress) -> the values of the answer. Raises errors of this project; UsageError for wrong
 arguments."""
 
@@ -248,15 +248,15 @@ def _listen(path: Path) -> tuple[trio.socket.SocketType, int]:
 
 async def _listen_again(path: Path, remake: Callable[[], None] | None) -> tuple[trio.socket.SocketType, int]:
     """Calls `_listen` until it succeeds. If the folder is gone, it is made again first."""
-    said = ""
+    logged = ""
     while True:
         try:
             if remake is not None:
                 await threads.run_sync(remake)
             return _listen(path)
         except StoreFailed as exc:
-            if str(exc) != said:
-                said = str(exc)
+            if str(exc) != logged:
+                logged = str(exc)
                 log.info("%s", exc)
             await trio.sleep(SOCKET_CHECK_SECONDS)
 

@@ -62,28 +62,28 @@ def mount_and_wait(directory: str, options: Sequence[str]) -> None:
 
 def mount(directory: str, device: int, options: Sequence[str]) -> None:
     """Raises OSError."""
-    place = open_directory(directory)
+    fd = open_directory(directory)
     try:
         owner = {"user_id": os.getuid(), "group_id": os.getgid()}
         given = [each for each in options if each.startswith(FUSE_OPTIONS)]
         missing = [f"{name}={number}" for name, number in owner.items() if f"{name}=" not in ",".join(given)]
         data = ",".join([f"fd={device}", "rootmode=40000", *given, *missing]).encode()
-        target = f"/proc/self/fd/{place}".encode()  # this folder, even if its path was changed meanwhile
+        target = f"/proc/self/fd/{fd}".encode()  # this folder, even if its path was changed meanwhile
         done = libc.mount(b"ipfsfuse", target, b"fuse.ipfsfuse", MS_NOSUID | MS_NODEV, data)
         if done != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     finally:
-        os.close(place)
+        os.close(fd)
 
 
 def open_directory(directory: str) -> int:
     """Opens the folder without following a symlink in its path. Raises OSError."""
-    place = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    fd = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in filter(None, directory.split("/")):
-        below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=place)
-        os.close(place)
-        place = below
-    return place
+        below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    return fd
 
 
 def raise_readahead(directory: str, options: Sequence[str]) -> None:
@@ -108,23 +108,23 @@ def is_dead(directory: str) -> bool:
 
 def unmount(directory: str, lazy: bool, owner: str) -> None:
     """Unmounts. With `owner` (`user_id=N`), only a mount of that user, and always lazily. Raises OSError."""
-    place = open_directory(directory)
+    fd = open_directory(directory)
     try:
-        if owner and not belongs(place, owner):
+        if owner and not belongs(fd, owner):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         if lazy or owner:
-            done = libc.umount2(f"/proc/self/fd/{place}".encode(), MNT_DETACH)
+            done = libc.umount2(f"/proc/self/fd/{fd}".encode(), MNT_DETACH)
     finally:
-        os.close(place)
+        os.close(fd)
     if not lazy and not owner:
         done = libc.umount2(os.fsencode(directory), UMOUNT_NOFOLLOW)
     if done != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def belongs(place: int, owner: str) -> bool:
+def belongs(fd: int, owner: str) -> bool:
     """Whether the open folder is in a mount of ipfsfuse's that belongs to `owner`."""
-    with open(f"/proc/self/fdinfo/{place}", encoding="ascii") as lines:
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
         number = next(line.split()[1] for line in lines if line.startswith("mnt_id:"))
     with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         [line] = [line.rstrip("\n") for line in lines if line.startswith(f"{number} ")]

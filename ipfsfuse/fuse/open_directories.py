@@ -1,6 +1,6 @@
 """Open directories: their handles and their listings, which the kernel gets one buffer at a time.
 
-An entry's offset is its place plus two, for "." and "..", so that any reader resumes exactly. If an entry's
+An entry's offset is its cookie plus two, for "." and "..", so that any reader resumes exactly. If an entry's
 attributes are known, the reply contains them, and the kernel counts a reference. If they are not known, or
 the table of inodes is full, the kernel gets only the name, and the type if that is known.
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import trio
 from pyfuse3 import FileNameT, ReaddirToken, readdir_reply
 
-from ipfsfuse.dag.directory_pages import Entry
+from ipfsfuse.dag.directory_pages import DirectoryEntry
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import ROOT_INODE, Inode, Inodes
 from ipfsfuse.fuse.replies import Replies
@@ -54,17 +54,17 @@ class _Reply:
     def dots(self, start: int) -> bool:
         """Adds "." and "..", as far as they come after the offset `start`. Returns False if the buffer is
         full."""
-        for place, (name, number) in enumerate(
+        for cookie, (name, number) in enumerate(
             ((b".", self._directory.number), (b"..", self._directory.parent)), 1
         ):
-            if start < place and not self._name_only(name, number, _DIRECTORY, place):
+            if start < cookie and not self._name_only(name, number, _DIRECTORY, cookie):
                 return False
         return True
 
-    def _name_only(self, name: bytes, number: int, mode: int, place: int) -> bool:
-        return readdir_reply(self._token, FileNameT(name), self._replies.name_only(number, mode), place)
+    def _name_only(self, name: bytes, number: int, mode: int, cookie: int) -> bool:
+        return readdir_reply(self._token, FileNameT(name), self._replies.name_only(number, mode), cookie)
 
-    async def fill(self, entries: Sequence[Entry], first: int) -> int:
+    async def fill(self, entries: Sequence[DirectoryEntry], first: int) -> int:
         """Adds `entries` from index `first` on. Returns the index of the first that did not fit."""
         for index in range(first, len(entries)):
             if not self._add(entries[index]):
@@ -74,15 +74,15 @@ class _Reply:
                 await trio.lowlevel.checkpoint()
         return len(entries)
 
-    def _add(self, entry: Entry) -> bool:
-        place = entry.place + DOTS
+    def _add(self, entry: DirectoryEntry) -> bool:
+        cookie = entry.cookie + DOTS
         inode = self._inode(entry)
         if inode is None:
             return self._name_only(
-                entry.name, self._inodes.likely(self._directory.number, entry.name, entry.cid), 0, place
+                entry.name, self._inodes.likely(self._directory.number, entry.name, entry.cid), 0, cookie
             )
         try:
-            if readdir_reply(self._token, FileNameT(entry.name), self._replies.entry(inode), place):
+            if readdir_reply(self._token, FileNameT(entry.name), self._replies.entry(inode), cookie):
                 self._inodes.refer(inode)
                 self._referred.append(inode)
                 return True
@@ -91,7 +91,7 @@ class _Reply:
             if not inode.lookups:
                 self._inodes.drop_unused(inode)
 
-    def _inode(self, entry: Entry) -> Inode | None:
+    def _inode(self, entry: DirectoryEntry) -> Inode | None:
         """The inode of an entry. If its attributes are not known, or the table of inodes is full: its inode
         if the kernel has one, else None."""
         attributes = self._tree.claimed_attributes(entry.cid, entry.tsize)
@@ -113,16 +113,16 @@ class Listing:
 
     def __init__(self, directory: Inode, tree: Tree, inodes: Inodes, replies: Replies) -> None:
         self.directory, self._tree, self._inodes, self._replies = directory, tree, inodes, replies
-        self._page: Sequence[Entry] = ()
+        self._page: Sequence[DirectoryEntry] = ()
         self._end = False
         self._index = 0
-        self._place = -1
-        """The place of the last entry that was given. A reader that goes on from there gets `_index` of
+        self._cookie = -1
+        """The cookie of the last entry that was given. A reader that goes on from there gets `_index` of
         `_page` next."""
 
     def is_at(self, start: int) -> bool:
         """Whether the next entry after the offset `start` is the next one of this listing."""
-        return self._place == max(start - DOTS, 0)
+        return self._cookie == max(start - DOTS, 0)
 
     async def reply(self, start: int, token: ReaddirToken) -> int | None:
         """Fills a reply. Returns the offset of the directory's last entry if the kernel has that now, else
@@ -149,15 +149,15 @@ class Listing:
         while True:
             index = await reply.fill(self._page, self._index)
             if index > self._index:
-                self._place = self._page[index - 1].place
+                self._cookie = self._page[index - 1].cookie
             full, self._index = index < len(self._page), index
             if full or self._end:
-                return None if full else self._place + DOTS
-            await self._turn(self._place)
+                return None if full else self._cookie + DOTS
+            await self._turn(self._cookie)
 
     async def _turn(self, after: int) -> None:
         page = await self._tree.entries(self.directory.cid, after)
-        self._page, self._end, self._index, self._place = page.entries, page.end, 0, after
+        self._page, self._end, self._index, self._cookie = page.entries, page.end, 0, after
 
 
 class RootListing:
@@ -182,11 +182,11 @@ class RootListing:
             reply.undo()
             raise
 
-    def _page(self, listed: Sequence[Listed], first: int) -> Sequence[Entry]:
+    def _page(self, listed: Sequence[Listed], first: int) -> Sequence[DirectoryEntry]:
         """The entries of `listed`, which begins at index `first`, without names that are too long for a file
         system."""
-        named = [(place, item[0], name_of(item)) for place, item in enumerate(listed, first + 1)]
-        return [Entry(name, cid, -1, place) for place, cid, name in named if len(name) <= NAME_MAX]
+        named = [(cookie, item[0], name_of(item)) for cookie, item in enumerate(listed, first + 1)]
+        return [DirectoryEntry(name, cid, -1, cookie) for cookie, cid, name in named if len(name) <= NAME_MAX]
 
 
 # -- handles -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ import trio
 from pyfuse3 import InodeT
 
 from ipfsfuse.cache.passthrough import PassthroughFiles
-from ipfsfuse.cache.store.staging import Entry
+from ipfsfuse.cache.store.staging import StagingEntry
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.errors import MountFailed
@@ -57,7 +57,7 @@ class _Backing:
     """The backing file with which an inode is open."""
 
     inode: Inode
-    entry: Entry
+    entry: StagingEntry
     backing: int
     opens: int = 0
 

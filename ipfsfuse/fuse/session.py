@@ -125,13 +125,13 @@ class MountHelper:
     def mount(self) -> MountedDevice:
         """Mounts. No request is answered yet. Raises MountFailed, with fusermount3's reason if it gave
         one."""
-        with MountTarget(self.mountpoint) as place:
+        with MountTarget(self.mountpoint) as target:
             mount = self._mount()
             try:
-                place.check()
+                target.check()
             except MountFailed:
                 close_mount(mount)
-                for point in place.made():
+                for point in target.made():
                     self._ask_to_unmount(point, "dead").readline()
                 raise
             return mount
@@ -146,9 +146,9 @@ class MountHelper:
         if not fds:
             self._ours.close()
             with self._mounting.stderr as stderr:
-                said = stderr.read()
+                message = stderr.read()
             self._mounting.wait()
-            raise MountFailed(_why(said.decode(errors="replace"), self.mountpoint, self._allow_other))
+            raise MountFailed(_why(message.decode(errors="replace"), self.mountpoint, self._allow_other))
         self._mounting.stderr.close()
         return MountedDevice(fds[0], self._ours)
 
@@ -181,8 +181,8 @@ class MountHelper:
         self._unmounting.wait()
 
 
-def _why(said: str, mountpoint: Path, allow_other: bool) -> str:
-    line = said.strip().rpartition("fusermount3: ")[2].strip() or "fusermount3 gave no reason"
+def _why(message: str, mountpoint: Path, allow_other: bool) -> str:
+    line = message.strip().rpartition("fusermount3: ")[2].strip() or "fusermount3 gave no reason"
     if allow_other and "user_allow_other" in line:
         return (
             "--allow-other needs the line user_allow_other in /etc/fuse.conf (as root: echo "

@@ -32,25 +32,19 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import too_large
 from ipfsfuse.sources.local.car_file import CarFile, ensure_index
 from ipfsfuse.sources.local.car_writer import CarWriter
-from ipfsfuse.sources.local.library import (
-    Library,
-    NewRoot,
-    damaged_roots,
-    lost_packs,
-    read_root,
-    store_errors,
-)
+from ipfsfuse.sources.local.library import Library, NewRoot
+from ipfsfuse.sources.local.library_folder import damaged_roots, lost_packs, read_root, store_errors
 
 _FETCHED_AHEAD = 16
 """Blocks that are fetched in parallel."""
 
 GetBlock = Callable[[Cid], Awaitable[bytes]]
-Progress = Callable[[int], None]
+CarProgress = Callable[[int], None]
 """Called with the bytes done so far."""
 
 
 async def export(
-    root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: Progress | None = None
+    root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: CarProgress | None = None
 ) -> int:
     """Writes the DAG `root` to `file`: a CARv1, or a CARv2 with its index if `indexed`.
 
@@ -64,7 +58,7 @@ async def export(
         return await _fill(CarWriter(fd, file.parent, [root], indexed), root, get, progress)
 
 
-async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: Progress | None = None) -> int:
+async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: CarProgress | None = None) -> int:
     """Writes a CARv1 to a descriptor, which may be a pipe. Its reader must check the exit code of this
     process, because a CAR that ends early can be a valid CAR.
 
@@ -79,7 +73,7 @@ async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: Progress
         raise StoreFailed(f"standard output: {exc.strerror}") from exc
 
 
-async def _fill(writer: CarWriter, root: Cid, get: GetBlock, progress: Progress | None) -> int:
+async def _fill(writer: CarWriter, root: Cid, get: GetBlock, progress: CarProgress | None) -> int:
     try:
         await _write(root, get, writer, progress)
         await threads.run_sync(writer.finish)
@@ -113,7 +107,7 @@ def _umask() -> int:
     return mask
 
 
-async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: Progress | None) -> None:
+async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: CarProgress | None) -> None:
     walk = BlockWalk([root], None)
     written: set[bytes] = set()
     fetched: dict[Cid, bytes] = {}
@@ -200,7 +194,7 @@ async def content(path: IpfsPath, get: GetBlock) -> AsyncIterator[memoryview]:
 # -- import --------------------------------------------------------------------------------------------------
 
 
-def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot]:
+def import_car(file: Path, library: Library, progress: CarProgress) -> list[NewRoot]:
     """Adds the DAGs of all roots of a CAR file to `library`. Returns the roots.
 
     Blocks that the CAR lacks may be in the library already. If a block is in neither, or is wrong, the
@@ -211,15 +205,15 @@ def import_car(file: Path, library: Library, progress: Progress) -> list[NewRoot
             raise AddFailed(f"{file} names no roots: the library would not know what to keep")
 
         def get(cid: Cid) -> bytes:
-            place = car.find(cids.multihash(cid))
-            if place is None:
+            location = car.find(cids.multihash(cid))
+            if location is None:
                 try:
                     return library.block(cid)
                 except NotHere as exc:
                     raise NotHere(f"{cids.text(cid)} is neither in the CAR nor in the library") from exc
-            if place.size > cids.MAX_BLOCK:
-                raise too_large(file.name, cid, place.size)
-            return car.read(place)
+            if location.size > cids.MAX_BLOCK:
+                raise too_large(file.name, cid, location.size)
+            return car.read(location)
 
         done = 0
         roots: list[NewRoot] = []
@@ -273,7 +267,7 @@ def _verified(cid: Cid, get: Callable[[Cid], bytes]) -> bytes:
 
 
 def _damage(
-    roots: Sequence[tuple[Cid, str]], get: Callable[[Cid], bytes], progress: Progress
+    roots: Sequence[tuple[Cid, str]], get: Callable[[Cid], bytes], progress: CarProgress
 ) -> Iterator[tuple[str, str]]:
     """Verifies every block below `roots` (CID, name to show). Yields (path, reason) of each missing or wrong
     block. `get` returns an unverified block, and raises IpfsFuseError."""
@@ -306,7 +300,7 @@ def _named_links(cid: Cid, block: bytes) -> list[tuple[Cid, str]]:
     return [(link.cid, link.name[pad:].decode("utf-8", "replace")) for link in node.links]
 
 
-def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, str]]:
+def library_damage(library: Library, progress: CarProgress) -> Iterator[tuple[str, str]]:
     """(path, reason) of each root that can't be read, and of each missing or wrong block below the others.
     Verifies every block."""
     entries = library.entries()
@@ -324,14 +318,14 @@ def library_damage(library: Library, progress: Progress) -> Iterator[tuple[str, 
     yield from _damage(roots, library.block, progress)
 
 
-def car_damage(file: Path, progress: Progress) -> Iterator[tuple[str, str]]:
+def car_damage(file: Path, progress: CarProgress) -> Iterator[tuple[str, str]]:
     """The same for the DAGs of all roots of a CAR file. Raises AddFailed if it is not a CAR."""
     with _open_car(file) as car:
 
         def get(cid: Cid) -> bytes:
-            place = car.find(cids.multihash(cid))
-            if place is None:
+            location = car.find(cids.multihash(cid))
+            if location is None:
                 raise NotHere(f"{cids.text(cid)} is not in the CAR")
-            return car.read(place)
+            return car.read(location)
 
         yield from _damage([(root, cids.text(root)) for root in car.roots], get, progress)

@@ -65,9 +65,9 @@ async def push(root: Cid, get: GetBlock, node: Rpc, progress: PushProgress) -> P
 async def _pin(root: Cid, node: Rpc) -> None:
     """Pins `root`. Raises NotHere if the node lacks a block."""
     text = cids.text(root)
-    said = await node.call("pin/add", [("arg", text), ("progress", "true"), ("offline", "true")], _ANSWER)
+    answer = await node.call("pin/add", [("arg", text), ("progress", "true"), ("offline", "true")], _ANSWER)
     try:
-        pins = [str(pin) for line in said.splitlines() for pin in json.loads(line).get("Pins") or ()]
+        pins = [str(pin) for line in answer.splitlines() for pin in json.loads(line).get("Pins") or ()]
         if [cids.canonical(cids.parse(pin)) for pin in pins] == [cids.canonical(root)]:
             return
     except Exception as exc:  # the node may send anything
@@ -127,10 +127,12 @@ class _Pusher:
         async def one(cid: Cid, scope: trio.CancelScope) -> None:
             async with limit:
                 try:
-                    said = await self._node.call("block/stat", [("arg", cids.text(cid)), ("offline", "true")])
+                    answer = await self._node.call(
+                        "block/stat", [("arg", cids.text(cid)), ("offline", "true")]
+                    )
                     found.add(cid)
                     if cids.codec(cid) == cids.RAW:
-                        self._done += _size(said)
+                        self._done += _size(answer)
                 except NotHere:
                     pass
                 except Exception as exc:
@@ -152,10 +154,10 @@ class _Pusher:
             await self._node.call("dag/import", [("pin-roots", "false"), ("silent", "true")], file=data)
 
 
-def _size(said: bytes) -> int:
+def _size(answer: bytes) -> int:
     """Bytes of a block according to the node; 0 if that is not a possible size."""
     try:
-        size = json.loads(said)["Size"]
+        size = json.loads(answer)["Size"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return 0
     return size if type(size) is int and 0 < size <= cids.MAX_BLOCK else 0

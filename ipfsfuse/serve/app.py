@@ -171,19 +171,19 @@ class TrustlessGateway:
         async def get(cid: Cid) -> bytes:
             return await self._block(wanted, cid)
 
-        place = await dag_stream.find(get, wanted.root, wanted.names)
-        if cids.inline_block(place.entity) is None:
-            await get(place.entity)  # reports a missing block before the answer begins
-        headers = _common(wanted, cids.text(place.entity), _tag(wanted, place))
+        resolved = await dag_stream.find(get, wanted.root, wanted.names)
+        if cids.inline_block(resolved.entity) is None:
+            await get(resolved.entity)  # reports a missing block before the answer begins
+        headers = _common(wanted, cids.text(resolved.entity), _tag(wanted, resolved))
         dups = "y" if wanted.dups else "n"
         headers["content-type"] = f"{CAR}; version=1; order=dfs; dups={dups}"
         headers["accept-ranges"] = "none"
         if _is_unchanged(wanted, headers):
             return await reply.start(304, headers, end=True)
         await reply.start(200, headers)
-        pieces, size = [car.encode_header([place.entity])], 0
+        pieces, size = [car.encode_header([resolved.entity])], 0
         span = Span(wanted.first, wanted.last)
-        async for cid, block in dag_stream.blocks(get, place, wanted.scope, span, wanted.dups):
+        async for cid, block in dag_stream.blocks(get, resolved, wanted.scope, span, wanted.dups):
             if reply.head:
                 break
             pieces += [varint.put(len(cid) + len(block)), cid, block]
@@ -282,10 +282,10 @@ def _header(text: str) -> str:
     )
 
 
-def _tag(wanted: GatewayRequest, place: ResolvedPath) -> str:
+def _tag(wanted: GatewayRequest, resolved: ResolvedPath) -> str:
     """The ETag of a CAR. It is weak, and covers all options of the request."""
     asked = (wanted.root, wanted.names, wanted.scope, wanted.first, wanted.last, wanted.dups)
-    return f'W/"{cids.text(place.entity)}.car.{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}"'
+    return f'W/"{cids.text(resolved.entity)}.car.{hashlib.sha256(repr(asked).encode()).hexdigest()[:16]}"'
 
 
 def _is_unchanged(wanted: GatewayRequest, headers: Headers) -> bool:

@@ -75,7 +75,7 @@ async def find(get: GetBlock, root: Cid, names: Sequence[bytes]) -> ResolvedPath
 
 
 async def blocks(
-    get: GetBlock, place: ResolvedPath, scope: str, span: Span, dups: bool
+    get: GetBlock, resolved: ResolvedPath, scope: str, span: Span, dups: bool
 ) -> AsyncIterator[tuple[Cid, bytes]]:
     """The blocks on the way to `place`, then, depth first, the blocks of its entity according to `scope`
     (block, entity or all) and `span`. Without `dups` each comes once. Blocks in identity CIDs are left out.
@@ -83,11 +83,11 @@ async def blocks(
     Raises TooMuch, and the errors of `get` and of the parser."""
     sent: set[Cid] = set()
     count = inlined = 0
-    for cid in place.way:
+    for cid in resolved.way:
         if cids.inline_block(cid) is None and (dups or cid not in sent):
             sent.add(cid)
             yield cid, await get(cid)
-    levels: list[Iterator[_Visit]] = [iter([_Visit(place.entity)])]
+    levels: list[Iterator[_Visit]] = [iter([_Visit(resolved.entity)])]
     while levels:
         visit = next(levels[-1], None)
         if visit is None:

@@ -33,7 +33,7 @@ from ipfsfuse import __version__, client, content
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.config import ContentConfig
 from ipfsfuse.content import WholeBlocks
-from ipfsfuse.control.server import Arguments, ControlServer, Progress
+from ipfsfuse.control.server import Arguments, ControlServer, SendProgress
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import DaemonFailed, Unavailable, UsageError
@@ -98,7 +98,7 @@ async def _own(
         blocks = WholeBlocks(here.cache.reader, here.pool)
         app = TrustlessGateway(blocks.get, here.names.record, fetch=fetch, hosts=only)
 
-        async def status(_arguments: Arguments, _progress: Progress) -> Mapping[str, Any]:
+        async def status(_arguments: Arguments, _progress: SendProgress) -> Mapping[str, Any]:
             trouble = here.cache.trouble
             return {
                 "version": __version__,
@@ -209,7 +209,7 @@ async def serve(
     context = WorkerContext(None)
     wrapped = wrap_app(app, 0, "asgi")
     streams = set[_Connection]()
-    places = trio.Semaphore(MAX_CONNECTIONS)
+    free_connections = trio.Semaphore(MAX_CONNECTIONS)
     all_ended = trio.Event()
 
     async def handle(stream: trio.SocketStream) -> None:
@@ -224,14 +224,14 @@ async def serve(
         finally:
             streams.discard(connection)
             await trio.aclose_forcefully(stream)
-            places.release()
+            free_connections.release()
             if not streams:
                 all_ended.set()
 
     async with trio.open_nursery() as connections:
         async with trio.open_nursery() as accepting:
             for listener in listeners:
-                bounded = _BoundedListener(listener, places)
+                bounded = _BoundedListener(listener, free_connections)
                 accepting.start_soon(
                     partial(trio.serve_listeners, handle, [bounded], handler_nursery=connections)
                 )
@@ -250,15 +250,15 @@ async def serve(
 class _BoundedListener(trio.abc.Listener[trio.SocketStream]):
     """Accepts a connection when fewer than MAX_CONNECTIONS are open."""
 
-    def __init__(self, listener: trio.SocketListener, places: trio.Semaphore) -> None:
-        self._listener, self._places = listener, places
+    def __init__(self, listener: trio.SocketListener, free_connections: trio.Semaphore) -> None:
+        self._listener, self._free_connections = listener, free_connections
 
     async def accept(self) -> trio.SocketStream:
-        await self._places.acquire()
+        await self._free_connections.acquire()
         try:
             return await self._listener.accept()
         except BaseException:
-            self._places.release()
+            self._free_connections.release()
             raise
 
     async def aclose(self) -> None:

@@ -242,12 +242,12 @@ class Source(ABC):
         """Sends the blocks of `stream`. The default gets one block after the other."""
         await streams.send_singly(self.get, wanted.leaves, send, 1)
 
-    def subtree(self, subtree: Subtree) -> Stream[streams.Blocks]:
+    def subtree(self, subtree: Subtree) -> Stream[streams.BlockBatch]:
         """The blocks of `subtree` that this source can send in one answer, unverified; possibly none, or
         others among them. Raises NotHere, SourceFailed."""
         return streaming(partial(self.send_subtree, subtree), alternate=True)
 
-    async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
+    async def send_subtree(self, subtree: Subtree, send: Send[streams.BlockBatch]) -> None:
         """Sends the blocks of `subtree`. The default sends nothing, which is right for blocks in files: one
         is read as fast as many."""
         await trio.lowlevel.checkpoint()
@@ -291,7 +291,7 @@ class Wanted(Protocol):
         ...
 
 
-class Blocks(Protocol):
+class BlockFetcher(Protocol):
     """The pool of all sources, as the cache sees it. Any source may answer; every block is verified."""
 
     async def get(self, cid: Cid) -> Fetched:
@@ -313,7 +313,7 @@ class Blocks(Protocol):
         without stalling. Blocks that did not arrive are no error: each is asked for alone when it is used."""
         ...
 
-    def said(self, cid: Cid) -> str:
+    def answers_so_far(self, cid: Cid) -> str:
         """The sources' answers so far to a running `get` of that block, for messages; "" if none runs."""
         ...
 

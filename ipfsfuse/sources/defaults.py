@@ -17,11 +17,11 @@ MAX_GATEWAYS_FILE: Final = 64 * 1024
 """Bytes of a file that names gateways."""
 
 
-def is_repository(place: Path) -> bool:
+def is_repository(folder: Path) -> bool:
     """Whether the folder `place` is a Kubo repository, or has an `api` file that names a node. True if it
     can't be read."""
     try:
-        names = os.listdir(place)
+        names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:

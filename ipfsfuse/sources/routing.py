@@ -33,7 +33,7 @@ from ipfsfuse.sources.http.origin import Origin, is_address, parse_origin
 from ipfsfuse.sources.http.settings import BoundHeaders, HttpSettings
 from ipfsfuse.sources.pool.health import Statistics
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Blocks, Delivery, Send, all_of
+from ipfsfuse.sources.streams import BlockBatch, Delivery, Send, all_of
 
 log = logging.getLogger(__name__)
 
@@ -290,7 +290,7 @@ class Network(Source):
         finally:
             self._remove_distrusted()
 
-    async def send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> None:
+    async def send_subtree(self, subtree: Subtree, send: Send[BlockBatch]) -> None:
         if not self._providers:
             await self._look_up(subtree.root)
         try:

@@ -198,16 +198,16 @@ def _open_kubo(spec: Spec, settings: OpenSettings) -> "Source":
     from ipfsfuse.sources.http.kubo import Kubo
     from ipfsfuse.sources.local import kubo_repo
 
-    place = repository()
-    if spec.origin is None and not is_repository(place):
+    folder = repository()
+    if spec.origin is None and not is_repository(folder):
         raise SourceFailed(
-            f"kubo: there is no repository of a Kubo node at {place}: set IPFS_PATH to the node's "
+            f"kubo: there is no repository of a Kubo node at {folder}: set IPFS_PATH to the node's "
             "repository, or name the node by its address, as in kubo+http://127.0.0.1:5001",
             "missing",
         )
-    blocks = kubo_repo.open_flatfs(place) if spec.origin is None else None
+    blocks = kubo_repo.open_flatfs(folder) if spec.origin is None else None
     if blocks is not None:
-        log.info("%s: blocks that the node has are read in its repository, %s", spec.name, place)
+        log.info("%s: blocks that the node has are read in its repository, %s", spec.name, folder)
     return Kubo(spec.name, settings.http, spec.origin, blocks=blocks, offline=settings.offline)
 
 

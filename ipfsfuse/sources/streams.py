@@ -52,7 +52,7 @@ class Hashed(NamedTuple):
     digest: bytes
 
 
-Blocks = Sequence[tuple[Cid, bytes | Hashed]]
+BlockBatch = Sequence[tuple[Cid, bytes | Hashed]]
 """Unverified blocks with the CIDs that their source claims, parents before children."""
 
 

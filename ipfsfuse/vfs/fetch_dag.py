@@ -91,7 +91,7 @@ class _Job:
         while not end:
             page = await self._tree.entries(cid, after)
             found += [entry.cid for entry in page.entries]
-            end, after = page.end, page.entries[-1].place if page.entries else after
+            end, after = page.end, page.entries[-1].cookie if page.entries else after
         return found
 
     async def _file(self, file: File, scope: trio.CancelScope) -> None:

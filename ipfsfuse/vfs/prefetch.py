@@ -237,7 +237,7 @@ class DirectoryPrefetcher:
         self._known = known
         self._contents_of = contents_of
         self._pages: OrderedDict[tuple[Cid, int], ScanTracker] = OrderedDict()
-        self._places: dict[Cid, tuple[ScanTracker, int]] = {}
+        self._positions: dict[Cid, tuple[ScanTracker, int]] = {}
 
     def listed(self, directory: Cid, after: int, children: Sequence[tuple[Cid, int]]) -> None:
         """Notes that a page of `directory` was listed from place `after`, with these entries (CID, claimed
@@ -246,19 +246,19 @@ class DirectoryPrefetcher:
         if key in self._pages:
             self._pages.move_to_end(key)
             return
-        above = self._places.get(directory, (None, 0))[0]
+        above = self._positions.get(directory, (None, 0))[0]
         small = [cid for cid, size in children if cids.codec(cid) != cids.RAW or size <= SMALL_FILE]
         page = self._pages[key] = ScanTracker(directory, small, above)
-        self._places.update(zip(page.children, zip(repeat(page), count()), strict=False))
-        while len(self._places) > MAX_TRACKED and len(self._pages) > 1:
+        self._positions.update(zip(page.children, zip(repeat(page), count()), strict=False))
+        while len(self._positions) > MAX_TRACKED and len(self._pages) > 1:
             _key, old = self._pages.popitem(last=False)
             for cid in old.children:
-                if self._places.get(cid, (None, 0))[0] is old:
-                    del self._places[cid]
+                if self._positions.get(cid, (None, 0))[0] is old:
+                    del self._positions[cid]
 
     def following(self, cid: Cid) -> Sequence[Cid]:
         """The PREFETCH_CHILDREN children after `cid`, if a reader goes through them in order."""
-        page, index = self._places.get(cid, (None, 0))
+        page, index = self._positions.get(cid, (None, 0))
         return (
             page.children[index + 1 : index + 1 + PREFETCH_CHILDREN]
             if page is not None and page.scanning
@@ -267,10 +267,10 @@ class DirectoryPrefetcher:
 
     def used(self, cid: Cid) -> None:
         """Notes that a program used `cid`."""
-        place = self._places.get(cid)
-        if place is not None and place[0].note(place[1]) and not place[0].running:
-            place[0].running = True
-            self._nursery.start_soon(self._run, place[0])
+        position = self._positions.get(cid)
+        if position is not None and position[0].note(position[1]) and not position[0].running:
+            position[0].running = True
+            self._nursery.start_soon(self._run, position[0])
 
     async def _run(self, page: ScanTracker) -> None:
         current_request.set(current_request.get().for_background())

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from ipfsfuse.confinement import Access
 from ipfsfuse.errors import IpfsFuseError, UsageError
-from ipfsfuse_run import growth, lockdown, places, processes, sandbox
+from ipfsfuse_run import growth, host_folders, lockdown, processes, sandbox
 from ipfsfuse_run.code_cache import Code, CodeCache, Key, binary
 from ipfsfuse_run.errors import COULD_NOT_RUN, GuestRefused
 from ipfsfuse_run.growth import Growth, Watched
@@ -237,7 +237,7 @@ def _writable(plan: Plan, folders: list[OpenFolder], reports: Reports) -> Growth
                 "read-only"
             ) from exc
     if box.tmp:
-        tmp = places.make_tmp(box.tmp, reports.file)
+        tmp = host_folders.make_tmp(box.tmp, reports.file)
         names = [sandbox.TMP, "."] if sandbox.is_tmp(box.cwd) else [sandbox.TMP]
         folders += [OpenFolder(sandbox.TMP, tmp.file, each, writable=True) for each in names]
         if tmp.folder is not None:

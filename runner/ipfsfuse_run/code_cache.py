@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from ipfsfuse import units
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import lockdown, places, processes
+from ipfsfuse_run import host_folders, lockdown, processes
 from ipfsfuse_run.errors import GuestRefused
 
 BOUND = 1 << 30
@@ -68,7 +68,7 @@ class CodeCache:
     @classmethod
     def of_user(cls) -> "CodeCache":
         try:
-            return cls(places.private_folder("code"))
+            return cls(host_folders.private_folder("code"))
         except StoreFailed:
             return cls(None)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ipfsfuse.errors import IpfsFuseError, MountFailed, StoreFailed, UsageError
-from ipfsfuse_run import places, sandbox, supervisor
+from ipfsfuse_run import host_folders, sandbox, supervisor
 from ipfsfuse_run.child import Plan
 from ipfsfuse_run.errors import NotKept, say
 from ipfsfuse_run.options import Options
@@ -28,7 +28,7 @@ def execute(options: Options) -> CompletedRun:
         raise UsageError(f"--cid-file {options.cid_file} is there already: remove it, or name another")
     if options.out is None:
         return _execute(options)
-    results = places.results_folder(options.out)
+    results = host_folders.results_folder(options.out)
     try:
         ended = _execute(options._replace(out=results.path))
     except BaseException:
@@ -96,7 +96,7 @@ def _add_to_library(options: Options, folder: str) -> "Cid":
     from ipfsfuse_run import mounts
     from ipfsfuse_run.record import RecordWriter, add_tree
 
-    scratch = places.scratch_folder("add", os.getpid())
+    scratch = host_folders.scratch_folder("add", os.getpid())
     try:
         car = os.path.join(scratch, "results.car")
         with open(car, "w+b") as out:
@@ -112,7 +112,7 @@ def _add_to_library(options: Options, folder: str) -> "Cid":
     except OSError as exc:
         raise StoreFailed(f"the results can't be taken into the library: {exc.strerror}") from exc
     finally:
-        places.remove_tree(scratch)
+        host_folders.remove_tree(scratch)
 
 
 def _run_on(

@@ -12,7 +12,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Directory
 from ipfsfuse.errors import UsageError
 from ipfsfuse.text import printable
-from ipfsfuse_run import limits, options, places, read_paths, receipts
+from ipfsfuse_run import host_folders, limits, options, read_paths, receipts
 from ipfsfuse_run.errors import ReceiptRefused, say
 from ipfsfuse_run.read_paths import Row, Walk
 from ipfsfuse_run.receipts import Receipt
@@ -174,11 +174,11 @@ def _print_part(record: Record, receipt: Receipt, part: str) -> None:
 def _write_results(record: Record, receipt: Receipt, folder: str, most: int) -> None:
     if receipt.out is None:
         raise ReceiptRefused(f"{record.path}: the recorded run had no /out")
-    results = places.results_folder(folder)
+    results = host_folders.results_folder(folder)
     try:
         record.extract(receipt.out, results.path, most)
     except ReceiptRefused:
         for each in os.listdir(results.path):
-            places.remove_tree(os.path.join(results.path, each))
+            host_folders.remove_tree(os.path.join(results.path, each))
         results.discard()
         raise

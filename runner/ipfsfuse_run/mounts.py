@@ -20,8 +20,8 @@ import ipfsfuse_run
 from ipfsfuse.client import Connection
 from ipfsfuse.errors import DaemonFailed, FolderInUse, IpfsFuseError, MountFailed, StoreFailed, UsageError
 from ipfsfuse_run.errors import GuestRefused, say
+from ipfsfuse_run.host_folders import cache_home
 from ipfsfuse_run.options import Options
-from ipfsfuse_run.places import cache_home
 
 _RACE_S = 30.0
 _ANSWER_S = 40.0

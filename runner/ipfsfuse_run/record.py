@@ -258,7 +258,7 @@ def open_car(path: Path) -> Iterator["Record"]:
         yield record
 
 
-class Place(NamedTuple):
+class BlockLocation(NamedTuple):
     offset: int
     size: int
 
@@ -273,7 +273,7 @@ class Record:
         self._file = file
         self.size = os.fstat(file.fileno()).st_size
         """Bytes of the CAR file."""
-        self._places: dict[bytes, Place] = {}
+        self._locations: dict[bytes, BlockLocation] = {}
         self._root = self._index()
 
     def _index(self) -> Cid:
@@ -289,20 +289,20 @@ class Record:
             found = car.section(head, at=0, base=at)
             if found.end > self.size:
                 raise Malformed("it is cut short")
-            place = Place(found.block, found.end - found.block)
-            if place.size > cids.MAX_BLOCK:
-                raise Malformed(f"a block of {place.size} bytes: {cids.MAX_BLOCK} are the most")
-            cids.verify(found.cid, self._at(place))
+            location = BlockLocation(found.block, found.end - found.block)
+            if location.size > cids.MAX_BLOCK:
+                raise Malformed(f"a block of {location.size} bytes: {cids.MAX_BLOCK} are the most")
+            cids.verify(found.cid, self._at(location))
             if cids.inline_block(found.cid) is None:
-                self._places[cids.multihash(found.cid)] = place
+                self._locations[cids.multihash(found.cid)] = location
             at = found.end
         return roots[0]
 
-    def _at(self, place: Place) -> bytes:
-        return os.pread(self._file.fileno(), place.size, place.offset)
+    def _at(self, location: BlockLocation) -> bytes:
+        return os.pread(self._file.fileno(), location.size, location.offset)
 
     def __contains__(self, cid: Cid) -> bool:
-        return cids.inline_block(cid) is not None or cids.multihash(cid) in self._places
+        return cids.inline_block(cid) is not None or cids.multihash(cid) in self._locations
 
     def block(self, cid: Cid) -> bytes:
         """Raises ReceiptRefused if the block is not there or has changed."""
@@ -310,7 +310,7 @@ class Record:
         if inline is not None:
             return inline
         try:
-            block = self._at(self._places[cids.multihash(cid)])
+            block = self._at(self._locations[cids.multihash(cid)])
             cids.verify(cid, block)
         except KeyError as exc:
             raise ReceiptRefused(f"{self.path} lacks the block {cids.text(cid)}") from exc

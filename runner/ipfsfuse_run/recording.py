@@ -39,7 +39,7 @@ from ipfsfuse.errors import (
     WrongBlock,
 )
 from ipfsfuse.text import printable
-from ipfsfuse_run import limits, mounts, places, read_paths, receipts, sandbox, supervisor
+from ipfsfuse_run import host_folders, limits, mounts, read_paths, receipts, sandbox, supervisor
 from ipfsfuse_run.child import MAX_GUEST, Plan
 from ipfsfuse_run.errors import GuestRefused, NotKept, ReceiptRefused, say, trap_text
 from ipfsfuse_run.limits import Limits
@@ -437,13 +437,15 @@ def replay(options: Options) -> int:
             dirs = _blocks_below(car, receipt)
             folder = None
             if receipt.out is not None:
-                given_out = places.scratch_folder("out", os.getpid()) if options.out is None else options.out
-                folder = places.results_folder(given_out)
+                given_out = (
+                    host_folders.scratch_folder("out", os.getpid()) if options.out is None else options.out
+                )
+                folder = host_folders.results_folder(given_out)
         try:
             repeated = _repeat(recorded, receipt, files, folder)
         finally:
             if folder is not None and options.out is None:
-                places.remove_tree(folder.path)
+                host_folders.remove_tree(folder.path)
         outcome = repeated.outcome
         if outcome.signal is not None:
             return -outcome.signal
@@ -601,7 +603,7 @@ def _blocks_below(car: Record, receipt: Receipt) -> frozenset[bytes]:
 
 
 def _repeat(
-    options: Options, receipt: Receipt, files: RunFiles, out: places.ResultsFolder | None
+    options: Options, receipt: Receipt, files: RunFiles, out: host_folders.ResultsFolder | None
 ) -> _Repeated:
     chosen = options.limits
     with open_mount(options, files.block_log) as mount:

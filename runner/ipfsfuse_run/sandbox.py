@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from ipfsfuse.errors import UsageError
-from ipfsfuse_run import places
+from ipfsfuse_run import host_folders
 from ipfsfuse_run.errors import GuestRefused
 from ipfsfuse_run.options import Dir, Options
 
@@ -130,9 +130,9 @@ def _name(given: Dir) -> str:
 def _root(names: Sequence[str]) -> str:
     inside = sorted(each.strip("/") for each in names if each.startswith("/"))
     digest = hashlib.sha256("\0".join(inside).encode(errors="surrogateescape")).hexdigest()[:16]
-    root = places.private_folder("roots", digest)
+    root = host_folders.private_folder("roots", digest)
     for each in inside:
-        places.private_folder("roots", digest, *filter(None, each.split("/")))
+        host_folders.private_folder("roots", digest, *filter(None, each.split("/")))
     for folder, _names, _files in os.walk(root):
         os.chmod(folder, 0o500)  # the wasmtime command makes every folder writable for the guest
     return root

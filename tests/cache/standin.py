@@ -96,7 +96,7 @@ class Chain:
                 await each.wait()
         await send.send(together)
 
-    def said(self, cid: Cid) -> str:
+    def answers_so_far(self, cid: Cid) -> str:
         return ""
 
     def roots(self) -> Sequence[Cid]:

@@ -239,13 +239,13 @@ def test_a_block_counts_as_here_while_it_is_being_staged(tmp_path: Path) -> None
         small = chain.add(b"a small file")
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             assert await cache.reader.block(small, early=True) == b"a small file"
-            assert cache.store.blocks.place(small) is None, "it is not written yet"
+            assert cache.store.blocks.locate(small) is None, "it is not written yet"
             cache.names.note(small, cids.text(small))
             cache.reader.opened(FileRef(small, 12))
             assert pins.asked == [("add", small)]
             assert list(cache.names.staged()) == [(small, cids.text(small))]
             await cache.reader.wait_until_staged()
-            assert cache.store.blocks.place(small) is not None
+            assert cache.store.blocks.locate(small) is not None
             assert list(cache.names.staged()) == [(small, cids.text(small))]
             assert pins.asked == [("add", small)]
 

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.store.packs import Place
+from ipfsfuse.cache.store.packs import PackLocation
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import Chain, Recorder, flip, random_bytes, staged
@@ -33,23 +33,23 @@ def make(chain: Chain) -> list[Cid]:
     ]
 
 
-async def fill(folder: Path, chain: Chain, blocks: Sequence[Cid]) -> list[Place]:
+async def fill(folder: Path, chain: Chain, blocks: Sequence[Cid]) -> list[PackLocation]:
     """Stages the blocks; where they lie, all in one pack."""
     async with PinsetCache.open(folder, chain, BUDGET << 3) as cache:
         for cid in blocks:
             await cache.reader.block(cid)
-        places = [cache.store.blocks.place(cid) for cid in blocks]
+        locations = [cache.store.blocks.locate(cid) for cid in blocks]
     chain.asked.clear()
-    assert {place.pack for place in places if place} == {1}
-    return [place for place in places if place]
+    assert {location.pack for location in locations if location} == {1}
+    return [location for location in locations if location]
 
 
-def damage_head(folder: Path, place: Place, how: str) -> None:
+def damage_head(folder: Path, location: PackLocation, how: str) -> None:
     size = 2 + 36
     with (folder / "packs" / "1.pack").open("r+b") as pack:
-        pack.seek(place.at - size)
+        pack.seek(location.at - size)
         head = pack.read(size)
-        pack.seek(place.at - size)
+        pack.seek(location.at - size)
         pack.write(DAMAGE[how](head))
 
 
@@ -61,11 +61,11 @@ def test_blocks_behind_a_damaged_head_are_checked_and_the_head_is_written_anew(
     async def main() -> None:
         chain = Chain()
         blocks = make(chain)
-        places = await fill(tmp_path, chain, blocks)
+        locations = await fill(tmp_path, chain, blocks)
         for number in (7, 8, 30):
-            damage_head(tmp_path, places[number], how)
+            damage_head(tmp_path, locations[number], how)
         for number in (3, 20, 50):
-            flip(tmp_path / "packs" / "1.pack", places[number].at + 77)
+            flip(tmp_path / "packs" / "1.pack", locations[number].at + 77)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             report = await cache.fsck()
             assert (report.blocks, report.wrong, report.mended, report.heads, report.found) == (
@@ -101,7 +101,7 @@ def test_right_blocks_that_the_index_lost_are_found_again(tmp_path: Path) -> Non
     async def main() -> None:
         chain = Chain()
         blocks = make(chain)
-        places = await fill(tmp_path, chain, blocks)
+        locations = await fill(tmp_path, chain, blocks)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
             for number in (0, 11, 12, 59):
                 assert (
@@ -110,7 +110,7 @@ def test_right_blocks_that_the_index_lost_are_found_again(tmp_path: Path) -> Non
                     ).rowcount
                     == 1
                 )
-        damage_head(tmp_path, places[5], "all")
+        damage_head(tmp_path, locations[5], "all")
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             report = await cache.fsck()
             assert (report.blocks, report.wrong, report.heads, report.found) == (COUNT, 0, 1, 4)
@@ -130,8 +130,8 @@ def test_a_wrong_block_of_what_is_pinned_is_mended_where_it_is_kept(tmp_path: Pa
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, root, pin=True)
         for path in staged(tmp_path, "packs"):
-            for _cid, place in list(cache.store.blocks.packs.sections(int(path.stem))):
-                flip(path, place.at + place.size // 2)
+            for _cid, location in list(cache.store.blocks.packs.sections(int(path.stem))):
+                flip(path, location.at + location.size // 2)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             if by == "fsck":
                 report = await cache.fsck()
@@ -149,8 +149,8 @@ def test_what_leaves_with_a_damaged_pack_is_let_go_of_and_forgotten(tmp_path: Pa
     async def main() -> None:
         chain, pins = Chain(), Recorder()
         blocks = make(chain)
-        places = await fill(tmp_path, chain, blocks)
-        damage_head(tmp_path, places[10], "all")
+        locations = await fill(tmp_path, chain, blocks)
+        damage_head(tmp_path, locations[10], "all")
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             await cache.store.evict(blocks[0])
             assert {cid for what, cid in pins.asked if what == "remove"} >= set(blocks)
@@ -166,10 +166,10 @@ def test_a_file_is_held_yet_when_the_pack_with_its_root_leaves(tmp_path: Path) -
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             file = file_node(chain, 1 << 20, 5)
             await read_all(cache, file)
-            place = cache.store.blocks.place(file)
-            assert place is not None
-            await cache.store.budget.evict(place.pack)
-            assert cache.store.blocks.place(file) is None
+            location = cache.store.blocks.locate(file)
+            assert location is not None
+            await cache.store.budget.evict(location.pack)
+            assert cache.store.blocks.locate(file) is None
             assert pins.asked == [("add", file)]
             await cache.store.evict(file)
             assert pins.asked == [("add", file), ("remove", file)]

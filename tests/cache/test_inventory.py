@@ -20,7 +20,7 @@ from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store import recovery
 from ipfsfuse.cache.store.index import Index
-from ipfsfuse.cache.store.staging import PART, Entry, Staging
+from ipfsfuse.cache.store.staging import PART, Staging, StagingEntry
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -43,7 +43,7 @@ class SlowDisk:
         self.failures = 0
         scan = Staging.scan
 
-        def slowly(staging: Staging) -> Iterator[Entry]:
+        def slowly(staging: Staging) -> Iterator[StagingEntry]:
             for number, entry in enumerate(scan(staging)):
                 if number >= 2:
                     self.go.wait(10)
@@ -211,7 +211,7 @@ def test_without_an_index_the_packs_are_read_once_all_are_counted(
             slow.go.set()
             with trio.fail_after(30):
                 await cache.store.blocks.packs_indexed.wait()
-            assert cache.store.blocks.place(small) is not None
+            assert cache.store.blocks.locate(small) is not None
             await cache.reader.block(small)
             assert chain.asked == []
 

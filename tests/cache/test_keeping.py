@@ -12,7 +12,7 @@ from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.budget import Key
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.store.records import PinRecord, PinRecords
-from ipfsfuse.cache.store.staging import Entry, Staging
+from ipfsfuse.cache.store.staging import Staging, StagingEntry
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import dagpb, file_layout, nodes
 from ipfsfuse.dag.cid import Cid
@@ -200,7 +200,7 @@ def test_a_pin_fails_if_a_write_failed_though_the_disk_is_well_again(
         write = Staging.write
 
         def fail(
-            staging: Staging, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]
+            staging: Staging, entry: StagingEntry, offset: int, parts: Sequence[bytes | memoryview]
         ) -> tuple[int, OSError | None]:
             if offset == 3 << 17:
                 return 0, OSError(errno.EIO, "Input/output error")
@@ -263,9 +263,9 @@ def test_fsck_without_sources_sets_aside_and_says_what_it_could_not_prove(tmp_pa
                 cache, file_layout.leaves(_file(lone, await cache.reader.block(lone)), 0, MIB)
             ):
                 await cache.reader.leaf(ref, leaf)
-            place = cache.store.blocks.place(lone)
-            assert place is not None
-        flip(tmp_path / "packs" / f"{place.pack}.pack", place.at)
+            location = cache.store.blocks.locate(lone)
+            assert location is not None
+        flip(tmp_path / "packs" / f"{location.pack}.pack", location.at)
         flip(next(path for path in staged(tmp_path, "staging") if path.name != cids.text(lone)), 77)
         async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
             report = await cache.fsck()

@@ -11,7 +11,7 @@ import trio
 
 from ipfsfuse.cache import pinset
 from ipfsfuse.cache.pinset import PinsetCache
-from ipfsfuse.cache.store.staging import Entry, Extents
+from ipfsfuse.cache.store.staging import Extents, StagingEntry
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from tests.cache.standin import Chain, random_bytes, staged_items
@@ -55,7 +55,7 @@ def test_a_long_list_is_told_while_other_calls_have_their_turn(tmp_path: Path) -
             for number in range(20_000):
                 cid = cids.make(cids.RAW, b"\x12\x20" + number.to_bytes(32, "big"))
                 used = number % 1000
-                entries[cid] = Entry(cid, 100_000, extents=Extents(), proved=Extents(), last_used=used)
+                entries[cid] = StagingEntry(cid, 100_000, extents=Extents(), proved=Extents(), last_used=used)
             turns = 0
 
             async def count() -> None:

@@ -29,6 +29,6 @@ def test_no_place_lies_beyond_the_end_of_its_file() -> None:
         node = nodes.parse(cid, dag.blocks[bytes(cid)[2:] if bytes(cid)[:1] == b"\x01" else bytes(cid)])
         assert isinstance(node, File)
         whole._note(node)
-    assert len(whole._places) == 4
-    for file, place in whole._places.values():
+    assert len(whole._positions) == 4
+    for file, place in whole._positions.values():
         assert place.offset + place.size <= file.size

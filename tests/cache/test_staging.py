@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipfsfuse.cache.store import staging as stagings
-from ipfsfuse.cache.store.staging import Entry, Extents, Staging
+from ipfsfuse.cache.store.staging import Extents, Staging, StagingEntry
 from tests.cache.standin import Chain, make_file
 from tests.cache.test_budget import own_filesystem
 
@@ -39,7 +39,7 @@ def test_a_first_write_that_fails_leaves_no_file(
         filler = tmp_path / "disk" / "of-another-program"
         with contextlib.suppress(OSError):
             filler.write_bytes(bytes(2 << 20))
-        entry = Entry(file.cid, file.size, extents=Extents(), proved=Extents())
+        entry = StagingEntry(file.cid, file.size, extents=Extents(), proved=Extents())
         if how == "written":
             grown, error = staging.write(entry, 0, [content[: 1 << 19]])
             assert (grown, error and error.errno) == (0, errno.ENOSPC)
@@ -59,7 +59,7 @@ def test_a_first_write_that_fails_leaves_no_file(
 def test_a_later_write_that_fails_leaves_what_is_there(tmp_path: Path) -> None:
     file, leaves, content = make_file(Chain(), 1 << 20, 1 << 19)
     with staging_on_own_disk(tmp_path / "disk", 768 << 10) as staging:
-        entry = Entry(file.cid, file.size, extents=Extents(), proved=Extents())
+        entry = StagingEntry(file.cid, file.size, extents=Extents(), proved=Extents())
         assert staging.write(entry, 0, [content[: 1 << 19]]) == (1 << 19, None)
         assert isinstance(staging.write(entry, 1 << 19, [content[1 << 19 :]])[1], OSError)
         assert staging.read(entry, leaves[0])[:2] == (content[: 1 << 19], True)
@@ -72,7 +72,7 @@ def test_what_a_failed_clone_has_taken_is_told_in_the_end(
     """The budget counted too little."""
     file, leaves, content = make_file(Chain(), 1 << 20, 1 << 19)
     staging = Staging(tmp_path / "staging")
-    entry = Entry(file.cid, file.size, extents=Extents(), proved=Extents())
+    entry = StagingEntry(file.cid, file.size, extents=Extents(), proved=Extents())
     told = staging.write(entry, 0, [content[: 1 << 19]])[0]
 
     def share(_source: int, to: int, size: int, offset: int) -> None:
@@ -97,7 +97,7 @@ def test_what_a_failed_clone_has_taken_is_told_in_the_end(
 def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, leaves, content = make_file(Chain(), 2 << 16)
     staging = Staging(tmp_path / "staging")
-    entry = staging.entries[file.cid] = Entry(file.cid, file.size, extents=Extents(), proved=Extents())
+    entry = staging.entries[file.cid] = StagingEntry(file.cid, file.size, extents=Extents(), proved=Extents())
     assert staging.write(entry, 0, [content])[1] is None
     read: list[tuple[bytes, bool] | Exception] = []
 

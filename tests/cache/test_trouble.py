@@ -228,7 +228,7 @@ def test_readers_of_the_index_never_wait_for_its_writer(tmp_path: Path) -> None:
             index._writer.execute("BEGIN IMMEDIATE")
             index._writer.execute("DELETE FROM blocks")
             began = trio.current_time()
-            assert cache.store.blocks.place(small.cid) is not None
+            assert cache.store.blocks.locate(small.cid) is not None
             assert (await cache.store.blocks.count()).blocks == 1
             assert trio.current_time() - began < 4  # its patience with a locked database is 5 seconds
             index._writer.execute("ROLLBACK")

@@ -16,27 +16,27 @@ from ipfsfuse import client, errors
 from ipfsfuse.control import MAX_LINE, server
 
 
-async def echo(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
+async def echo(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
     for done in range(3):
         await progress({"done": done, "total": 3})
     return {"got": arguments}
 
 
-async def refuse(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
+async def refuse(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
     raise errors.NotAllowed("not this one")
 
 
-async def refuse_in_nursery(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
+async def refuse_in_nursery(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(refuse, arguments, progress)
     return {}
 
 
-async def break_down(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
+async def break_down(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
     raise ZeroDivisionError("nobody thought of this")
 
 
-async def long(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
+async def long(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
     return {"entries": ["x" * 250] * 40_000}
 
 
@@ -139,7 +139,7 @@ def test_an_endless_line_ends_the_connection(running: Running) -> None:
 def test_closing_cancels_the_command(tmp_path: Path) -> None:
     started, cancelled = threading.Event(), threading.Event()
 
-    async def wait(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
+    async def wait(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
         started.set()
         try:
             await trio.sleep_forever()
@@ -235,7 +235,7 @@ def test_a_folder_that_can_hold_no_socket(tmp_path: Path) -> None:
 def test_the_mount_ends_in_the_middle(tmp_path: Path) -> None:
     started = threading.Event()
 
-    async def wait(arguments: server.Arguments, progress: server.Progress) -> Mapping[str, Any]:
+    async def wait(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
         started.set()
         await trio.sleep_forever()
 

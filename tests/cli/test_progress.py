@@ -9,11 +9,11 @@ import termios
 import pytest
 
 from ipfsfuse.cli import console
-from ipfsfuse.cli.console import Progress
+from ipfsfuse.cli.console import ProgressBar
 
 SCRIPT = """
-from ipfsfuse.cli.console import Progress
-with Progress("fetching") as show:
+from ipfsfuse.cli.console import ProgressBar
+with ProgressBar("fetching") as show:
     for done in range(0, 1025, 256):
         show(done << 20, 1 << 30, "a/b")
 """
@@ -21,14 +21,14 @@ with Progress("fetching") as show:
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
-    with Progress("fetching") as show:
+    with ProgressBar("fetching") as show:
         show(3 << 20, 1 << 30)
         show(7, unit="blocks")
     assert capsys.readouterr() == ("", "fetching: 3.0 MiB of 1.0 GiB\nfetching: 7 blocks\n")
 
 
 def test_quick_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("fetching") as show:
+    with ProgressBar("fetching") as show:
         show(1)
     assert capsys.readouterr() == ("", "")
 

@@ -23,8 +23,8 @@ def pages(heap: Blocks, here: Directory | Shard, after: int = 0) -> list[Page]:
         page = heap.drive(directory_pages.entries(here, after))
         assert page.entries or page.end
         for entry in page.entries:
-            assert after < entry.place < 1 << 63
-            after = entry.place
+            assert after < entry.cookie < 1 << 63
+            after = entry.cookie
         found.append(page)
     return found
 

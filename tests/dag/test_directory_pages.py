@@ -1,4 +1,4 @@
-"""Listings: order, places, resuming, and what is left out."""
+"""Listings: order, cookies, resuming, and what is left out."""
 
 import pytest
 from hypothesis import given
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ipfsfuse.dag import directory_pages, hamt, path
 from ipfsfuse.dag.cid import RAW
 from ipfsfuse.dag.dagpb import Link
-from ipfsfuse.dag.directory_pages import Entry, Page
+from ipfsfuse.dag.directory_pages import DirectoryEntry, Page
 from tests.dag.blocks import Blocks, cid_of, fixtures, shard
 from tests.dag.reading import directory, names, pages
 
@@ -18,9 +18,9 @@ def test_a_basic_directory_is_listed_in_the_order_stored() -> None:
     heap = Blocks()
     here = directory(heap, heap.directory([Link(A, b"z", 1), Link(B, b"a", 2**64 - 1)]))
     assert heap.drive(directory_pages.entries(here, 0)) == Page(
-        [Entry(b"z", A, 1, 1), Entry(b"a", B, 2**64 - 1, 2)], True
+        [DirectoryEntry(b"z", A, 1, 1), DirectoryEntry(b"a", B, 2**64 - 1, 2)], True
     )
-    assert heap.drive(directory_pages.entries(here, 1)) == Page([Entry(b"a", B, 2**64 - 1, 2)], True)
+    assert heap.drive(directory_pages.entries(here, 1)) == Page([DirectoryEntry(b"a", B, 2**64 - 1, 2)], True)
     for after in (2, 3, 2**63 - 1):
         assert heap.drive(directory_pages.entries(here, after)) == Page([], True)
     assert heap.asked == []
@@ -65,7 +65,7 @@ def test_a_large_directory_comes_in_pages() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 64, 256, 1024])
-def test_a_hamt_is_listed_in_trie_order_and_resumes_at_every_place(width: int) -> None:
+def test_a_hamt_is_listed_in_trie_order_and_resumes_at_every_cookie(width: int) -> None:
     heap = Blocks()
     wanted = sorted((b"name %d" % number for number in range(600)), key=hamt.hash64)
     here = directory(heap, heap.trie(wanted, width))
@@ -73,9 +73,9 @@ def test_a_hamt_is_listed_in_trie_order_and_resumes_at_every_place(width: int) -
     assert names(found) == wanted
     everything = [entry for page in found for entry in page.entries]
     for at in range(0, len(everything), 37):
-        rest = pages(heap, here, everything[at].place)
+        rest = pages(heap, here, everything[at].cookie)
         assert [entry for page in rest for entry in page.entries] == everything[at + 1 :]
-        between = pages(heap, here, everything[at].place - 1)
+        between = pages(heap, here, everything[at].cookie - 1)
         assert between[0].entries[0] == everything[at]
     assert pages(heap, here, 2**63 - 1)[0].entries == []
 
@@ -85,7 +85,7 @@ def test_a_hamt_is_listed_in_trie_order_and_resumes_at_every_place(width: int) -
     st.sampled_from([8, 32, 256]),
     st.integers(0, 2**63 - 1),
 )
-def test_a_hamt_lists_each_name_once_from_any_place(wanted: list[bytes], width: int, after: int) -> None:
+def test_a_hamt_lists_each_name_once_from_any_cookie(wanted: list[bytes], width: int, after: int) -> None:
     heap = Blocks()
     here = directory(heap, heap.trie(wanted, width))
     held = sorted((name for name in wanted if path.can_hold(name)), key=hamt.hash64)
@@ -115,9 +115,9 @@ def test_a_deep_hamt_costs_little_more_than_its_nodes() -> None:
     assert len(heap.fetched) <= 1.25 * len(heap.by_hash)
 
 
-def test_names_whose_hashes_agree_in_63_bits_have_one_place() -> None:
+def test_names_whose_hashes_agree_in_63_bits_have_one_cookie() -> None:
     """Such a pair can't be found by trying; the listing's own rule is tested on entries made by hand."""
-    pair = [Entry(b"a", A, 1, 5), Entry(b"b", A, 1, 5), Entry(b"c", A, 1, 6)]
+    pair = [DirectoryEntry(b"a", A, 1, 5), DirectoryEntry(b"b", A, 1, 5), DirectoryEntry(b"c", A, 1, 6)]
     assert [entry.name for entry in directory_pages._distinct(pair)] == [b"a", b"", b"c"]
 
 

@@ -188,5 +188,5 @@ def test_a_page_is_bounded_where_every_entry_is_true() -> None:
         total += len(page.entries)
         if page.end:
             break
-        after = page.entries[-1].place
+        after = page.entries[-1].cookie
     assert total == sum(len(names[index]) for index in range(40))

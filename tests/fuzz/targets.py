@@ -56,8 +56,8 @@ def read_hamt(data: bytes) -> None:
         after = int.from_bytes(data[:1], "big") << 55
         page = _drive(directory_pages.entries(node, after), data[1:])
         for entry in page.entries if page else ():
-            assert after < entry.place < 1 << 63
-            after = entry.place
+            assert after < entry.cookie < 1 << 63
+            after = entry.cookie
         _drive(traversal.child(node, data[1:9]), data[1:])
 
 

@@ -12,7 +12,8 @@ import pytest
 from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.local.library import MANY, Library
+from ipfsfuse.sources.local.library import Library
+from ipfsfuse.sources.local.library_compaction import MANY
 from tests.mounting import Home, wait_until
 from tests.sources.libraries import Pairs, add, multihash, parent, raw
 

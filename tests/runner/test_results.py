@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.builder import Built
 from ipfsfuse.errors import StoreFailed
-from ipfsfuse_run import places, receipts
+from ipfsfuse_run import host_folders, receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.record import RecordWriter, add_tree, open_car, tree_cid
 from tests.kubo.node import Node
@@ -157,7 +157,7 @@ def forge(source: Path, target: Path) -> None:
                 children.append((name, writer.add_file(io.BytesIO(json.dumps(told).encode()))))
                 continue
             children.append((name, Built(link.cid, 0, 0)))
-        for multihash in record._places:
+        for multihash in record._locations:
             for codec in (cids.RAW, cids.DAG_PB):
                 cid = cids.make(codec, multihash)
                 writer.put(cid, record.block(cid))
@@ -242,7 +242,7 @@ def test_a_given_folder_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> 
             add_tree(RecordWriter(nowhere), str(tmp_path), None)
     finally:
         os.close(at)
-        places.remove_tree(str(tmp_path / "d"))
+        host_folders.remove_tree(str(tmp_path / "d"))
 
 
 SWAP = """
@@ -302,7 +302,7 @@ def test_results_that_no_folder_can_hold_are_refused(tmp_path: Path, what: str) 
             record.extract(held.cid, str(tmp_path / "copy"), 64 * MIB)
         assert sorted(each.name for each in tmp_path.iterdir()) == ["copy", "x.car"]
     finally:
-        places.remove_tree(str(tmp_path / "copy"))  # pytest can't remove what is nested so deeply
+        host_folders.remove_tree(str(tmp_path / "copy"))  # pytest can't remove what is nested so deeply
 
 
 def nested(blocks: Blocks, depth: int) -> Built:

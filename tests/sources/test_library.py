@@ -18,7 +18,7 @@ from ipfsfuse.dag.nodes import Leaf, Link
 from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotFound, NotHere, StoreFailed
 from ipfsfuse.importer.cars import library_damage
 from ipfsfuse.sources.base import LeafRange
-from ipfsfuse.sources.local import library as libraries
+from ipfsfuse.sources.local import library_compaction
 from ipfsfuse.sources.local.library import Library, LibrarySource, NewRoot
 from ipfsfuse.sources.streams import Block
 from tests.sources.libraries import add, dag, multihash, packs, parent, raw
@@ -177,7 +177,7 @@ def test_a_block_that_is_linked_as_bytes_and_as_a_node_keeps_all_below_it(
 
 
 def test_many_small_packs_become_one(library: Library) -> None:
-    everything = [dag([10 * number, 10 * number + 1, 5]) for number in range(libraries.MANY + 3)]
+    everything = [dag([10 * number, 10 * number + 1, 5]) for number in range(library_compaction.MANY + 3)]
     reader = Library(library.folder)
     for blocks in everything:
         add(library, blocks)
@@ -267,7 +267,7 @@ def test_a_root_that_names_a_pack_which_is_not_there_is_mended_by_an_add(library
 def test_what_another_process_adds_and_merges_meanwhile_is_no_damage(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(libraries, "MANY", 2)
+    monkeypatch.setattr(library_compaction, "MANY", 2)
     add(library, dag(range(3)))
     before = library.entries()
     add(library, dag(range(10, 13)))
@@ -289,7 +289,7 @@ def test_an_add_that_fails_leaves_a_damaged_root_where_it_is(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(libraries, "write_root", full)
+        patch.setattr("ipfsfuse.sources.local.library.write_root", full)
         with pytest.raises(StoreFailed, match="No space"):
             add(library, blocks)
     add(library, [raw(100)])
@@ -345,7 +345,7 @@ def test_a_damaged_pack_keeps_no_other_from_being_compacted(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No small packs were merged any more, and packs whose names follow were never rewritten."""
-    monkeypatch.setattr(libraries, "MANY", 3)
+    monkeypatch.setattr(library_compaction, "MANY", 3)
     first, *others = [dag(range(at, at + 3)) for at in range(0, 50, 10)]
     add(library, first)
     (name,) = packs(library)

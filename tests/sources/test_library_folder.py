@@ -13,7 +13,7 @@ import pytest
 from ipfsfuse import __version__
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import NotFound, SourceFailed, StoreFailed
-from ipfsfuse.sources.local.car_file import CarFile, Place
+from ipfsfuse.sources.local.car_file import CarFile, CarLocation
 from ipfsfuse.sources.local.library import Library, NewRoot
 from tests.sources.libraries import add, dag, packs
 
@@ -127,12 +127,12 @@ def test_a_compaction_that_fails_writes_to_no_other_file(
     reads = 0
     read = CarFile.read
 
-    def fail(self: CarFile, place: Place) -> bytes:
+    def fail(self: CarFile, location: CarLocation) -> bytes:
         nonlocal reads
         reads += 1
         if reads > 10:
             raise SourceFailed("the disk gives no more", "disk")
-        return read(self, place)
+        return read(self, location)
 
     monkeypatch.setattr(CarFile, "read", fail)
     library.remove(goes[-1][0])

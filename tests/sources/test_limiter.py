@@ -12,7 +12,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ipfsfuse.cache.single_flight import Fetch
 from ipfsfuse.sources.base import Caller, current_request, request_of
-from ipfsfuse.sources.pool.limiter import CROWD_SECONDS, NEW, ROTATE_FRESH, ConcurrencyLimiter, Place
+from ipfsfuse.sources.pool.limiter import CROWD_SECONDS, NEW, ROTATE_FRESH, ConcurrencyLimiter, Permit
 
 RUNNING, LATE = 16, 128
 ALICE, BOB = 1000, 1001
@@ -38,15 +38,15 @@ class Callers:
             retried, first, waited = False, True, 0.0
             while True:
                 began = trio.current_time()
-                async with self.limiter.place(retried, again=not first) as place:
+                async with self.limiter.permit(retried, again=not first) as permit:
                     if first:
                         waited = trio.current_time() - began
                         self.waited.append(waited)
                     await trio.sleep(seconds)
                     return waited
-                assert place.displaced
+                assert permit.displaced
                 self.displaced += 1
-                first, retried = False, retried or not place.early
+                first, retried = False, retried or not permit.early
 
     def crowd(self, count: int, caller: Caller, seconds: float = float("inf")) -> None:
         for _ in range(count):
@@ -100,7 +100,7 @@ def test_a_crowd_that_goes_on_coming_leaves_each_the_time_for_an_answer() -> Non
     run(main)
 
 
-def test_a_caller_takes_no_place_of_another_and_holds_three_quarters_at_most() -> None:
+def test_a_caller_takes_no_permit_of_another_and_holds_three_quarters_at_most() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(RUNNING, LATE, lambda: 0.4)
@@ -129,7 +129,7 @@ def test_of_callers_that_both_want_all_each_gets_half() -> None:
             async def reader(caller: Caller) -> None:
                 with request_of(caller):
                     while True:
-                        async with limiter.place():
+                        async with limiter.permit():
                             await trio.sleep(0.05)
                             done.append(caller)
 
@@ -181,7 +181,7 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
 
             async def old() -> None:
                 current_request.set(request)
-                async with limiter.place():
+                async with limiter.permit():
                     started.append(trio.current_time())
 
             request = Fetch(ALICE)
@@ -217,7 +217,7 @@ def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
                     current_request.set(request)
                     retried = False
                     while True:
-                        async with limiter.place(retried):
+                        async with limiter.permit(retried):
                             began.append(trio.current_time())
                             await trio.sleep_forever()
                         retried = True
@@ -253,8 +253,8 @@ def test_a_source_that_is_busy_is_sent_half_as_many_and_then_one_more_each_round
             assert not limiter.note_busy(trio.current_time()), "a single request was not one too many of ours"
             for limit in range(6, 12):
                 for _ in range(limit + 1):
-                    async with limiter.place() as place:
-                        place.answered = True
+                    async with limiter.permit() as permit:
+                        permit.answered = True
                 assert limiter.limit == limit + 1
             callers.crowd(100, ALICE, 1.0)
             await wait_all_tasks_blocked()
@@ -286,14 +286,14 @@ def test_where_one_at_a_time_is_borne_a_stalled_request_gives_way_once_it_is_lat
     run(main)
 
 
-def test_a_cancelled_waiter_takes_no_place() -> None:
+def test_a_cancelled_waiter_takes_no_permit() -> None:
     async def main() -> None:
         limiter = ConcurrencyLimiter(4, 0, lambda: 100.0)
         running = most = 0
 
         async def work() -> None:
             nonlocal running, most
-            async with limiter.place():
+            async with limiter.permit():
                 running += 1
                 most = max(most, running)
                 await trio.sleep(1)
@@ -342,7 +342,7 @@ def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotte
 
     async def main() -> None:
         limiter = ConcurrencyLimiter(running, late, lambda: late_after)
-        inside: set[Place] = set()
+        inside: set[Permit] = set()
 
         async def one(caller: Caller) -> None:
             nonlocal ended
@@ -350,17 +350,17 @@ def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotte
             await trio.sleep(chance.uniform(0, 10))
             with request_of(caller), trio.move_on_after(chance.choice([0.01, 1, 10, 100])):
                 for _ in range(chance.randrange(1, 10)):
-                    async with limiter.place(retried) as place:
-                        inside.add(place)
+                    async with limiter.permit(retried) as permit:
+                        inside.add(permit)
                         assert limiter.in_flight <= running + late
                         try:
                             await trio.sleep(chance.choice([0, 0.001, 0.1, 1, 5]))
                             if chance.random() < 0.3:
-                                limiter.note_busy(place.since, chance.randrange(4))
+                                limiter.note_busy(permit.since, chance.randrange(4))
                             else:
-                                place.answered = True
+                                permit.answered = True
                         finally:
-                            inside.discard(place)
+                            inside.discard(permit)
                         continue
                     retried = True
             ended += 1

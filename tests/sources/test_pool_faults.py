@@ -16,7 +16,7 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.managed_source import FAULT, LOG_EVERY
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Block, Blocks, Delivery, Send
+from ipfsfuse.sources.streams import Block, BlockBatch, Delivery, Send
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Server
 from tests.sources.streamed import give_each
@@ -74,7 +74,7 @@ class Faulty(Timed):
             await send.send(Delivery(index, [FILE.blocks[leaf.cid]]))
         await self.get(wanted.leaves[2].cid)
 
-    async def send_subtree(self, send: Send[Blocks]) -> None:
+    async def send_subtree(self, send: Send[BlockBatch]) -> None:
         for cid, block in list(TREE.blocks.items())[:2]:
             await send.send([(cid, block)])
         await self.get(CID)

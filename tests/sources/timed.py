@@ -11,7 +11,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources.base import Fetched, LeafRange, Subtree
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Blocks, Delivery, Send, Stream, streaming
+from ipfsfuse.sources.streams import BlockBatch, Delivery, Send, Stream, streaming
 from tests.sources.content import raw_blocks
 
 BLOCKS = raw_blocks(3, 200)
@@ -61,12 +61,12 @@ class Timed:
             except NotHere:
                 continue
 
-    def subtree(self, subtree: Subtree) -> Stream[Blocks]:
+    def subtree(self, subtree: Subtree) -> Stream[BlockBatch]:
         """All of its blocks, in their order, each alone."""
         self.subtrees.append(subtree)
         return streaming(self.send_subtree)
 
-    async def send_subtree(self, send: Send[Blocks]) -> None:
+    async def send_subtree(self, send: Send[BlockBatch]) -> None:
         for cid in self.blocks:
             await send.send([(cid, await self.get(cid))])
 

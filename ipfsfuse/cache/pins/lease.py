@@ -105,9 +105,9 @@ class Lease:
         with suppress(OSError):
             info = folder.stat()
             inode = f"{info.st_dev}:{info.st_ino}"
-        place = str(folder.absolute())
+        path = str(folder.absolute())
         machine = _hash(_read("/etc/machine-id") or socket.gethostname())
-        return cls(LEASE_VERSION, machine, _read(BOOT), _namespace(), place, inode, int(time.time()))
+        return cls(LEASE_VERSION, machine, _read(BOOT), _namespace(), path, inode, int(time.time()))
 
     @classmethod
     def parse(cls, data: bytes | None) -> Self | None:

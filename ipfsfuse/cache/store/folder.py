@@ -345,8 +345,8 @@ def announced(cache_dir: Path) -> tuple[int, str] | None:
 def _announced_in(folder: Path) -> tuple[int, str] | None:
     try:
         with Closing(os.open(folder, _DIRECTORY)) as fd:
-            said = json.loads(read_file(fd, DAEMON))
-        return int(said["pid"]), str(said["mountpoint"])
+            announced = json.loads(read_file(fd, DAEMON))
+        return int(announced["pid"]), str(announced["mountpoint"])
     except (OSError, ValueError, OverflowError, KeyError, TypeError, RecursionError):
         return None
 
@@ -510,12 +510,12 @@ def _flock(fd: int, cache_dir: Path, holder: Path | None = None) -> None:
 
 
 def _in_use(cache_dir: Path, holder: Path) -> str:
-    said = _announced_in(holder)
-    if said is None:
+    daemon = _announced_in(holder)
+    if daemon is None:
         return f"{cache_dir} is in use by another daemon: give this one its own --cache-dir"
-    if not os.path.isabs(said[1]):  # `ipfsfuse serve`, which has no mount
-        return f"{cache_dir} is in use by process {said[0]}, {said[1]}: give this one its own --cache-dir"
-    holder_is = f"process {said[0]}, mounted at {said[1]}"
+    if not os.path.isabs(daemon[1]):  # `ipfsfuse serve`, which has no mount
+        return f"{cache_dir} is in use by process {daemon[0]}, {daemon[1]}: give this one its own --cache-dir"
+    holder_is = f"process {daemon[0]}, mounted at {daemon[1]}"
     return f"{cache_dir} is in use by {holder_is}: use that mount, or give this one its own --cache-dir"
 
 

@@ -202,7 +202,7 @@ class Index:
             with _translated(self.path):
                 raise exc
 
-    def places(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, int, int]]:
+    def locate_each(self, keys: Sequence[bytes]) -> Iterator[tuple[bytes, int, int, int]]:
         """(key, pack, at, size) of those of `keys` that are in a pack. Looks up many keys by one statement: a
         statement costs 10 us, and each of many keys 1 to 3. Raises Damaged or StoreFailed."""
         for at in range(0, len(keys), _ASKED):

@@ -57,7 +57,7 @@ ROWS = 512
 """Rows that are written to the index together."""
 
 
-class Place(NamedTuple):
+class PackLocation(NamedTuple):
     pack: int
     at: int
     size: int
@@ -101,7 +101,7 @@ class Packs:
         self.inventoried = False
         self.last = 0
         """The highest number in use."""
-        self.pending: dict[bytes, Place | None] = {}
+        self.pending: dict[bytes, PackLocation | None] = {}
         """Places that are not in the index yet; None for a row that must be deleted."""
         self._unindexed: set[int] = set()
         self._gone: list[tuple[bytes, int]] = []
@@ -109,23 +109,27 @@ class Packs:
 
     # -- on the event loop -----------------------------------------------------------------------------------
 
-    def find(self, keys: Iterable[bytes]) -> dict[bytes, Place]:
-        """The places of those blocks that are stored, by multihash. Raises what the index raises."""
-        places, unknown = dict[bytes, Place | None](), list[bytes]()
+    def find(self, keys: Iterable[bytes]) -> dict[bytes, PackLocation]:
+        """The locations of those blocks that are stored, by multihash. Raises what the index raises."""
+        locations, unknown = dict[bytes, PackLocation | None](), list[bytes]()
         for key in keys:
             if key in self.pending:
-                places[key] = self.pending[key]
+                locations[key] = self.pending[key]
             else:
                 unknown.append(key)
-        for key, *numbers in self._index.places(unknown):
+        for key, *numbers in self._index.locate_each(unknown):
             if all(type(number) is int for number in numbers):
-                places[key] = Place(*numbers)
-        return {key: place for key, place in places.items() if place is not None and self._has(place)}
+                locations[key] = PackLocation(*numbers)
+        return {
+            key: location
+            for key, location in locations.items()
+            if location is not None and self._has(location)
+        }
 
-    def _has(self, place: Place) -> bool:
-        """Whether `place` is inside a pack. It is not if the pack was evicted, or if a bit flipped in the
+    def _has(self, location: PackLocation) -> bool:
+        """Whether `location` is inside a pack. It is not if the pack was evicted, or if a bit flipped in the
         row: SQLite has no checksums."""
-        return 0 <= place.at <= place.at + place.size <= self._size(place.pack)
+        return 0 <= location.at <= location.at + location.size <= self._size(location.pack)
 
     def _size(self, pack: int) -> int:
         """The bytes written to a pack; -1 if there is no such pack. Until all packs are known, looks for it
@@ -138,14 +142,14 @@ class Packs:
                     size = self.sizes[pack] = info.st_size
         return size
 
-    def read(self, place: Place) -> bytes:
-        """The unverified bytes at `place`. Raises OSError."""
-        file = self._files.get(place.pack)
+    def read(self, location: PackLocation) -> bytes:
+        """The unverified bytes at `location`. Raises OSError."""
+        file = self._files.get(location.pack)
         if file is None:
             if len(self._files) >= MAX_OPEN_PACKS:
                 os.close(self._files.pop(next(iter(self._files))))
-            file = self._files[place.pack] = self.open(place.pack, os.O_RDONLY)
-        return os.pread(file, place.size, place.at)
+            file = self._files[location.pack] = self.open(location.pack, os.O_RDONLY)
+        return os.pread(file, location.size, location.at)
 
     def choose(self, packs: PackSet, size: int) -> int:
         """The pack of `packs` for the next `size` bytes. Begins a new one if the last is too full."""
@@ -158,7 +162,7 @@ class Packs:
     def note(self, pack: int, at: int, sections: Iterable[Section]) -> None:
         """Notes that `sections` were written to `pack`, one after the other, beginning at `at`."""
         for cid, data, head in sections:
-            self.pending[cids.multihash(cid)] = Place(pack, at + head, len(data) - head)
+            self.pending[cids.multihash(cid)] = PackLocation(pack, at + head, len(data) - head)
             at += len(data)
         self.sizes[pack] = at
         self._unindexed.add(pack)
@@ -169,7 +173,9 @@ class Packs:
 
     def unindexed_in(self, pack: int) -> list[bytes]:
         """The multihashes of blocks in `pack` that are not in the index yet."""
-        return [key for key, place in self.pending.items() if place is not None and place.pack == pack]
+        return [
+            key for key, location in self.pending.items() if location is not None and location.pack == pack
+        ]
 
     def close_pack(self, pack: int) -> None:
         """Forgets a pack that is about to be removed, and closes its file."""
@@ -191,11 +197,11 @@ class Packs:
         """Removes `blocks`, which were in the removed `pack`, from the index."""
         self._gone += [(cids.multihash(cid), pack) for cid in blocks]
 
-    def unwritten(self) -> tuple[dict[bytes, Place | None], Statements]:
+    def unwritten(self) -> tuple[dict[bytes, PackLocation | None], Statements]:
         """What is pending, and the statements that write it."""
         batch = dict(self.pending)
-        places = [(key, *place) for key, place in batch.items() if place is not None]
-        gone = [(key,) for key, place in batch.items() if place is None]
+        locations = [(key, *location) for key, location in batch.items() if location is not None]
+        gone = [(key,) for key, location in batch.items() if location is None]
         sizes = [(pack, self.sizes[pack]) for pack in self._unindexed if pack in self.sizes]
         forgotten, packs = self._gone, self._gone_packs
         self._unindexed.clear()
@@ -203,15 +209,15 @@ class Packs:
         return batch, [
             ("DELETE FROM blocks WHERE key = ? AND pack = ?", forgotten),
             ("DELETE FROM packs WHERE pack = ?", packs),
-            ("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", places),
+            ("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?)", locations),
             ("DELETE FROM blocks WHERE key = ?", gone),
             ("INSERT OR REPLACE INTO packs VALUES (?, ?)", sizes),
         ]
 
-    def written(self, batch: dict[bytes, Place | None]) -> None:
+    def written(self, batch: dict[bytes, PackLocation | None]) -> None:
         """Notes that `batch` is in the index now."""
-        for key, place in batch.items():
-            if self.pending.get(key, batch) is place:
+        for key, location in batch.items():
+            if self.pending.get(key, batch) is location:
                 del self.pending[key]
 
     def close(self) -> None:
@@ -221,11 +227,11 @@ class Packs:
 
     # -- in a thread -----------------------------------------------------------------------------------------
 
-    def read_apart(self, place: Place) -> bytes:
+    def read_apart(self, location: PackLocation) -> bytes:
         """Reads a block in a worker thread. Opens the pack itself, because the open files belong to the event
         loop."""
-        with Closing(self.open(place.pack, os.O_RDONLY)) as file:
-            return os.pread(file, place.size, place.at)
+        with Closing(self.open(location.pack, os.O_RDONLY)) as file:
+            return os.pread(file, location.size, location.at)
 
     def path(self, pack: int) -> Path:
         """The path of a pack, for messages."""
@@ -255,8 +261,8 @@ class Packs:
                 self.folder.unlink(name)
         report_strays(self.folder.path, strays)
 
-    def sections(self, pack: int, start: int = 0) -> Iterator[tuple[Cid, Place]]:
-        """(CID, place) of the blocks in `pack` from `start` on, as far as it can be read."""
+    def sections(self, pack: int, start: int = 0) -> Iterator[tuple[Cid, PackLocation]]:
+        """(CID, location) of the blocks in `pack` from `start` on, as far as it can be read."""
         with (
             contextlib.suppress(OSError, Malformed, NotACid),
             Closing(self.open(pack, os.O_RDONLY)) as file,
@@ -269,16 +275,16 @@ class Packs:
                 size = length - (block - behind)
                 if size < 0 or at + block + size > end:
                     return
-                yield cid, Place(pack, at + block, size)
+                yield cid, PackLocation(pack, at + block, size)
                 at += block + size
 
     def remove(self, pack: int) -> tuple[list[Cid], int]:
         """Deletes the file. Returns the blocks that were in it, as far as it could be read, and the offset up
         to which it could be read."""
         blocks, end = [], 0
-        for cid, place in self.sections(pack):
+        for cid, location in self.sections(pack):
             blocks.append(cid)
-            end = place.at + place.size
+            end = location.at + location.size
         with contextlib.suppress(FileNotFoundError):
             self.folder.unlink(_name(pack))
         return blocks, end
@@ -291,28 +297,29 @@ def _name(pack: int) -> str:
 # -- repair, in a thread: sections are rewritten in place, so that a repaired block needs no new room
 
 
-def rewrite_block(packs: Packs, place: Place, data: bytes, head: int) -> bool:
-    """Writes the block of the section `data` (from offset `head` in it) at `place`. Returns False and writes
-    nothing if the head before that place is different: then the place is wrong. Raises OSError."""
-    if place.size != len(data) - head or place.at < head:
+def rewrite_block(packs: Packs, location: PackLocation, data: bytes, head: int) -> bool:
+    """Writes the block of the section `data` (from offset `head` in it) at `location`. Returns False and
+    writes nothing if the head before that location is different: then the location is wrong. Raises
+    OSError."""
+    if location.size != len(data) - head or location.at < head:
         return False
-    with Closing(packs.open(place.pack, os.O_RDWR)) as file:
-        if os.pread(file, head, place.at - head) != data[:head]:
+    with Closing(packs.open(location.pack, os.O_RDWR)) as file:
+        if os.pread(file, head, location.at - head) != data[:head]:
             return False
-        write_all(file, memoryview(data)[head:], place.at)
+        write_all(file, memoryview(data)[head:], location.at)
         return True
 
 
-def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
-    """The CID of the block with the multihash `key` at `place`, and whether the head before it is intact.
+def head_before(packs: Packs, key: bytes, location: PackLocation) -> tuple[Cid, bool]:
+    """The CID of the block with the multihash `key` at `location`, and whether the head before it is intact.
 
     A multihash does not contain the codec. If the head is damaged, the codec that differs from it by fewer
     bits is assumed. Raises OSError."""
-    with Closing(packs.open(place.pack, os.O_RDONLY)) as file:
+    with Closing(packs.open(location.pack, os.O_RDONLY)) as file:
         found: dict[Cid, int] = {}
         for cid in (cids.make(codec, key) for codec in cids.CODECS):
-            head = _head(cid, place)
-            found[cid] = _turned(head, os.pread(file, len(head), max(0, place.at - len(head))))
+            head = _head(cid, location)
+            found[cid] = _turned(head, os.pread(file, len(head), max(0, location.at - len(head))))
     intact = [cid for cid, turned in found.items() if not turned]
     if intact:
         return intact[0], True
@@ -320,15 +327,15 @@ def head_before(packs: Packs, key: bytes, place: Place) -> tuple[Cid, bool]:
     return min(list(found)[:2], key=found.__getitem__), False
 
 
-def rewrite_head(packs: Packs, cid: Cid, place: Place) -> None:
-    """Writes the head before the verified block at `place`. Raises OSError."""
-    head = _head(cid, place)
-    with Closing(packs.open(place.pack, os.O_WRONLY)) as file:
-        write_all(file, head, place.at - len(head))
+def rewrite_head(packs: Packs, cid: Cid, location: PackLocation) -> None:
+    """Writes the head before the verified block at `location`. Raises OSError."""
+    head = _head(cid, location)
+    with Closing(packs.open(location.pack, os.O_WRONLY)) as file:
+        write_all(file, head, location.at - len(head))
 
 
-def _head(cid: Cid, place: Place) -> bytes:
-    _cid, data, begins = section(cid, bytes(place.size))
+def _head(cid: Cid, location: PackLocation) -> bytes:
+    _cid, data, begins = section(cid, bytes(location.size))
     return data[:begins]
 
 
@@ -337,8 +344,8 @@ def _turned(one: bytes, other: bytes) -> int:
     return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).bit_count()
 
 
-def _proved(read: Callable[[Place], bytes], cid: Cid, place: Place) -> bytes:
-    block = read(place)
+def _proved(read: Callable[[PackLocation], bytes], cid: Cid, location: PackLocation) -> bytes:
+    block = read(location)
     if not multihashes.matches(cids.multihash(cid), (block,)):
         raise WrongBlock(cids.text(cid))
     return block
@@ -382,7 +389,7 @@ class BlockStore:
         self.packs_indexed = trio.Event()
         """Set when the index has every block in the packs."""
         self.statements: list[tuple[str, Sequence[Sequence[Any]]]] = []
-        """Statements for the index, besides those for the places of blocks."""
+        """Statements for the index, besides those for the locations of blocks."""
         self.damaged: Damaged | None = None
         self.index_lock = trio.Lock()
         self.changed, self.much_changed = trio.Event(), trio.Event()
@@ -392,8 +399,8 @@ class BlockStore:
         self._io = io
         self._unit = unit
         self._pack_sets: dict[Caller, PackSet] = {}
-        self._set_aside: dict[bytes, Place] = {}
-        """The places of wrong blocks, by multihash, until they are fetched again."""
+        self._set_aside: dict[bytes, PackLocation] = {}
+        """The locations of wrong blocks, by multihash, until they are fetched again."""
         self._appending = trio.Lock()
 
     @property
@@ -403,11 +410,11 @@ class BlockStore:
 
     # -- reading ---------------------------------------------------------------------------------------------
 
-    def place(self, cid: Cid) -> Place | None:
-        return self.places((cid,)).get(cids.multihash(cid))
+    def locate(self, cid: Cid) -> PackLocation | None:
+        return self.locate_each((cid,)).get(cids.multihash(cid))
 
-    def places(self, wanted: Iterable[Cid]) -> dict[bytes, Place]:
-        """The places of those blocks that are stored, by multihash."""
+    def locate_each(self, wanted: Iterable[Cid]) -> dict[bytes, PackLocation]:
+        """The locations of those blocks that are stored, by multihash."""
         try:
             return self.packs.find(map(cids.multihash, wanted))
         except (StoreFailed, Damaged) as exc:
@@ -417,37 +424,38 @@ class BlockStore:
     async def get(self, cid: Cid, *, use: bool = True) -> bytes | None:
         """The verified block; None if it is missing or wrong (then it is set aside). Without `use`, the read
         does not count as a use of its pack."""
-        place = self.place(cid)
-        if place is None:
+        location = self.locate(cid)
+        if location is None:
             return None
         if use:
-            self._used_pack(place.pack)
+            self._used_pack(location.pack)
         try:
-            if place.size <= ON_LOOP:
-                return _proved(self.packs.read, cid, place)
+            if location.size <= ON_LOOP:
+                return _proved(self.packs.read, cid, location)
             return await threads.run_sync(
-                _proved, self.packs.read_apart, cid, place, limiter=self._io.reading
+                _proved, self.packs.read_apart, cid, location, limiter=self._io.reading
             )
         except WrongBlock:
             log.warning("%s: wrong bytes in the cache, set aside", cids.text(cid))
-            self._set_aside[cids.multihash(cid)] = place
+            self._set_aside[cids.multihash(cid)] = location
         except OSError as exc:
-            if place.pack in self.packs.sizes:
-                self._backoff.failed(str(self.packs.path(place.pack)), exc)
+            if location.pack in self.packs.sizes:
+                self._backoff.failed(str(self.packs.path(location.pack)), exc)
         self.packs.forget(cids.multihash(cid))
         self.wake_index_writer()
         return None
 
-    async def take_back(self, cid: Cid, place: Place) -> bool:
-        """Adds the block to the index again if the bytes at `place` match `cid`. Returns whether they do."""
+    async def take_back(self, cid: Cid, location: PackLocation) -> bool:
+        """Adds the block to the index again if the bytes at `location` match `cid`. Returns whether they
+        do."""
         try:
-            await threads.run_sync(_proved, self.packs.read_apart, cid, place, limiter=self._io.reading)
+            await threads.run_sync(_proved, self.packs.read_apart, cid, location, limiter=self._io.reading)
         except (WrongBlock, Unsupported, OSError):
             return False
-        if place.pack not in self.packs.sizes:
+        if location.pack not in self.packs.sizes:
             return False
         if self.packs.pending.get(cids.multihash(cid)) is None:
-            self.packs.pending[cids.multihash(cid)] = place
+            self.packs.pending[cids.multihash(cid)] = location
         self.wake_index_writer()
         return True
 
@@ -464,8 +472,8 @@ class BlockStore:
             return False
         made = section(cids.canonical(cid), block)
         async with _holding(self._appending):
-            place = self.place(cid)
-            if place is not None and (pack_set is None or place.pack in pack_set.packs):
+            location = self.locate(cid)
+            if location is not None and (pack_set is None or location.pack in pack_set.packs):
                 return True
             return await self._repaired(made, pack_set) or await self._append(
                 pack_set or self.pack_set, [made]
@@ -496,19 +504,21 @@ class BlockStore:
         """Writes the block where a wrong one was set aside, so that what is pinned stays pinned. Returns
         whether that was done."""
         cid, data, head = made
-        place = self._set_aside.pop(cids.multihash(cid), None)
-        if place is None or place.pack not in (self.packs.sizes if pack_set is None else pack_set.packs):
+        location = self._set_aside.pop(cids.multihash(cid), None)
+        if location is None or location.pack not in (
+            self.packs.sizes if pack_set is None else pack_set.packs
+        ):
             return False
         try:
             done = await threads.run_sync(
-                rewrite_block, self.packs, place, data, head, limiter=self._io.writing
+                rewrite_block, self.packs, location, data, head, limiter=self._io.writing
             )
         except OSError as exc:
-            self._backoff.failed(str(self.packs.path(place.pack)), exc)
+            self._backoff.failed(str(self.packs.path(location.pack)), exc)
             return False
-        if not done or place.pack not in self.packs.sizes:
+        if not done or location.pack not in self.packs.sizes:
             return False
-        self.packs.pending[cids.multihash(cid)] = place
+        self.packs.pending[cids.multihash(cid)] = location
         self.wake_index_writer()
         return True
 

@@ -21,8 +21,8 @@ from ipfsfuse.cache.budget import RETRY, Key
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import as_store_failed, tag
 from ipfsfuse.cache.store.index import Damaged, Index
-from ipfsfuse.cache.store.packs import ROWS, Place
-from ipfsfuse.cache.store.staging import Entry
+from ipfsfuse.cache.store.packs import ROWS, PackLocation
+from ipfsfuse.cache.store.staging import StagingEntry
 from ipfsfuse.cache.store.store import Store
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
@@ -95,10 +95,12 @@ async def open_store(
             nursery.start_soon(inventory.run)
             await measure(store)
     if store.budget.limit < budget:
-        said = [n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)]
+        mebibytes = [
+            n / (1 << 20) for n in (store.budget.limit, budget, store.space.free, store.space.reserve)
+        ]
         log.info(
             "the budget is %.0f MiB, not %.0f MiB: %.0f MiB are free on this disk, %.0f of them reserved",
-            *said,
+            *mebibytes,
         )
     return store
 
@@ -142,7 +144,7 @@ class Inventory:
         self._all_known = self._in_order
         """Whether the index has the use of every file and pack that was found and is not pinned."""
         self._packs, self._entries = self._store.blocks.packs.scan(), self._store.staging.scan()
-        self._new: tuple[list[tuple[int, os.stat_result]], list[Entry]] = [], []
+        self._new: tuple[list[tuple[int, os.stat_result]], list[StagingEntry]] = [], []
         """What the last `look` found."""
         self._looks: list[list[tuple[float, bool, Key, float]]] = []
         """What each `look` found, in the order of use: (time of use by the wall clock, whether it was used
@@ -226,7 +228,7 @@ class Inventory:
             store.blocks.index.replace(str(self._damaged))
             self._damaged = None
         packs.last = max(packs.sizes, default=0)
-        early, used_again = files.found_early, list[Entry]()
+        early, used_again = files.found_early, list[StagingEntry]()
         for number, (_last, frequent, key, what) in enumerate(heapq.merge(*self._looks, key=_when)):
             if number % COUNTED_TOGETHER == COUNTED_TOGETHER - 1:
                 await trio.lowlevel.checkpoint()
@@ -285,7 +287,7 @@ def _when(found: tuple[Any, ...]) -> float:
     return last
 
 
-def _tails(store: Store, indexed: Mapping[int, int]) -> list[tuple[Cid, Place]]:
+def _tails(store: Store, indexed: Mapping[int, int]) -> list[tuple[Cid, PackLocation]]:
     """The blocks in packs after the bytes that are `indexed`: their rows were not written before a crash."""
     packs = store.blocks.packs
     return [
@@ -296,9 +298,9 @@ def _tails(store: Store, indexed: Mapping[int, int]) -> list[tuple[Cid, Place]]:
     ]
 
 
-def _note_pending(store: Store, sections: Iterable[tuple[Cid, Place]]) -> None:
-    for cid, place in sections:
-        store.blocks.packs.pending.setdefault(cids.multihash(cid), place)
+def _note_pending(store: Store, sections: Iterable[tuple[Cid, PackLocation]]) -> None:
+    for cid, location in sections:
+        store.blocks.packs.pending.setdefault(cids.multihash(cid), location)
 
 
 async def write_behind(store: Store) -> None:
@@ -374,12 +376,12 @@ async def replace_index(store: Store, why: Damaged) -> None:
 
 
 async def _read_packs(store: Store) -> None:
-    """Adds the blocks in all packs to the index. If a block is in several packs, its place in a pinned one is
-    used, because that is not evicted."""
+    """Adds the blocks in all packs to the index. If a block is in several packs, its location in a pinned one
+    is used, because that is not evicted."""
     for pack in sorted(store.blocks.packs.sizes, key=lambda pack: (store.budget.is_pinned(pack), pack)):
         sections = await threads.run_sync(list, store.blocks.packs.sections(pack))
         if store.budget.is_pinned(pack):
-            store.blocks.packs.pending.update((cids.multihash(cid), place) for cid, place in sections)
+            store.blocks.packs.pending.update((cids.multihash(cid), location) for cid, location in sections)
         else:
             _note_pending(store, sections)
         if len(store.blocks.packs.pending) >= ROWS:

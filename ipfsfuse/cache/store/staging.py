@@ -5,9 +5,9 @@ The present leaves are known in memory. After a restart, the data extents (SEEK_
 present. Each leaf is verified by its hash when it is read back. So the disk is not trusted, and nothing but
 content is written.
 
-Concurrency: `Entry` and `Staging` belong to the event loop. The functions under "in a thread" are called in
-worker threads, and take the entry's lock where a removal must not happen meanwhile. Files are opened for each
-call (10 us), so that no file descriptor outlives a removal.
+Concurrency: `StagingEntry` and `Staging` belong to the event loop. The functions under "in a thread" are
+called in worker threads, and take the entry's lock where a removal must not happen meanwhile. Files are
+opened for each call (10 us), so that no file descriptor outlives a removal.
 """
 
 import contextlib
@@ -147,7 +147,7 @@ _LOCKS = [threading.Lock() for _ in range(1024)]
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class StagingEntry:
     """One staging file."""
 
     cid: Cid
@@ -208,7 +208,7 @@ class Staging:
     def __init__(self, path: Path) -> None:
         """Raises StoreFailed, OSError."""
         self.path = path
-        self.entries: dict[Cid, Entry] = {}
+        self.entries: dict[Cid, StagingEntry] = {}
         """The known entries. Until `inventoried`, some of an earlier run are missing."""
         self.inventoried = False
         self.found_early: dict[Cid, float] = {}
@@ -227,7 +227,7 @@ class Staging:
 
     # -- on the event loop -----------------------------------------------------------------------------------
 
-    def find(self, cid: Cid) -> Entry | None:
+    def find(self, cid: Cid) -> StagingEntry | None:
         """The entry of `cid`. Until all entries are known, looks for an unknown one on the disk, by two
         system calls."""
         entry = self.entries.get(cid)
@@ -241,7 +241,7 @@ class Staging:
                 self.found_early[cid] = entry.last_used
         return entry
 
-    def _recognised(self, name: str) -> Entry | None:
+    def _recognised(self, name: str) -> StagingEntry | None:
         """The entry of a usable file with this name from an earlier run."""
         try:
             info = self.folder.stat(name)
@@ -250,7 +250,7 @@ class Staging:
         entry = _recognise(name, info)
         return entry if entry is not None and entry.size and is_our_own(info) else None
 
-    def take(self, entry: Entry) -> bool:
+    def take(self, entry: StagingEntry) -> bool:
         """Adds an entry that `scan` found. Returns False if it is known already, or was removed meanwhile."""
         if entry.cid in self.entries or entry.cid in self._removed_early:
             return False
@@ -258,7 +258,7 @@ class Staging:
         entry.charged = self.charge(entry)
         return True
 
-    def charge(self, entry: Entry) -> int:
+    def charge(self, entry: StagingEntry) -> int:
         """Bytes to count for `entry` now: what it takes, what writes under way may take, and, until the file
         is complete, a block or more for the extent tree that the file system writes later."""
         if entry.complete:  # returns the same int object if possible, which saves memory
@@ -266,7 +266,7 @@ class Staging:
         pieces = len(entry.extents.starts) if entry.extents is not None else 1
         return entry.disk + entry.reserved + self.unit * (1 + pieces // 100 + entry.disk // (64 << 20))
 
-    def forget(self, entry: Entry) -> None:
+    def forget(self, entry: StagingEntry) -> None:
         if self.entries.get(entry.cid) is entry:
             del self.entries[entry.cid]
         if not self.inventoried:
@@ -274,7 +274,7 @@ class Staging:
 
     # -- in a thread -----------------------------------------------------------------------------------------
 
-    def scan(self) -> Iterator[Entry]:
+    def scan(self) -> Iterator[StagingEntry]:
         """The entries of an earlier run. Removes files that are not our own, empty ones, and parts of files
         that are complete; leaves other names alone."""
         strays = []
@@ -295,7 +295,7 @@ class Staging:
                 continue
         report_strays(self.path, strays)
 
-    def look(self, entry: Entry) -> Extents:
+    def look(self, entry: StagingEntry) -> Extents:
         """The bytes of `entry` that may be present, according to the file system."""
         if entry.complete:
             return Extents([0], [entry.size])
@@ -312,7 +312,7 @@ class Staging:
                     raise
         return found
 
-    def read(self, entry: Entry, leaf: Leaf) -> tuple[bytes, bool, bytes]:
+    def read(self, entry: StagingEntry, leaf: Leaf) -> tuple[bytes, bool, bytes]:
         """The bytes stored for `leaf`, whether they are correct, and if so the tags of their pieces."""
         with Closing(self._open_to_read(entry)) as file:
             data = os.pread(file, leaf.size, leaf.offset)
@@ -320,7 +320,7 @@ class Staging:
         return data, right, tags_of(data, PIECE) if right else b""
 
     def read_pieces(
-        self, entry: Entry, leaf: Leaf, start: int, stop: int, tags: bytes, flags: int
+        self, entry: StagingEntry, leaf: Leaf, start: int, stop: int, tags: bytes, flags: int
     ) -> memoryview | None:
         """The bytes [start, stop) of `leaf`, verified by the `tags` of its pieces. None if they are wrong;
         with the flag RWF_NOWAIT also if the disk would have to be read. Raises OSError."""
@@ -340,11 +340,11 @@ class Staging:
             return None
         return memoryview(data)[start - start_piece * PIECE : stop - start_piece * PIECE]
 
-    def place(self, entry: Entry) -> tuple[int, bytes]:
+    def dir_and_name(self, entry: StagingEntry) -> tuple[int, bytes]:
         """The folder's descriptor and the file's name."""
         return self.folder.fd, _name(entry).encode()
 
-    def read_each(self, entry: Entry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
+    def read_each(self, entry: StagingEntry, wanted: Sequence[Leaf]) -> Sequence[tuple[memoryview, bool]]:
         """Reads leaves that follow each other without a gap, at least one. Returns for each its bytes, and
         whether they are correct."""
         with Closing(self._open_to_read(entry)) as file:
@@ -358,7 +358,7 @@ class Staging:
         return [buffer[: leaf.size] for leaf, buffer in zip(wanted, buffers, strict=True)]
 
     def clone(
-        self, entry: Entry, leaves: Sequence[Leaf], files: Sequence[str]
+        self, entry: StagingEntry, leaves: Sequence[Leaf], files: Sequence[str]
     ) -> tuple[int, Sequence[memoryview]]:
         """Makes `entry` share the extents of `files`, which may hold the blocks of adjacent raw `leaves`.
         Returns by how many bytes it grew on disk, and the unverified bytes of the first leaves, as many as
@@ -398,8 +398,8 @@ class Staging:
         return shared
 
     def _open_unnamed(self) -> int:
-        place = f"/proc/self/fd/{self.folder.fd}"
-        return os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        path = f"/proc/self/fd/{self.folder.fd}"
+        return os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
     def can_share(self, path: str, size: int) -> bool:
         """Whether staging files can share extents with files such as `path`, of `size` bytes. Tries it once,
@@ -416,7 +416,7 @@ class Staging:
         return self.shares
 
     def write(
-        self, entry: Entry, offset: int, parts: Sequence[bytes | memoryview]
+        self, entry: StagingEntry, offset: int, parts: Sequence[bytes | memoryview]
     ) -> tuple[int, OSError | None]:
         """Writes `parts` from `offset` on. Returns by how many bytes the file grew on disk, and the error if
         not everything could be written. Raises Removed."""
@@ -432,7 +432,7 @@ class Staging:
             return entry.seen - before, None
 
     @contextlib.contextmanager
-    def _open_to_write(self, entry: Entry) -> Iterator[int]:
+    def _open_to_write(self, entry: StagingEntry) -> Iterator[int]:
         """The open file of `entry`, under its lock; `entry.seen` is set at the end. A file that is made for
         this is removed again if the block raises OSError. Raises OSError."""
         name = _name(entry)
@@ -455,7 +455,7 @@ class Staging:
         finally:
             os.close(file)
 
-    def finish(self, entry: Entry) -> int:
+    def finish(self, entry: StagingEntry) -> int:
         """Syncs the file, then gives it its final name. Returns by how many bytes it grew on disk."""
         with entry.lock:
             if entry.gone() or entry.complete:
@@ -471,7 +471,7 @@ class Staging:
                 entry.complete = True
                 return _grown(entry, file)
 
-    def remove(self, entry: Entry) -> int | None:
+    def remove(self, entry: StagingEntry) -> int | None:
         """Removes the file and frees its space at once. Threads that are reading it get short reads.
 
         The name is removed first, so that a crash never leaves an empty file with a final name. If the kernel
@@ -494,7 +494,7 @@ class Staging:
                     os.close(file)
             return file if still_read else None
 
-    def _is_ours_alone(self, entry: Entry, file: int) -> bool:
+    def _is_ours_alone(self, entry: StagingEntry, file: int) -> bool:
         """Whether only we read `entry`, which is open as `file`. The kernel may still read a file of an
         earlier run for readers of a mount that was killed."""
         if not entry.read_by_kernel and (entry.fresh or not entry.complete):
@@ -504,7 +504,7 @@ class Staging:
         except OSError:  # no leases here, and so no passthrough
             return True
 
-    def punch(self, entry: Entry, start: int, end: int) -> int:
+    def punch(self, entry: StagingEntry, start: int, end: int) -> int:
         """Frees the space of [start, end). Returns by how many bytes the file grew on disk: 0 or less."""
         with entry.lock:
             if entry.dead:
@@ -514,7 +514,7 @@ class Staging:
                     punch_hole(file, start, end - start)
                 return _grown(entry, file)
 
-    def note_use(self, entry: Entry) -> None:
+    def note_use(self, entry: StagingEntry) -> None:
         """Writes the time of last use as the file's times, for the next start."""
         when = to_wall(entry.last_used)
         with entry.lock:
@@ -524,12 +524,12 @@ class Staging:
             if entry.stamp == before:
                 entry.stamp = _stamp(os.stat(name, dir_fd=folder, follow_symlinks=False))
 
-    def stamp(self, entry: Entry) -> Stamp:
+    def stamp(self, entry: StagingEntry) -> Stamp:
         """Identity, size and times of the file as it is now. Raises OSError."""
         with Closing(self._open_to_read(entry)) as file:
             return _stamp(os.fstat(file))
 
-    def open_verified(self, entry: Entry) -> int | None:
+    def open_verified(self, entry: StagingEntry) -> int | None:
         """The file, opened for reading, if it is unchanged since it was verified as a whole, and no one has
         it open for writing. Otherwise None. Raises OSError."""
         file = self._open_to_read(entry)
@@ -538,7 +538,7 @@ class Staging:
         os.close(file)
         return None
 
-    def _open_to_read(self, entry: Entry) -> int:
+    def _open_to_read(self, entry: StagingEntry) -> int:
         try:
             return self.folder.open(_name(entry), os.O_RDONLY)
         except FileNotFoundError:  # `finish` has just renamed it, and sets `complete` before it unlocks
@@ -546,11 +546,11 @@ class Staging:
                 return self.folder.open(_name(entry), os.O_RDONLY)
 
 
-def _name(entry: Entry) -> str:
+def _name(entry: StagingEntry) -> str:
     return cids.text(entry.cid) + ("" if entry.complete else PART)
 
 
-def _recognise(name: str, info: os.stat_result | Status) -> Entry | None:
+def _recognise(name: str, info: os.stat_result | Status) -> StagingEntry | None:
     """The entry of a file with the name of a staging file; None for any other name."""
     matched = _NAME.fullmatch(name)
     if matched is None:
@@ -560,7 +560,7 @@ def _recognise(name: str, info: os.stat_result | Status) -> Entry | None:
     except NotACid:
         return None
     disk = info.st_blocks * 512
-    return Entry(
+    return StagingEntry(
         cid, info.st_size, matched[2] is None, None, None, False, disk, disk, 0, disk, False, "",
         (when := info.st_mtime), when,
     )  # fmt: skip
@@ -601,6 +601,6 @@ def _is_granted(file: int, lease: int) -> bool:
     return True
 
 
-def _grown(entry: Entry, file: int) -> int:
+def _grown(entry: StagingEntry, file: int) -> int:
     before, entry.seen = entry.seen, os.fstat(file).st_blocks * 512
     return entry.seen - before

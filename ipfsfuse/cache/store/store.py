@@ -24,7 +24,7 @@ from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED_FOLDER, STAGING
 from ipfsfuse.cache.store.index import Index
 from ipfsfuse.cache.store.packs import BlockStore, IoLimits, Packs
 from ipfsfuse.cache.store.records import PinRecord, PinRecords
-from ipfsfuse.cache.store.staging import PIECE, Entry, Extents, Removed, Staging, is_free
+from ipfsfuse.cache.store.staging import PIECE, Extents, Removed, Staging, StagingEntry, is_free
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
@@ -96,7 +96,7 @@ class Store:
         self._full = False
         self.arriving: Counter[Cid] = Counter()
         """Blocks and files that readers have got and that are still being staged. They count as staged."""
-        self.completed: Callable[[Entry], None] = lambda _entry: None
+        self.completed: Callable[[StagingEntry], None] = lambda _entry: None
         """Called when a staging file has got its final name."""
         self._lingering: dict[int, int] = {}
         """Bytes of evicted files that the kernel still reads, by descriptor."""
@@ -149,7 +149,7 @@ class Store:
             return None
         if not entry.extents.covers(leaf.offset, leaf.offset + leaf.size):
             return None
-        return Pieces(*self.staging.place(entry), tags)
+        return Pieces(*self.staging.dir_and_name(entry), tags)
 
     async def leaves(self, file: FileRef, leaves: Sequence[Leaf]) -> Sequence[memoryview | None]:
         """Reads leaves that follow each other without a gap, at least one. Returns None for a leaf that is
@@ -159,7 +159,7 @@ class Store:
             return [None] * len(leaves)
         return [await self._checked(entry, leaf, *each) for leaf, each in zip(leaves, found, strict=True)]
 
-    async def _checked(self, entry: Entry, leaf: Leaf, data: T, right: bool) -> T | None:
+    async def _checked(self, entry: StagingEntry, leaf: Leaf, data: T, right: bool) -> T | None:
         """Returns `data` if it is right; otherwise sets the leaf aside."""
         if right:
             self.budget.arc.refresh(entry.cid)
@@ -169,7 +169,7 @@ class Store:
             await self._set_aside(entry, leaf)
         return None
 
-    async def _entry_with(self, file: FileRef, start: int, end: int) -> Entry | None:
+    async def _entry_with(self, file: FileRef, start: int, end: int) -> StagingEntry | None:
         """The entry of `file`, if [start, end) seems to be staged."""
         entry = self.staging.find(file.cid)
         if entry is None:
@@ -182,7 +182,7 @@ class Store:
                 entry.extents, entry.proved = found, Extents()
         return entry if not entry.dead and entry.extents.covers(start, end) else None
 
-    async def _set_aside(self, entry: Entry, leaf: Leaf) -> None:
+    async def _set_aside(self, entry: StagingEntry, leaf: Leaf) -> None:
         """Frees the space of a wrong leaf."""
         entry.verified = False
         if entry.fresh or entry.complete:  # otherwise a crash may have cut it short, which is no fault
@@ -203,7 +203,9 @@ class Store:
         else:  # nothing is left of it: remove the file too
             await self.budget.evict(entry.cid)
 
-    async def _read(self, read: Callable[[Entry, *Ts], T], entry: Entry, *arguments: *Ts) -> T | None:
+    async def _read(
+        self, read: Callable[[StagingEntry, *Ts], T], entry: StagingEntry, *arguments: *Ts
+    ) -> T | None:
         """Calls `read` in a thread. Returns None if the file can't be read."""
         try:
             return await threads.run_sync(read, entry, *arguments, limiter=self.io.reading)
@@ -211,7 +213,7 @@ class Store:
             await self._lost(entry, exc)
             return None
 
-    async def _lost(self, entry: Entry, error: OSError) -> None:
+    async def _lost(self, entry: StagingEntry, error: OSError) -> None:
         """Drops a staging file that can't be read. If it was removed by someone, the disk may be fine: the
         next write will show that."""
         if not entry.dead:
@@ -250,7 +252,9 @@ class Store:
             return True
 
     @asynccontextmanager
-    async def _writing(self, file: FileRef, start: int, end: int, source: str) -> AsyncIterator[Entry | None]:
+    async def _writing(
+        self, file: FileRef, start: int, end: int, source: str
+    ) -> AsyncIterator[StagingEntry | None]:
         """Reserves room in the budget for a write of [start, end), and yields the entry of `file`. Yields
         None if there is no room."""
         cost = 0
@@ -263,7 +267,7 @@ class Store:
         if entry is None:
             if self.pins.anywhere:
                 self.pins.add(file.cid)
-            entry = Entry(file.cid, file.size, extents=(there := Extents()), proved=there)
+            entry = StagingEntry(file.cid, file.size, extents=(there := Extents()), proved=there)
             self.staging.entries[file.cid] = entry
         entry.reserved += cost
         entry.charged += cost
@@ -322,7 +326,7 @@ class Store:
         if entry is not None and not entry.dead:
             self._proved(entry, leaves[0].offset, leaves[-1].offset + leaves[-1].size)
 
-    def _proved(self, entry: Entry, start: int, end: int) -> None:
+    def _proved(self, entry: StagingEntry, start: int, end: int) -> None:
         """Notes that the leaves in [start, end) were written or verified. If every byte of the file is, gives
         it its final name."""
         if not entry.complete and entry.proved is not None:
@@ -330,7 +334,7 @@ class Store:
             if whole and not self.backoff.waiting:
                 self.nursery.start_soon(self.finish, entry)
 
-    def _adjust(self, entry: Entry, reserved: int = 0) -> None:
+    def _adjust(self, entry: StagingEntry, reserved: int = 0) -> None:
         """Corrects what the budget counts for `entry`. `reserved`: the bytes that were reserved for a write
         that has ended."""
         entry.reserved -= reserved
@@ -343,7 +347,7 @@ class Store:
                 self.staging.forget(entry)
         self.budget.adjust(entry.cid, by, reserved)
 
-    async def finish(self, entry: Entry) -> None:
+    async def finish(self, entry: StagingEntry) -> None:
         """Syncs a complete file and gives it its final name."""
         try:
             entry.disk += await threads.run_sync(self.staging.finish, entry, limiter=self.io.background)
@@ -365,7 +369,7 @@ class Store:
             entry.noted = entry.last_used
             self.nursery.start_soon(self._note_use, entry)
 
-    async def _note_use(self, entry: Entry) -> None:
+    async def _note_use(self, entry: StagingEntry) -> None:
         try:
             await threads.run_sync(self.staging.note_use, entry, limiter=self.io.background)
         except OSError:  # read-only or gone: its place in the order of use may be wrong after a restart
@@ -393,13 +397,13 @@ class Store:
         entry = self.staging.find(cids.canonical(cid))
         if entry is not None:
             return self._item(entry)
-        place = self.blocks.place(cid)
-        if place is None:
+        location = self.blocks.locate(cid)
+        if location is None:
             return None
-        pinned = "user" if self.budget.is_pinned(place.pack) else self._pin_state(cids.canonical(cid))
-        return CacheItem(cid, place.size, place.size, True, 0.0, pinned, "")
+        pinned = "user" if self.budget.is_pinned(location.pack) else self._pin_state(cids.canonical(cid))
+        return CacheItem(cid, location.size, location.size, True, 0.0, pinned, "")
 
-    def _item(self, entry: Entry) -> CacheItem:
+    def _item(self, entry: StagingEntry) -> CacheItem:
         used = staging.to_wall(entry.last_used)
         return CacheItem(
             entry.cid, entry.disk, entry.size, entry.whole(), used, self._pin_state(entry.cid), entry.source
@@ -466,10 +470,10 @@ class Store:
             return sum([await self.budget.evict(key) for key in keys if not is_pinned(key)])
         key: Key = cids.canonical(cid)
         if key not in self.staging.entries:
-            place = self.blocks.place(cid)
-            if place is None:
+            location = self.blocks.locate(cid)
+            if location is None:
                 return 0
-            key = place.pack
+            key = location.pack
         if self.budget.is_pinned(key):
             raise UsageError(f"{cids.text(cid)} is pinned: unpin it first")
         return await self.budget.evict(key)
@@ -478,7 +482,7 @@ class Store:
         """Whether `cid` itself is staged, or is being staged, at least in part."""
         own = cids.canonical(cid)
         here = own in self.arriving or self.staging.find(own) is not None
-        return here or self.blocks.place(cid) is not None
+        return here or self.blocks.locate(cid) is not None
 
     def rest_on_disk(self) -> int:
         """Bytes on disk of everything in the folder except staging files and packs. The folders themselves

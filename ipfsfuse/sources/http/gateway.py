@@ -86,7 +86,7 @@ class Gateway(Source):
                     return await self._send_ranges(wanted, send)
         return await streams.send_singly(self.get, wanted.leaves, send, self._connections)
 
-    async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
+    async def send_subtree(self, subtree: Subtree, send: Send[streams.BlockBatch]) -> None:
         if CARS in self._offers:
             scope = f"dag-scope={'all' if subtree.whole else 'entity'}"
             with suppress(NotOffered, CarTooLong):  # the blocks before the limit are of use

@@ -102,7 +102,7 @@ class Kubo(Source):
         else:
             await streams.send_singly(self.get, wanted.leaves, send, CONNECTIONS_HERE)
 
-    async def send_subtree(self, subtree: Subtree, send: Send[streams.Blocks]) -> None:
+    async def send_subtree(self, subtree: Subtree, send: Send[streams.BlockBatch]) -> None:
         """For a listing, asks the gateway port: it sends many small nodes faster than they are read from the
         repository."""
         if subtree.whole and self.blocks is not None and await self.blocks.send_subtree(subtree, send):

@@ -53,7 +53,7 @@ class Identity(NamedTuple):
     mtime_ns: int
 
 
-class Place(NamedTuple):
+class CarLocation(NamedTuple):
     """A block in the file: `size` bytes at `offset`."""
 
     offset: int
@@ -157,7 +157,7 @@ class CarFile:
 
     # -- blocks ----------------------------------------------------------------------------------------------
 
-    def find(self, multihash: bytes, read: Read = read_disk) -> Place | None:
+    def find(self, multihash: bytes, read: Read = read_disk) -> CarLocation | None:
         """The place of the block of `multihash`. The index names it, and the section there confirms it.
 
         Raises SourceFailed."""
@@ -168,14 +168,14 @@ class CarFile:
                 lambda at, length: read(self._index_fd, self._index_offset + at, length),
             )
             for offset in offsets:
-                place = self._section_of(multihash, self.data_offset + offset, read)
-                if place is not None:
-                    return place
+                location = self._section_of(multihash, self.data_offset + offset, read)
+                if location is not None:
+                    return location
         if offsets:
             raise SourceFailed(self._wrong_index_message(), kind="malformed")
         return None
 
-    def _section_of(self, multihash: bytes, offset: int, read: Read) -> Place | None:
+    def _section_of(self, multihash: bytes, offset: int, read: Read) -> CarLocation | None:
         """The block of the section at `offset`; None if the section has another multihash or is cut short."""
         if not self.sections_offset <= offset < min(self.data_end, self.identity.size):
             return None
@@ -186,7 +186,7 @@ class CarFile:
             return None
         if found.end > min(self.data_end, self.identity.size) or cids.multihash(found.cid) != multihash:
             return None
-        return Place(found.block, found.end - found.block)
+        return CarLocation(found.block, found.end - found.block)
 
     def _wrong_index_message(self) -> str:
         if self.changed():
@@ -198,18 +198,18 @@ class CarFile:
         status = os.fstat(self.fd)
         return (status.st_size, status.st_mtime_ns) != (self.identity.size, self.identity.mtime_ns)
 
-    def read_small(self, place: Place) -> bytes:
+    def read_small(self, location: CarLocation) -> bytes:
         """The bytes at `place`, from the page cache alone. Raises BlockingIOError, for large blocks too."""
-        if place.size > MAX_COPY_ON_LOOP:
+        if location.size > MAX_COPY_ON_LOOP:
             raise BlockingIOError
-        return read_cached(self.fd, place.offset, place.size)
+        return read_cached(self.fd, location.offset, location.size)
 
-    def read(self, place: Place) -> bytes:
+    def read(self, location: CarLocation) -> bytes:
         """The bytes at `place`. Raises SourceFailed."""
         with disk_errors(str(self.path)):
-            block = read_disk(self.fd, place.offset, place.size)
-        if len(block) != place.size:
-            raise SourceFailed(f"{self.path} is cut short at {place.offset + len(block)}", kind="short")
+            block = read_disk(self.fd, location.offset, location.size)
+        if len(block) != location.size:
+            raise SourceFailed(f"{self.path} is cut short at {location.offset + len(block)}", kind="short")
         return block
 
     def close(self) -> None:
@@ -357,10 +357,10 @@ class Found(NamedTuple):
     """Where a leaf's block lies."""
 
     file: CarFile
-    place: Place
+    location: CarLocation
 
 
-Blocks = list[tuple[int, bytes]]
+IndexedBlocks = list[tuple[int, bytes]]
 """(index of the leaf, block)."""
 
 Find = Callable[[Cid], Found | None]
@@ -404,14 +404,14 @@ async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -
         await all_of([work] * READ_TASKS)
 
 
-def _read_segment(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
+def _read_segment(start: int, leaves: Sequence[Leaf], find: Find) -> IndexedBlocks:
     """(index, block) of every leaf that is found and fits. Raises SourceFailed."""
     found = [
         (start + index, where)
         for index, leaf in enumerate(leaves)
-        if (where := find(leaf.cid)) is not None and has_claimed_size(leaf, where.place.size)
+        if (where := find(leaf.cid)) is not None and has_claimed_size(leaf, where.location.size)
     ]
-    blocks: Blocks = []
+    blocks: IndexedBlocks = []
     while found:
         count = 1  # blocks that one read covers
         while count < len(found) and _adjoin(found[count - 1][1], found[count][1]):
@@ -422,18 +422,19 @@ def _read_segment(start: int, leaves: Sequence[Leaf], find: Find) -> Blocks:
 
 
 def _adjoin(one: Found, other: Found) -> bool:
-    gap = other.place.offset - one.place.offset - one.place.size
-    return other.file is one.file and 0 <= gap <= _MAX_GAP and one.place.size < _ALONE
+    gap = other.location.offset - one.location.offset - one.location.size
+    return other.file is one.file and 0 <= gap <= _MAX_GAP and one.location.size < _ALONE
 
 
-def _read_together(near: list[tuple[int, Found]]) -> Blocks:
+def _read_together(near: list[tuple[int, Found]]) -> IndexedBlocks:
     file, first = near[0][1]
     if len(near) == 1:
         return [(near[0][0], file.read(first))]
-    last = near[-1][1].place
-    data = memoryview(file.read(Place(first.offset, last.offset + last.size - first.offset)))
+    last = near[-1][1].location
+    data = memoryview(file.read(CarLocation(first.offset, last.offset + last.size - first.offset)))
     return [
-        (index, bytes(data[place.offset - first.offset :][: place.size])) for index, (_file, place) in near
+        (index, bytes(data[location.offset - first.offset :][: location.size]))
+        for index, (_file, location) in near
     ]
 
 
@@ -464,8 +465,8 @@ class InPlaceSource(Source):
             found = await threads.run_sync(self.find, cid)
         found = readable(self.name, cid, found)
         with suppress(BlockingIOError):
-            return found.file.read_small(found.place)
-        return await threads.run_sync(found.file.read, found.place)
+            return found.file.read_small(found.location)
+        return await threads.run_sync(found.file.read, found.location)
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         await send_found(wanted.leaves, self.find, send)
@@ -475,8 +476,8 @@ def readable(name: str, cid: Cid, found: Found | None) -> Found:
     """`found` itself, if it can be read as the block of `cid`. Raises NotHere, BlockTooLarge."""
     if found is None or cids.inline_block(cid) is not None:
         raise NotHere(f"{name} does not have {cids.text(cid)}")
-    if found.place.size > cids.MAX_BLOCK:
-        raise too_large(name, cid, found.place.size)
+    if found.location.size > cids.MAX_BLOCK:
+        raise too_large(name, cid, found.location.size)
     return found
 
 
@@ -505,8 +506,8 @@ class CarSource(InPlaceSource):
             raise
 
     def find(self, cid: Cid, read: Read = read_disk) -> Found | None:
-        place = self._file.find(cids.multihash(cid), read)
-        return Found(self._file, place) if place else None
+        location = self._file.find(cids.multihash(cid), read)
+        return Found(self._file, location) if location else None
 
     def roots(self) -> Sequence[Cid]:
         return self._file.roots

@@ -32,7 +32,7 @@ from ipfsfuse.fileio.buffers import lend, segments_of
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
 from ipfsfuse.sources.base import LeafRange, Subtree, has_claimed_size, too_large
-from ipfsfuse.sources.streams import Block, Blocks, Delivery, Hashed, JobOrder, Leases, Send, all_of
+from ipfsfuse.sources.streams import Block, BlockBatch, Delivery, Hashed, JobOrder, Leases, Send, all_of
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -153,7 +153,7 @@ class Flatfs:
     async def _has(self, leaf: Leaf) -> bool:
         return await threads.run_sync(self.have, [leaf.cid], limiter=self._threads)
 
-    async def send_subtree(self, subtree: Subtree, send: Send[Blocks]) -> bool:
+    async def send_subtree(self, subtree: Subtree, send: Send[BlockBatch]) -> bool:
         """Sends the blocks below a directory. False if one of them is missing here."""
         walk = RepoWalk(self.read_some, subtree.root, subtree.limit)
         while blocks := await threads.run_sync(walk.next_blocks, limiter=self._threads):
@@ -337,7 +337,7 @@ def _has_denylist(folder: Path) -> bool:
 # -- all blocks below a directory ----------------------------------------------------------------------------
 
 BATCH = 32
-"""Blocks that one call reads, four at a time: on a slow disk each takes 10 ms."""
+"""BlockBatch that one call reads, four at a time: on a slow disk each takes 10 ms."""
 BATCH_SECONDS = 0.03
 """Seconds after which a batch ends, however few blocks it has: the caller's own wait is limited."""
 BATCH_BYTES = 1 << 20

@@ -5,15 +5,15 @@ caller's:
 
 - At most `running` requests run that are not late. A request is late if it has had no answer for as long as
 its source usually takes. Late requests don't count as running; there are at most `late` of them. If all
-places are taken, a late request is displaced: it is cancelled, and asked again later.
+permits are taken, a late request is displaced: it is cancelled, and asked again later.
 - A request that was never tried goes before those that were. Among the untried, the newest goes first: a
 caller that has waited long is likely to wait for a block that nobody has, and its deadline is near.
 - A new request (of the last `NEW` seconds) need not wait until others are late. It starts unless `running`
-  requests began in the last `CROWD_SECONDS`, so that a crowd does not start at once. If all places are taken
+  requests began in the last `CROWD_SECONDS`, so that a crowd does not start at once. If all permits are taken
   and no request is late, it displaces one all the same, but only once in `CROWD_SECONDS`: otherwise a crowd
   would leave no request the time to be answered. A request that was displaced so early counts as never tried.
 - Among several callers, the one with the fewest requests in flight is next. No caller holds more than three
-  quarters of the places. The request that is displaced belongs to the caller that has most.
+  quarters of the permits. The request that is displaced belongs to the caller that has most.
 - If a source answers that it is busy, it gets half as many requests from then on, and one more for each round
 of answers (additive increase, multiplicative decrease, as in TCP: D. Chiu, R. Jain, 1989).
 
@@ -45,20 +45,20 @@ MIN_ANSWER = 0.25
 """Seconds that an answer takes at least. A request that is wanted for less time is not started, unless it is
 new."""
 CALLER_SHARE = 0.75
-"""The part of all places that one caller may hold. The rest is free for the next caller at once."""
+"""The part of all permits that one caller may hold. The rest is free for the next caller at once."""
 
 
 @dataclass(slots=True, eq=False)
-class Place:
-    """One request's place (`ConcurrencyLimiter.place`)."""
+class Permit:
+    """One request's permit (`ConcurrencyLimiter.permit`)."""
 
     request: Request
     caller: Caller
-    """The caller that the place is charged to."""
+    """The caller that the permit is charged to."""
     retried: bool
     """Whether the request was tried before. Requests that were not go first."""
     again: bool
-    """Whether it lost a place before. It is not new then."""
+    """Whether it lost a permit before. It is not new then."""
     queued: float
     """When it was queued."""
     alive: float = 0.0
@@ -71,11 +71,11 @@ class Place:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     event: trio.Event = field(default_factory=trio.Event)
     displaced: bool = False
-    """Whether another request took its place."""
+    """Whether another request took its permit."""
     early: bool = False
     """Whether it was displaced before it was late."""
     answered: bool = False
-    """Whether the source has answered. The user of the place sets it."""
+    """Whether the source has answered. The user of the permit sets it."""
 
     def is_started(self) -> bool:
         return self.since > -math.inf
@@ -91,19 +91,19 @@ class _Queue:
     __slots__ = ("fresh", "retried")
 
     def __init__(self) -> None:
-        self.fresh: OrderedDict[Place, None] = OrderedDict()
-        self.retried: OrderedDict[Place, None] = OrderedDict()
+        self.fresh: OrderedDict[Permit, None] = OrderedDict()
+        self.retried: OrderedDict[Permit, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.fresh) + len(self.retried)
 
-    def put(self, place: Place) -> None:
-        (self.retried if place.retried else self.fresh)[place] = None
+    def put(self, permit: Permit) -> None:
+        (self.retried if permit.retried else self.fresh)[permit] = None
 
-    def remove(self, place: Place) -> None:
-        (self.retried if place.retried else self.fresh).pop(place, None)
+    def remove(self, permit: Permit) -> None:
+        (self.retried if permit.retried else self.fresh).pop(permit, None)
 
-    def head(self) -> Place:
+    def head(self) -> Permit:
         return next(reversed(self.fresh)) if self.fresh else next(iter(self.retried))
 
 
@@ -117,13 +117,13 @@ class ConcurrencyLimiter:
         self._limit = float(self._most)
         self._lowered_at = self._early_at = -math.inf
         self._late_after = late_after
-        self._active: OrderedDict[Place, None] = OrderedDict()
+        self._active: OrderedDict[Permit, None] = OrderedDict()
         """Requests in flight that are not late, the oldest first."""
-        self._late: OrderedDict[Place, None] = OrderedDict()
+        self._late: OrderedDict[Permit, None] = OrderedDict()
         self._active_of: Counter[Caller] = Counter()
         self._all_of: Counter[Caller] = Counter()
         self._queues: dict[Caller, _Queue] = {}
-        self._watcher: Place | None = None
+        self._watcher: Permit | None = None
         """The waiting request whose task wakes up by the clock."""
 
     @property
@@ -145,25 +145,25 @@ class ConcurrencyLimiter:
         return _share(self.limit)
 
     @asynccontextmanager
-    async def place(self, retried: bool = False, again: bool = False) -> AsyncIterator[Place]:
-        """Waits for a place and holds it. If another request takes the place, the body is cancelled, nothing
-        is raised, and `Place.displaced` is True. For `retried` and `again` see `Place`."""
+    async def permit(self, retried: bool = False, again: bool = False) -> AsyncIterator[Permit]:
+        """Waits for a permit and holds it. If another request takes the permit, the body is cancelled,
+        nothing is raised, and `Permit.displaced` is True. For `retried` and `again` see `Permit`."""
         request = current_request.get()
-        place = Place(request, request.caller, retried, again, queued=trio.current_time())
+        permit = Permit(request, request.caller, retried, again, queued=trio.current_time())
         try:
             if self._active or self._late or self._queues:
-                await self._wait(place)
+                await self._wait(permit)
             else:  # the usual case
-                self._add(place)
-            token = current_source_request.set(place.asked)
+                self._add(permit)
+            token = current_source_request.set(permit.asked)
             try:
-                with place.scope:
-                    yield place
+                with permit.scope:
+                    yield permit
             finally:
                 current_source_request.reset(token)
         finally:
-            self._remove(place)
-            if place.answered and self._limit < self._most:
+            self._remove(permit)
+            if permit.answered and self._limit < self._most:
                 self._limit = min(self._limit + 1 / self._limit, float(self._most))
             if self._queues:
                 self._dispatch()
@@ -181,66 +181,66 @@ class ConcurrencyLimiter:
 
     # -- which request is next -------------------------------------------------------------------------------
 
-    async def _wait(self, place: Place) -> None:
-        """Waits until `place` is in flight."""
+    async def _wait(self, permit: Permit) -> None:
+        """Waits until `permit` is in flight."""
         if not self._queues:  # a short cut, which saves half of the work
-            self._age(place.queued)
-            if self._has_room(place, place.queued):
-                self._add(place)
+            self._age(permit.queued)
+            if self._has_room(permit, permit.queued):
+                self._add(permit)
                 return
-        self._put(place)
+        self._put(permit)
         self._dispatch()
-        if place.is_started():
+        if permit.is_started():
             return
-        joined = partial(self._join, place)
-        place.request.on_join.add(joined)
+        joined = partial(self._join, permit)
+        permit.request.on_join.add(joined)
         try:
-            while not place.is_started():
+            while not permit.is_started():
                 if self._watcher is None:
-                    self._watcher = place
-                if self._watcher is place:
+                    self._watcher = permit
+                if self._watcher is permit:
                     # 0.1 ms more, so that rounding does not wake it just before the time
                     with trio.move_on_after(min(CROWD_SECONDS, self._late_after()) + 0.0001):
-                        await place.event.wait()
+                        await permit.event.wait()
                     self._dispatch()
                 else:
-                    await place.event.wait()
-                    if not place.is_started():
-                        place.event = trio.Event()  # it was woken to become the watcher
+                    await permit.event.wait()
+                    if not permit.is_started():
+                        permit.event = trio.Event()  # it was woken to become the watcher
         finally:
-            place.request.on_join.discard(joined)
-            if not place.is_started():
-                self._withdraw(place)
-            if self._watcher is place or self._watcher is None:
+            permit.request.on_join.discard(joined)
+            if not permit.is_started():
+                self._withdraw(permit)
+            if self._watcher is permit or self._watcher is None:
                 self._watcher = None
                 if self._queues:
                     next(iter(self._queues.values())).head().event.set()
 
-    def _join(self, place: Place) -> None:
-        """Another call waits for the same block. `place` is queued anew, as if that call had just queued
+    def _join(self, permit: Permit) -> None:
+        """Another call waits for the same block. `permit` is queued anew, as if that call had just queued
         it."""
-        if not place.is_started():
-            self._withdraw(place)
-            place.queued = trio.current_time()
-            self._put(place)
+        if not permit.is_started():
+            self._withdraw(permit)
+            permit.queued = trio.current_time()
+            self._put(permit)
             self._dispatch()
 
-    def _put(self, place: Place) -> None:
-        """Queues `place`. Charges it to the one of its callers that has least in flight."""
-        request = place.request
+    def _put(self, permit: Permit) -> None:
+        """Queues `permit`. Charges it to the one of its callers that has least in flight."""
+        request = permit.request
         if request.others:
-            place.caller = min((request.caller, *request.others), key=lambda caller: self._all_of[caller])
-        queue = self._queues.get(place.caller)
+            permit.caller = min((request.caller, *request.others), key=lambda caller: self._all_of[caller])
+        queue = self._queues.get(permit.caller)
         if queue is None:
-            queue = self._queues[place.caller] = _Queue()
-        queue.put(place)
+            queue = self._queues[permit.caller] = _Queue()
+        queue.put(permit)
 
-    def _withdraw(self, place: Place) -> None:
-        queue = self._queues.get(place.caller)
+    def _withdraw(self, permit: Permit) -> None:
+        queue = self._queues.get(permit.caller)
         if queue is not None:
-            queue.remove(place)
+            queue.remove(permit)
             if not queue:
-                del self._queues[place.caller]
+                del self._queues[permit.caller]
 
     def _dispatch(self) -> None:
         """Starts every request that may start now."""
@@ -273,44 +273,44 @@ class ConcurrencyLimiter:
             else:
                 return
 
-    def _is_new(self, place: Place, now: float) -> bool:
-        return not place.retried and not place.again and now - place.queued <= NEW
+    def _is_new(self, permit: Permit, now: float) -> bool:
+        return not permit.retried and not permit.again and now - permit.queued <= NEW
 
     def _age(self, now: float) -> None:
         after = self._late_after()
-        late = list[Place]()
-        for place in self._active:
-            if now - place.since < after:
+        late = list[Permit]()
+        for permit in self._active:
+            if now - permit.since < after:
                 break
-            if now - place.asked.free_since >= after:
-                late.append(place)
-        for place in late:
-            del self._active[place]
-            self._active_of[place.caller] -= 1
-            self._late[place] = None
+            if now - permit.asked.free_since >= after:
+                late.append(permit)
+        for permit in late:
+            del self._active[permit]
+            self._active_of[permit.caller] -= 1
+            self._late[permit] = None
 
-    def _has_room(self, place: Place, now: float) -> bool:
-        """Whether `place` may start now. Displaces requests to make room for it."""
-        new = self._is_new(place, now)
+    def _has_room(self, permit: Permit, now: float) -> bool:
+        """Whether `permit` may start now. Displaces requests to make room for it."""
+        new = self._is_new(permit, now)
         running = min(self._running, self.limit)
-        if place.retried:
+        if permit.retried:
             running = max(1, running // 2)  # the other half stays free for requests that were never tried
-        full = len(self._active) >= running or self._active_of[place.caller] >= _share(running)
-        if full and not (new and self._is_no_crowd(place.caller, running, now)):
+        full = len(self._active) >= running or self._active_of[permit.caller] >= _share(running)
+        if full and not (new and self._is_no_crowd(permit.caller, running, now)):
             return False
         late = self._late_after()
         if new:
             least = max(CROWD_SECONDS, late)
         else:
-            least = max(ROTATE_RETRIED, 4 * late) if place.retried else max(ROTATE_FRESH, 2 * late)
-        while (own := self._all_of[place.caller] >= self.caller_limit) or self.in_flight >= self.limit:
-            if self._displace(place.caller, own, now - least):
+            least = max(ROTATE_RETRIED, 4 * late) if permit.retried else max(ROTATE_FRESH, 2 * late)
+        while (own := self._all_of[permit.caller] >= self.caller_limit) or self.in_flight >= self.limit:
+            if self._displace(permit.caller, own, now - least):
                 continue
             # not if the source accepts few requests: it needs its time to answer
             early = (
                 new and self._limit >= self._most > self._running and now - self._early_at >= CROWD_SECONDS
             )
-            if not early or not self._displace(place.caller, own, now - CROWD_SECONDS, early=True):
+            if not early or not self._displace(permit.caller, own, now - CROWD_SECONDS, early=True):
                 return False
             self._early_at = now
         return True
@@ -318,10 +318,10 @@ class ConcurrencyLimiter:
     def _is_no_crowd(self, caller: Caller, running: int, now: float) -> bool:
         """Whether so few requests began in the last CROWD_SECONDS that one more of `caller` may begin."""
         of_caller = 0
-        for began, place in enumerate(reversed(self._active), 1):
-            if now - place.since >= CROWD_SECONDS:
+        for began, permit in enumerate(reversed(self._active), 1):
+            if now - permit.since >= CROWD_SECONDS:
                 break
-            of_caller += place.caller == caller
+            of_caller += permit.caller == caller
             if began >= running or of_caller >= _share(running):
                 return False
         return True
@@ -341,25 +341,25 @@ class ConcurrencyLimiter:
                 return True
         return False
 
-    def _add(self, place: Place) -> None:
-        place.since = trio.current_time()
-        self._active[place] = None
-        self._active_of[place.caller] += 1
-        self._all_of[place.caller] += 1
+    def _add(self, permit: Permit) -> None:
+        permit.since = trio.current_time()
+        self._active[permit] = None
+        self._active_of[permit.caller] += 1
+        self._all_of[permit.caller] += 1
 
-    def _remove(self, place: Place) -> None:
-        if place in self._active:
-            del self._active[place]
-            self._active_of[place.caller] -= 1
-        elif place in self._late:
-            del self._late[place]
+    def _remove(self, permit: Permit) -> None:
+        if permit in self._active:
+            del self._active[permit]
+            self._active_of[permit.caller] -= 1
+        elif permit in self._late:
+            del self._late[permit]
         else:
             return  # it was displaced before
-        self._all_of[place.caller] -= 1
-        if not self._all_of[place.caller]:
-            del self._all_of[place.caller], self._active_of[place.caller]
+        self._all_of[permit.caller] -= 1
+        if not self._all_of[permit.caller]:
+            del self._all_of[permit.caller], self._active_of[permit.caller]
 
 
-def _share(places: int) -> int:
-    """How many of `places` one caller may hold."""
-    return max(1, int(places * CALLER_SHARE))
+def _share(permits: int) -> int:
+    """How many of `permits` one caller may hold."""
+    return max(1, int(permits * CALLER_SHARE))

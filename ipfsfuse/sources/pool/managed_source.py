@@ -117,8 +117,8 @@ class ManagedSource:
         again = False
         while True:
             answer: bytes | Failure | None = None
-            turn = nullcontext() if self.source.in_place else self.limiter.place(retried, again)
-            async with turn as place:
+            turn = nullcontext() if self.source.in_place else self.limiter.permit(retried, again)
+            async with turn as permit:
                 began = trio.current_time()
                 self.health.asked(began, hedge=hedge)
                 try:
@@ -127,8 +127,8 @@ class ManagedSource:
                     answer = self._failure(exc).with_traceback(None)  # it would keep this frame alive
                 finally:
                     seconds = trio.current_time() - began
-                    if place is not None:
-                        seconds = max(0.0, seconds - place.asked.held)
+                    if permit is not None:
+                        seconds = max(0.0, seconds - permit.asked.held)
                     if answer is None or isinstance(answer, BlockTooLarge):
                         # cancelled, or too large: that may be true or a lie, so it says nothing of the source
                         self.health.record_cancelled()
@@ -142,15 +142,15 @@ class ManagedSource:
                     self.note(answer, began)
                 elif isinstance(answer, bytes | NotHere):
                     self._answered = trio.current_time()
-                    if place is not None:
-                        place.answered = True
+                    if permit is not None:
+                        permit.answered = True
                     if isinstance(answer, bytes):
                         self.health.record_success(seconds, len(answer))
                     else:
                         self.health.record_miss()
-            if place is None or not place.scope.cancelled_caught:
+            if permit is None or not permit.scope.cancelled_caught:
                 return answer  # a WrongBlock has consequences that only the pool decides
-            again, retried = True, retried or not place.early  # another request took its place
+            again, retried = True, retried or not permit.early  # another request took its place
 
     @contextmanager
     def noting_many(self) -> Iterator[None]:
@@ -226,8 +226,8 @@ class ManagedSource:
             log.debug("%s failed unexpectedly", self.source.name, exc_info=exc)
             place = traceback.extract_tb(cause.__traceback__)[-1:]
             where = f" at {place[0].filename.rpartition('/')[2]}:{place[0].lineno}" if place else ""
-            said = str(cause)[:200].encode("unicode_escape").decode()
-            failure = SourceFailed(f"{self.source.name}: {type(cause).__name__}: {said}{where}", FAULT)
+            message = str(cause)[:200].encode("unicode_escape").decode()
+            failure = SourceFailed(f"{self.source.name}: {type(cause).__name__}: {message}{where}", FAULT)
         failure.__cause__ = exc
         return failure
 

@@ -45,7 +45,7 @@ from ipfsfuse.sources.base import (
     has_claimed_size,
 )
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
-from ipfsfuse.sources.pool.limiter import Place
+from ipfsfuse.sources.pool.limiter import Permit
 from ipfsfuse.sources.pool.managed_source import Failure, ManagedSource, check, check_each
 from ipfsfuse.sources.streams import Block, Delivery, Receive, Send, Stream, all_of, streaming
 from ipfsfuse.structures import Histogram
@@ -106,7 +106,7 @@ INLINE = Inline()
 
 
 class SourcePool:
-    """Implements `base.Blocks`. Sources in place are asked first, then the others in the order given.
+    """Implements `base.BlockFetcher`. Sources in place are asked first, then the others in the order given.
 
     `offline`: network sources don't look for blocks elsewhere, so a block that they lack is not asked for
     again. `deadline`: the seconds in which callers want an answer; it determines when the next source is
@@ -185,7 +185,7 @@ class SourcePool:
         fetch = self._under_way[key] = HedgedFetch(self, cid)
         try:
             for managed in self.in_place:
-                fetch.said[managed.source.name] = f"{managed.source.name} has not answered"
+                fetch.answers[managed.source.name] = f"{managed.source.name} has not answered"
                 answer = await managed.ask(cid)
                 if isinstance(answer, bytes):
                     return Fetched(answer, managed.source)
@@ -201,7 +201,7 @@ class SourcePool:
                 del self._under_way[key]
         if fetch.found is not None:
             return fetch.found
-        raise fetch.failure or Unavailable(self._why_not(cid, fetch.said))
+        raise fetch.failure or Unavailable(self._why_not(cid, fetch.answers))
 
     async def get_in_place(self, cid: Cid) -> bytes | None:
         """The verified block if a source in place has it; no other source is asked. Raises Unsupported."""
@@ -214,8 +214,8 @@ class SourcePool:
             fetch.note(managed, answer)
         return None
 
-    def _why_not(self, cid: Cid, said: Mapping[str, str]) -> str:
-        """The message for a block that no source gave. `said`: the last answer of each."""
+    def _why_not(self, cid: Cid, answers: Mapping[str, str]) -> str:
+        """The message for a block that no source gave. `answers`: the last answer of each source."""
         if not self._network and not self.offline:
             here = ", ".join(each.source.name for each in self.in_place) or "nothing"
             self.no_source_to_ask = (
@@ -224,14 +224,15 @@ class SourcePool:
             )
             return f"no source has {cids.text(cid)}; {self.no_source_to_ask}"
         offline = " (offline)" if self.offline else ""
-        return f"no source has {cids.text(cid)}{offline}" + "".join(f"; {each}" for each in said.values())
+        return f"no source has {cids.text(cid)}{offline}" + "".join(f"; {each}" for each in answers.values())
 
-    def said(self, cid: Cid) -> str:
+    def answers_so_far(self, cid: Cid) -> str:
         fetch = self._under_way.get(cids.multihash(cid))
-        return "" if fetch is None else "; ".join(fetch.said.values())
+        return "" if fetch is None else "; ".join(fetch.answers.values())
 
     def stream(self, wanted: LeafRange, *, singly: bool = True) -> Stream[Verified]:
-        """See `Blocks.stream`. Without `singly`, leaves that no source sends in a range are left out."""
+        """See `BlockFetcher.stream`. Without `singly`, leaves that no source sends in a range are
+        left out."""
         return streaming(RangeFetch(self, wanted, singly).run)
 
     def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
@@ -318,7 +319,7 @@ class HedgedFetch:
     _asked: SourceRequest | None = None
     """All requests to network sources together, if there are several sources."""
     found: Fetched | None = None
-    said: dict[str, str] = field(default_factory=dict)
+    answers: dict[str, str] = field(default_factory=dict)
     """The last answer of each source that was asked, by its name."""
     failure: QuotaReached | BlockTooLarge | WrongBlock | None = None
     """What is raised if no source gives the block: the most informative of the failures."""
@@ -380,7 +381,7 @@ class HedgedFetch:
             if wait > 0:  # less where no other source can be asked
                 wait = self._pool.wait(managed)
             if wait == 0:
-                self.said.setdefault(managed.source.name, f"{managed.source.name} has not answered")
+                self.answers.setdefault(managed.source.name, f"{managed.source.name} has not answered")
                 began, request = trio.current_time(), current_source_request.get()
                 held = request.held if request is not None else 0.0
                 try:
@@ -423,11 +424,11 @@ class HedgedFetch:
             self._pool.too_large(self._cid, failure)
         elif isinstance(failure, WrongBlock):
             self.failure = self.failure or failure
-            self.said[name] = f"{name} sent wrong bytes"
+            self.answers[name] = f"{name} sent wrong bytes"
             self._pool.wrong(managed, self._cid)
         else:
             log.debug("%s", failure)
-            self.said[name] = str(failure)
+            self.answers[name] = str(failure)
             if isinstance(failure, QuotaReached):
                 self.failure = failure
                 self.scope.cancel()
@@ -436,14 +437,14 @@ class HedgedFetch:
 # -- many blocks in one answer -------------------------------------------------------------------------------
 
 
-async def _next(stream: Receive[T], patience: float, place: Place) -> T | None:
-    """The next value of `stream` for the request at `place`; None at its end. Raises TooSlowError if nothing
+async def _next(stream: Receive[T], patience: float, permit: Permit) -> T | None:
+    """The next value of `stream` for the request of `permit`; None at its end. Raises TooSlowError if nothing
     comes for `patience` seconds."""
-    with place.asked.patience(patience) as scope:
+    with permit.asked.patience(patience) as scope:
         value = await anext(stream, None)
     if scope.cancelled_caught:
         raise trio.TooSlowError
-    place.progress()
+    permit.progress()
     return value
 
 
@@ -483,10 +484,10 @@ class RangeFetch:
         missing = sorted(self._left)
         leaves = self._wanted.leaves
         part = replace(self._wanted, leaves=[leaves[index] for index in missing])
-        async with managed.limiter.place() as place, managed.source.stream(part) as stream:
+        async with managed.limiter.permit() as permit, managed.source.stream(part) as stream:
             while True:
                 try:
-                    delivery = await _next(stream, patience, place)
+                    delivery = await _next(stream, patience, permit)
                 except trio.TooSlowError as exc:
                     why = f"{managed.source.name} sent no block for {patience:g} s"
                     raise SourceFailed(why, "timeout") from exc
@@ -570,10 +571,10 @@ class SubtreeFetch:
         slow = managed.health.slow_after()
         stall = max(STALL, min(slow, self._pool.patience)) if managed.remote else STALL
         patience = min(max(STALL, FIRST_BLOCK_FACTOR * slow), self._pool.deadline * FIRST_BLOCK_SHARE)
-        async with managed.limiter.place() as place, managed.source.subtree(self._subtree) as stream:
+        async with managed.limiter.permit() as permit, managed.source.subtree(self._subtree) as stream:
             while True:
                 try:
-                    blocks = await _next(stream, patience, place)
+                    blocks = await _next(stream, patience, permit)
                 except trio.TooSlowError:
                     return
                 if blocks is None:
@@ -586,7 +587,7 @@ class SubtreeFetch:
                 patience = stall
 
     async def _verified(
-        self, managed: ManagedSource, blocks: streams.Blocks
+        self, managed: ManagedSource, blocks: streams.BlockBatch
     ) -> tuple[Mapping[Cid, Fetched], bool]:
         """The wanted ones of `blocks`, up to the first wrong one, and whether there is a wrong one."""
         right: dict[Cid, Fetched] = {}

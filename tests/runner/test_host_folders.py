@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ipfsfuse_run import places
+from ipfsfuse_run import host_folders
 from ipfsfuse_run.errors import TRAPPED
 from tests.mounting import (
     NOBODY,
@@ -70,7 +70,7 @@ def test_tmp_is_the_working_folder(either: Runner, habits: Path) -> None:
 
 
 def test_a_full_tmpfs_refuses_more(run: Runner, habits: Path) -> None:
-    if not places.tmpfs_is_offered():
+    if not host_folders.tmpfs_is_offered():
         pytest.skip("this machine lets this user mount no tmpfs")
     assert run("--tmp", "1MiB", habits, "fill", "/tmp/file", "1000000").returncode == 0
     assert run("--tmp", "1MiB", habits, "fill", "/tmp/file", "2000000").returncode == 1
@@ -150,7 +150,7 @@ def test_an_ordinary_user_runs_a_guest_by_a_device_that_is_open_to_all() -> None
     pass_with_open_device(__file__)
 
 
-IS_OFFERED = "from ipfsfuse_run import places; raise SystemExit(not places.tmpfs_is_offered())"
+IS_OFFERED = "from ipfsfuse_run import host_folders; raise SystemExit(not host_folders.tmpfs_is_offered())"
 
 
 def test_removing_what_is_nested_too_deeply_for_a_path(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_removing_what_is_nested_too_deeply_for_a_path(tmp_path: Path) -> None:
     os.close(folder)
     (top / "link").symlink_to(tmp_path)
     (top / "locked").mkdir(mode=0)
-    places.remove_tree(str(top))
+    host_folders.remove_tree(str(top))
     assert list(tmp_path.iterdir()) == []
 
 
