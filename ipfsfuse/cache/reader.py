@@ -19,9 +19,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf, Node
 from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.buffers import segments_of
 from ipfsfuse.sources.base import BlockFetcher, Fetched, LeafRange, Source, Subtree, Verified
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.sources.streams import Block, segments_of
 
 T = TypeVar("T")
 
@@ -582,6 +581,6 @@ def _segments(leaves: Sequence[Leaf]) -> Iterator[Sequence[Leaf]]:
     first = 0
     for at in range(1, len(leaves) + 1):
         if at == len(leaves) or leaves[at].offset != leaves[at - 1].offset + leaves[at - 1].size:
-            for start, sizes in segments_of([leaf.size for leaf in leaves[first:at]]):
-                yield leaves[first + start : first + start + len(sizes)]
+            for _start, segment in segments_of(leaves[first:at]):
+                yield segment
             first = at

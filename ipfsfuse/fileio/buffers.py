@@ -13,7 +13,6 @@ import mmap
 import weakref
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterator, Sequence
 from operator import mul
 
 BUFFER_SIZES = tuple(1 << power for power in range(16, 22))
@@ -58,26 +57,6 @@ def give_back() -> None:
         while len(pages) * size > KEPT_IDLE:
             with contextlib.suppress(IndexError):  # another thread took the last one
                 pages.pop()
-
-
-SEGMENT_BYTES = 4 << 20
-"""The most bytes of leaves that one call reads, verifies or writes. A call in a thread costs 60 us of CPU."""
-SEGMENT_LEAVES = 64
-"""The most leaves of one call."""
-
-
-def segments_of(sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[int]]]:
-    """Cuts `sizes` into segments, each for one call. Yields (index of the first, sizes) for each.
-
-    The first segment has one leaf, the next two, and so on: so a reader gets the first leaf soon."""
-    start, most = 0, 1
-    while start < len(sizes):
-        end, left = start, SEGMENT_BYTES
-        while end < len(sizes) and end - start < most and (left := left - sizes[end]) >= 0:
-            end += 1
-        end = max(end, start + 1)
-        yield start, sizes[start:end]
-        start, most = end, min(2 * most, SEGMENT_LEAVES)
 
 
 def advance(left: list[memoryview], count: int) -> None:

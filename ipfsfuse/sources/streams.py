@@ -165,6 +165,26 @@ def can_range(leaves: Sequence[Leaf]) -> bool:
     return True
 
 
+SEGMENT_BYTES = 4 << 20
+"""The most bytes of leaves that one call reads, verifies or writes. A call in a thread costs 60 us of CPU."""
+SEGMENT_LEAVES = 64
+"""The most leaves of one call."""
+
+
+def segments_of(leaves: Sequence[Leaf]) -> Iterator[tuple[int, Sequence[Leaf]]]:
+    """Cuts `leaves` into segments, each for one call. Yields (index of the first, leaves) for each.
+
+    The first segment has one leaf, the next two, and so on: so a reader gets the first leaf soon."""
+    start, most = 0, 1
+    while start < len(leaves):
+        end, left = start, SEGMENT_BYTES
+        while end < len(leaves) and end - start < most and (left := left - leaves[end].size) >= 0:
+            end += 1
+        end = max(end, start + 1)
+        yield start, leaves[start:end]
+        start, most = end, min(2 * most, SEGMENT_LEAVES)
+
+
 def consecutive(found: Sequence[tuple[int, B]]) -> Iterator[tuple[int, Sequence[B]]]:
     """Splits blocks where leaves between them are missing. `found`: indexes of leaves with their blocks.
     Yields the index of the first leaf, and the blocks, of each part."""

@@ -103,7 +103,7 @@ def test_a_daemon_that_stays_root_keeps_few_capabilities(user: Home, where: str)
 CONFINED = """
 import os, socket, subprocess, sys
 from pathlib import Path
-from ipfsfuse import mount
+from ipfsfuse import process
 from ipfsfuse.cache.store.folder import lock_folder
 from ipfsfuse.config import MountConfig
 
@@ -111,7 +111,7 @@ cache, library, point, secret = map(Path, sys.argv[1:])
 with lock_folder(cache) as folder:
     for name in ("staging", "packs"):
         (folder.path / name).mkdir(exist_ok=True)
-    mount._confine(MountConfig(mountpoint=point, cache_dir=cache, library=library), folder, [], [])
+    process.confine(MountConfig(mountpoint=point, cache_dir=cache, library=library), folder, [], [])
     (folder.path / "staging" / "x").write_text("x")  # its own
     (folder.path / "staging" / "x").replace(folder.path / "packs" / "x")
     sorted(library.iterdir())

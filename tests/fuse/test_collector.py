@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ipfsfuse.mount import short_collections
+from ipfsfuse.process import short_collections
 
 MOST = 0.05
 """Seconds of CPU time. With a limit of 10 ms for what is frozen, a pass is half of that."""

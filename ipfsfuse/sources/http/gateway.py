@@ -15,7 +15,6 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.car import StreamParser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.fileio.buffers import segments_of
 from ipfsfuse.sources import streams
 from ipfsfuse.sources.base import LeafRange, Source, Subtree, too_large
 from ipfsfuse.sources.http.client import Http, Response
@@ -115,11 +114,12 @@ class Gateway(Source):
                 given = response.headers.get("content-range", "")
                 if response.status != 206 or not given.startswith(f"bytes {first}-"):
                     raise await self._not_offered(response, wanted.file, RANGES)
-                segments = segments_of([leaf.size for leaf in leaves])
+                segments = streams.segments_of(leaves)
                 if self._http.settings.rate is not None:  # a reader waits only for the leaf that it needs
-                    segments = ((index, [leaf.size]) for index, leaf in enumerate(leaves))
+                    segments = ((index, [leaf]) for index, leaf in enumerate(leaves))
                 with closing(Leases(share.give)) as leases:
-                    for index, sizes in segments:
+                    for index, segment in segments:
+                        sizes = [leaf.size for leaf in segment]
                         await share.take(sum(sizes))
                         release = leases.take(sum(sizes))
                         blocks = await response.receive_into(sizes)

@@ -32,10 +32,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import Malformed, NotACid, NotHere, SourceFailed, Unsupported
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.buffers import segments_of
 from ipfsfuse.sources.base import LeafRange, Source, has_claimed_size, too_large
 from ipfsfuse.sources.local.car_writer import RecordSorter
-from ipfsfuse.sources.streams import Delivery, JobOrder, Leases, Send, all_of, consecutive
+from ipfsfuse.sources.streams import Delivery, JobOrder, Leases, Send, all_of, consecutive, segments_of
 
 Read = Callable[[int, int, int], bytes]
 """(file descriptor, offset, length) -> that many bytes, or fewer at the end of the file."""
@@ -381,15 +380,14 @@ def _room_of_run() -> trio.Semaphore:
 async def send_found(leaves: Sequence[Leaf], find: Find, send: Send[Delivery]) -> None:
     """Sends the blocks of `leaves` that `find` finds and that fit, in their order. Raises SourceFailed."""
     room = _room_of_run()
-    segments = segments_of([leaf.size for leaf in leaves])
+    segments = segments_of(leaves)
     order = JobOrder()
 
     async def work() -> None:
-        for start, sizes in segments:
+        for start, segment in segments:
             slot = order.take()
             await room.acquire()  # in the order of the segments, since each segment waits for those before it
             release = leases.take(1)
-            segment = leaves[start : start + len(sizes)]
             rows = list(consecutive(await threads.run_sync(_read_segment, start, segment, find)))
             async with slot:
                 for first, blocks in rows[:-1]:

@@ -28,11 +28,21 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.buffers import lend, segments_of
+from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
 from ipfsfuse.sources.base import LeafRange, Subtree, has_claimed_size, too_large
-from ipfsfuse.sources.streams import Block, BlockBatch, Delivery, Hashed, JobOrder, Leases, Send, all_of
+from ipfsfuse.sources.streams import (
+    Block,
+    BlockBatch,
+    Delivery,
+    Hashed,
+    JobOrder,
+    Leases,
+    Send,
+    all_of,
+    segments_of,
+)
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -121,17 +131,16 @@ class Flatfs:
         same segment."""
         if not await self._has(wanted.leaves[0]):
             return 0
-        segments = segments_of([leaf.size for leaf in wanted.leaves])
+        segments = segments_of(wanted.leaves)
         end = len(wanted.leaves)
         order = JobOrder()
 
         async def work() -> None:
             nonlocal end
-            for index, sizes in segments:
+            for index, segment in segments:
                 slot = order.take()
                 await self._segments.acquire()  # in order, since each segment waits for those before it
                 release = leases.take(1)
-                segment = wanted.leaves[index : index + len(sizes)]
                 blocks: list[Block] = []
                 if wanted.clone is not None and not self._is_blocked():
                     blocks += await wanted.clone(segment, [self._path(leaf.cid) for leaf in segment], name)
