@@ -68,9 +68,9 @@ def _main(argv: Sequence[str]) -> int:
         options = options._replace(compile_only=True)
     extras.require("run")
     if options.replay is not None:
-        from ipfsfuse_run import recording
+        from ipfsfuse_run import replaying
 
-        return recording.replay(options)
+        return replaying.replay(options)
     from ipfsfuse_run.execute import execute
 
     not_kept = None

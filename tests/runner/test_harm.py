@@ -25,7 +25,7 @@ from ipfsfuse_run import inspecting, receipts
 from ipfsfuse_run.errors import ReceiptRefused
 from ipfsfuse_run.limits import NO_LIMITS
 from ipfsfuse_run.record import open_record
-from ipfsfuse_run.recording import limits_for
+from ipfsfuse_run.replaying import limits_for
 from tests.mounting import Home, wait_until
 from tests.runner import recorded
 from tests.runner.conftest import Measured, Runner
