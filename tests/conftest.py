@@ -1,5 +1,5 @@
-"""Rules for all tests: what to do where there is no FUSE, and that no test leaves a warning in the log
-unexplained."""
+"""Rules for all tests: tests that need FUSE are skipped without it, and each warning in the log must be
+expected."""
 
 import functools
 import importlib.util
@@ -17,7 +17,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-import ipfsfuse.fuse as _before_pyfuse3  # noqa: F401  # our C stands in front of libfuse's calls only if it is loaded first
+import ipfsfuse.fuse as _before_pyfuse3  # noqa: F401  # our C code can intercept libfuse's calls only if it is loaded first
 from tests.mounting import Home
 
 hypothesis.settings.register_profile(
@@ -33,7 +33,7 @@ KUBO_FIXTURES = {"kubo_node", "own_node", "two_nodes"}
 
 @functools.cache
 def why_no_fuse() -> str | None:
-    """Why nothing can be mounted here, found by mounting; None where it works."""
+    """Why nothing can be mounted here, or None if it can. Tries to mount."""
     if shutil.which("fusermount3") is None:
         return "there is no fusermount3"
     with tempfile.TemporaryDirectory() as folder:
@@ -57,8 +57,8 @@ def why_no_fuse() -> str | None:
 
 
 def pytest_configure() -> None:
-    """What the tests start must run as on a user's machine: it must not inherit an ignored Ctrl-C, as of a
-    suite that was started in the background, nor unbuffered output, as containers often set it."""
+    """Programs that the tests start must run as on a user's machine. A suite in the background ignores Ctrl-C,
+    and containers often set PYTHONUNBUFFERED. The programs must inherit neither."""
     os.environ.pop("PYTHONUNBUFFERED", None)
     for number in (signal.SIGINT, signal.SIGQUIT):
         if signal.getsignal(number) == signal.SIG_IGN:
@@ -101,8 +101,7 @@ class _Collected(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def expected_logs_only(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fails a test after which the log holds a line of WARNING or above that its `logs` marker does not
-    name."""
+    """Fails a test that logs a line at WARNING or above that its `logs` marker does not name."""
     collected = _Collected()
     loggers = [logging.getLogger("ipfsfuse"), logging.getLogger("ipfsfuse_run")]
     for logger in loggers:
@@ -120,8 +119,7 @@ def expected_logs_only(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def conformance() -> Path:
-    """The folder of published conformance fixtures beside the checkout; its tests skip where it is not
-    there."""
+    """The folder of published conformance fixtures beside the checkout. Its tests are skipped without it."""
     folder = Path(__file__).parents[2] / "shared" / "fixtures"
     if not folder.is_dir():
         pytest.skip(f"the conformance fixtures are not at {folder}")
@@ -130,7 +128,7 @@ def conformance() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def others_may_pass(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Some tests become another user. pytest makes its folders for one user alone."""
+    """Some tests become another user. pytest's folders are accessible only to one user."""
     base = tmp_path_factory.getbasetemp()
     for folder in (base, *base.parents):
         if folder == Path(tempfile.gettempdir()) or folder.stat().st_uid != os.getuid():

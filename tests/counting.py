@@ -1,4 +1,4 @@
-"""A mount whose daemon notes each request that reaches Python."""
+"""A mount whose daemon counts the requests that reach Python."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ sys.exit(main(["mount", "--foreground", "--json", "--from", sys.argv[1], "--pins
 
 
 class Counted:
-    """The requests of the kernel so far."""
+    """The requests of the kernel that have reached Python so far."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -43,18 +43,19 @@ class Counted:
 
 @contextmanager
 def counted(home: Home, source: str, fault: str = "", pins: str = "none") -> Iterator[Counted]:
-    """A mount of `source` whose daemon notes each request."""
+    """A mount of `source` whose daemon counts its requests."""
     path = home.folder / "counted"
     path.write_text("")
-    told = home.folder / "told"
+    output = home.folder / "told"
     command = [sys.executable, "-c", fault + COUNTING + RUN, source, str(home.mountpoint), pins]
-    with told.open("w") as out:
+    with output.open("w") as out:
         daemon = subprocess.Popen(command, env={**home.env, "COUNTED": str(path)}, stdout=out, stderr=out)
         try:
             wait_until(
-                lambda: '"mountpoint"' in told.read_text() or daemon.poll() is not None, "it is mounted"
+                lambda: '"mountpoint"' in output.read_text() or daemon.poll() is not None,
+                "the daemon has mounted",
             )
-            assert daemon.poll() is None, told.read_text()
+            assert daemon.poll() is None, output.read_text()
             yield Counted(path)
         finally:
             daemon.terminate()

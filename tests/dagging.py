@@ -1,4 +1,4 @@
-"""Blocks made by hand, for tests that need a DAG no importer would make, or know each block of one."""
+"""Blocks made by hand, for tests that need a DAG that no importer makes, or that must know each block."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Real mounts for tests: a home of its own, the commands as a user runs them, and mounts that are gone
+"""Real mounts for tests: a home for each test, the commands as a user runs them, and mounts that are removed
 afterwards."""
 
 import json
@@ -20,7 +20,7 @@ import pytest
 
 NOBODY = 65534
 PATIENCE = 60
-"""Seconds after which a command that should end is a failure: never a measure of speed."""
+"""Seconds after which a command that should end is a failure. It is not a measure of speed."""
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Home:
         self.mountpoint.mkdir(parents=True)
         self.runtime = folder.with_name(f"{folder.name}-runtime")
         self.runtime.mkdir(mode=0o700, exist_ok=True)
-        of_others = ("IPFS", "XDG", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(of_others)} | {
+        unset = ("IPFS", "XDG", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR")
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(unset)} | {
             "HOME": str(folder),
             "XDG_RUNTIME_DIR": str(self.runtime),
             "IPFS_PATH": str(folder / "no-node"),
@@ -69,7 +69,7 @@ class Home:
     def run(
         self, *args: str | Path, check: bool = True, **options: Any
     ) -> "subprocess.CompletedProcess[str]":
-        """`ipfsfuse ARGS`; its output as text. That a mount is degraded is no failure of `status`."""
+        """Runs `ipfsfuse ARGS`; the output is text. `status` does not fail if a mount is degraded."""
         command = [sys.executable, "-m", "ipfsfuse", *map(str, args)]
         done = subprocess.run(
             command, env=self.env, capture_output=True, text=True, timeout=PATIENCE, check=False, **options
@@ -83,16 +83,16 @@ class Home:
     def refused(
         self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()
     ) -> str:
-        """Runs `ipfsfuse ARGS`, which must say why not in one line that holds `names`, and leave no mount;
+        """Runs `ipfsfuse ARGS`, which must fail with one line that holds `names`, and leave no mount. Returns
         that line."""
-        said = self.refused_while_mounted(*args, names=names, code=code, wrapper=wrapper)
+        message = self.refused_while_mounted(*args, names=names, code=code, wrapper=wrapper)
         assert not fuse_mounts(self.folder)
-        return said
+        return message
 
     def refused_while_mounted(
         self, *args: str | Path, names: str | Path, code: int = 1, wrapper: Sequence[str] = ()
     ) -> str:
-        """As `refused`, of a command that has nothing to do with the mounts there are."""
+        """Like `refused`, but there may be mounts."""
         command = [*wrapper, sys.executable, "-m", "ipfsfuse", *map(str, args)]
         ran = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
         assert ran.stderr.startswith("ipfsfuse: "), ran.stderr
@@ -106,24 +106,24 @@ class Home:
         return json.loads(self.run(*args).stdout)
 
     def add(self, *args: str | Path) -> str:
-        """The CID of the last thing added."""
+        """Runs `ipfsfuse add`. Returns the last CID that it prints."""
         return self.run("add", "-Q", *args).stdout.split()[-1]
 
     @contextmanager
     def mounted(self, *options: str | Path, at: Path | None = None) -> Iterator[Mounted]:
-        """`ipfsfuse mount` in the background, unmounted at the end."""
+        """Runs `ipfsfuse mount` in the background. The mount is unmounted at the end."""
         where = at or self.mountpoint
         if at is not None:
             at.mkdir(exist_ok=True)
-        told = self.json("mount", "--json", *options, where)
-        mount = Mounted(Path(told["mountpoint"]), told["pid"], Path(told["control"]), self)
+        printed = self.json("mount", "--json", *options, where)
+        mount = Mounted(Path(printed["mountpoint"]), printed["pid"], Path(printed["control"]), self)
         try:
             yield mount
         finally:
             self.unmount(mount)
 
     def unmount(self, mount: Mounted) -> None:
-        """Unmounts, by force of ending the daemon if need be, and waits until it is gone."""
+        """Unmounts, and waits until the daemon has ended. Ends the daemon if it goes on."""
         subprocess.run(["fusermount3", "-u", "-q", str(mount.path)], check=False, capture_output=True)
         if alive(mount.pid):
             # a copy of the mount in another mount namespace would keep it alive
@@ -141,9 +141,9 @@ def alive(pid: int) -> bool:
 
 def open_device(test: Any) -> Any:
     """Marks a test in which an ordinary user mounts."""
-    lacking = os.getuid() != 0 or shutil.which("setpriv") is None or not is_open_device()
-    reason = "needs root, to become somebody else, setpriv, and udev's /dev/fuse, open to all"
-    return pytest.mark.open_device(pytest.mark.skipif(lacking, reason=reason)(test))
+    cannot = os.getuid() != 0 or shutil.which("setpriv") is None or not is_open_device()
+    reason = "needs root (to become another user), setpriv, and a /dev/fuse that is open to all users"
+    return pytest.mark.open_device(pytest.mark.skipif(cannot, reason=reason)(test))
 
 
 WITH_OPEN_DEVICE = (
@@ -153,8 +153,8 @@ WITH_OPEN_DEVICE = (
 
 
 def pass_with_open_device(file: str) -> None:
-    """Runs the tests of `file` that are marked by `open_device` where /dev/fuse is root's alone: in a mount
-    namespace with a device of its own."""
+    """Runs the tests of `file` that `open_device` marks, if only root may open /dev/fuse. They run in a mount
+    namespace with another device."""
     if is_open_device():
         pytest.skip("/dev/fuse is open to all here: these tests run by themselves")
     if os.getuid() != 0:
@@ -164,7 +164,7 @@ def pass_with_open_device(file: str) -> None:
         device.mkdir()
         inside = ["unshare", "--mount", "sh", "-c", WITH_OPEN_DEVICE, "sh", str(device)]
         if subprocess.run([*inside, "true"], capture_output=True).returncode != 0:
-            pytest.skip("no device can be made here: this root has not the rights of root")
+            pytest.skip("no device can be made here: this root lacks some rights of root")
         top = Path(__file__).parents[1]
         arguments = ["-q", "-p", "no:cacheprovider", "-m", "open_device", f"--rootdir={top}", file]
         done = subprocess.run(
@@ -184,13 +184,13 @@ def is_open_device() -> bool:
 
 
 def command_of(user: int) -> list[str]:
-    """Runs as an ordinary user, who may read this environment's Python wherever it lies, and nothing more."""
+    """Runs a command as an ordinary user, who may also read this environment's Python wherever it is."""
     caps = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
     return ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", *caps]
 
 
 def wait_until(condition: Any, what: str, seconds: float = PATIENCE) -> None:
-    """Waits for something that another process does."""
+    """Waits until `condition` is true. `what` says in the failure what was expected."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
@@ -199,7 +199,7 @@ def wait_until(condition: Any, what: str, seconds: float = PATIENCE) -> None:
 
 
 def fuse_mounts(below: Path) -> list[str]:
-    """What is mounted by ipfsfuse below a folder, from the kernel's table."""
+    """The mountpoints of ipfsfuse below a folder, from the kernel's table."""
     lines = os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).splitlines()
     return [
         line.split()[4]

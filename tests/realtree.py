@@ -1,4 +1,4 @@
-"""A real tree that no one here wrote: the running Python's standard library."""
+"""A real tree that was not made for these tests: the standard library of the running Python."""
 
 import subprocess
 import sysconfig
@@ -9,7 +9,7 @@ LEAVE_OUT = ("__pycache__", "site-packages", "dist-packages", "*.so", "*.a")
 
 
 def copy_of_the_standard_library(copy: Path) -> Path:
-    """Without what is compiled or installed beside it; symlinks are followed."""
+    """Copies the standard library without what is compiled or installed into it. Follows symlinks."""
     without = [f"--exclude={name}" for name in LEAVE_OUT]
     subprocess.run(
         f"mkdir {copy} && tar -C {STDLIB} {' '.join(without)} -chf - . | tar -C {copy} -xf -",

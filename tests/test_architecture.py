@@ -1,4 +1,4 @@
-"""docs/ARCHITECTURE.md shows the house as it is: each module stands in its map, and each name in it exists."""
+"""docs/ARCHITECTURE.md is up to date: each module is in its map, and each name in it exists."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,12 @@ FILE = re.compile(r"\.(py|c|h|yml|txt)$")
 SOURCES = [*MODULES, *(ROOT / "ipfsfuse").rglob("*.[ch]")]
 
 
-def test_each_module_stands_in_the_map() -> None:
+def test_each_module_is_in_the_map() -> None:
     named = set(re.findall(r"\w+", PAGE))
     assert [path.stem for path in MODULES if path.stem not in named and not path.stem.startswith("__")] == []
 
 
-def test_each_name_exists() -> None:
+def test_each_name_in_the_page_exists() -> None:
     """Names in backticks: `Class`, `Class.method`, `module.function`, `_private`."""
     names = {name for name in re.findall(r"`((?:\w+\.)*\w+)`", PAGE) if not FILE.search(name)}
     text = "\n".join(path.read_text() for path in SOURCES)

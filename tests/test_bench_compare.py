@@ -8,10 +8,10 @@ from pathlib import Path
 from scripts.benches._table import Result
 
 
-def written(path: Path, seconds: dict[str, float]) -> Path:
+def write_result(path: Path, seconds: dict[str, float]) -> Path:
     result = Result("read-warm", "native", "0.95")
-    for way, of in seconds.items():
-        result.note(way, of, 0.0)
+    for way, duration in seconds.items():
+        result.note(way, duration, 0.0)
     path.write_text(json.dumps({"rows": [result.as_json()], "memory": {}}))
     return path
 
@@ -22,8 +22,8 @@ def compare(*paths: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_change_of_each_ratio_is_shown(tmp_path: Path) -> None:
-    before = written(tmp_path / "before", {"native": 1.0, "root": 2.0, "user": 3.0})
-    after = written(tmp_path / "after", {"native": 2.0, "root": 2.0, "passthrough": 2.1})
+    before = write_result(tmp_path / "before", {"native": 1.0, "root": 2.0, "user": 3.0})
+    after = write_result(tmp_path / "after", {"native": 2.0, "root": 2.0, "passthrough": 2.1})
     done = compare(before, after)
     assert done.returncode == 0, done.stderr
     [root] = [line for line in done.stdout.splitlines() if "| root" in line]
@@ -32,7 +32,7 @@ def test_the_change_of_each_ratio_is_shown(tmp_path: Path) -> None:
     assert "only after: read-warm passthrough" in done.stdout
 
 
-def test_another_file_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_result_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("[]")
     done = compare(tmp_path / "other", tmp_path / "other")
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (1, 1, "")

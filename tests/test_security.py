@@ -1,4 +1,4 @@
-"""SECURITY.md held against the suite: every promise names a test, every named test exists."""
+"""SECURITY.md matches the suite: every promise names a test, and every named test exists."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""docs/SEMANTICS.md held against the suite: every statement names a test, every named test exists."""
+"""docs/SEMANTICS.md matches the suite: every statement names a test, and every named test exists."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What comes from outside is shown on one line, with nothing in it that a terminal acts on."""
+"""Text from outside is shown on one line, without characters that a terminal acts on."""
 
 import unicodedata
 
@@ -23,12 +23,12 @@ from ipfsfuse.text import printable
         ("", ""),
     ],
 )
-def test_printable(text: str, shown: str) -> None:
+def test_printable_escapes_control_characters_and_keeps_the_rest(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
 @given(st.text(st.characters()))
-def test_whatever_it_is_it_can_be_written_and_stays_on_one_line(text: str) -> None:
+def test_any_text_becomes_one_line_that_can_be_written(text: str) -> None:
     shown = printable(text)
     shown.encode()
     assert len(shown.splitlines()) <= 1

@@ -75,7 +75,7 @@ def test_paths_are_read_listed_and_described(home: Home) -> None:
     run(home, use)
 
 
-def test_symlinks_are_followed_within_their_root_alone(home: Home) -> None:
+def test_symlinks_are_followed_only_within_their_root(home: Home) -> None:
     cid = tree(home)
 
     async def use(fs: ipfsfuse.Filesystem) -> None:
@@ -93,7 +93,7 @@ def test_symlinks_are_followed_within_their_root_alone(home: Home) -> None:
     run(home, use)
 
 
-def test_what_fails_says_why_by_its_type(home: Home) -> None:
+def test_each_kind_of_failure_raises_its_own_error(home: Home) -> None:
     cid = tree(home)
 
     async def use(fs: ipfsfuse.Filesystem) -> None:
@@ -132,14 +132,14 @@ def test_content_of_a_gateway_is_verified_and_names_are_resolved(home: Home, tmp
         run(home, use, sources=[gateway.url, names.url], deadline=5.0)
         gateway.lying = {(cid)}
 
-        async def lied(fs: ipfsfuse.Filesystem) -> None:
+        async def use_wrong_block(fs: ipfsfuse.Filesystem) -> None:
             with pytest.raises((errors.WrongBlock, errors.Unavailable)):
                 await fs.stat(cid)
 
-        run(home, lied, sources=[gateway.url], isolated=True, deadline=2.0)
+        run(home, use_wrong_block, sources=[gateway.url], isolated=True, deadline=2.0)
 
 
-def test_an_error_of_the_callers_own_leaves_as_it_is(home: Home) -> None:
+def test_an_error_of_the_caller_is_raised_unchanged(home: Home) -> None:
     async def use(_fs: ipfsfuse.Filesystem) -> None:
         raise KeyError("mine")
 
@@ -156,10 +156,10 @@ def test_a_folder_that_is_in_use_is_refused(home: Home) -> None:
     run(home, use)
 
 
-def test_what_is_public_is_named_and_importing_it_costs_nothing_else() -> None:
+def test_all_public_names_exist_and_importing_them_loads_no_large_module() -> None:
     for name in ipfsfuse.__all__:
         assert getattr(ipfsfuse, name) is not None
     assert not hasattr(ipfsfuse, "nonsense")
     heavy = "import ipfsfuse, sys; print(sorted({'trio', 'httpx', 'pyfuse3', 'fsspec'} & set(sys.modules)))"
-    said = subprocess.run([sys.executable, "-c", heavy], check=True, capture_output=True, text=True).stdout
-    assert said.strip() == "[]"
+    output = subprocess.run([sys.executable, "-c", heavy], check=True, capture_output=True, text=True).stdout
+    assert output.strip() == "[]"

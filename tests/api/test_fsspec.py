@@ -1,4 +1,4 @@
-"""`ipfs://` and `ipns://` by fsspec: in this process, through a mount, beside another program."""
+"""`ipfs://` and `ipns://` with fsspec: in the program itself, through a mount, in several programs."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
 def python(home: Home, program: str, *arguments: str) -> str:
-    """What a Python program prints that knows nothing of ipfsfuse but its environment."""
+    """Runs a Python program that finds ipfsfuse only by its environment. Returns its output."""
     ran = subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-c", program, *arguments],
         env=home.env, capture_output=True, text=True, timeout=120,
@@ -79,12 +79,12 @@ print(type(fs._backend).__name__, fs._backend._options.get("isolated") if hasatt
 """
 
 
-def test_it_works_without_options_after_add(home: Home) -> None:
+def test_fsspec_works_without_options_after_add(home: Home) -> None:
     assert python(home, PROGRAM, tree(home)).split() == ["_OwnThread", "None"]
 
 
 @pytest.mark.fuse
-def test_where_a_mount_uses_the_folder_files_are_read_through_it(home: Home) -> None:
+def test_files_are_read_through_a_mount_that_uses_the_cache_folder(home: Home) -> None:
     cid = tree(home)
     with home.mounted():
         assert python(home, PROGRAM, cid).split() == ["_ThroughMount"]
@@ -112,8 +112,8 @@ if __name__ == "__main__":
     assert python(home, forking, cid).split() == [str(256 * 50000)] * 3
 
 
-def test_what_was_opened_before_a_fork_is_used_in_the_child(home: Home) -> None:
-    """As a loader of data does whose dataset holds the file system."""
+def test_a_file_that_was_opened_before_a_fork_can_be_read_in_the_child(home: Home) -> None:
+    """A data loader does this if its dataset holds the file system."""
     program = """
 import fsspec, os, signal, sys
 cid = sys.argv[1]
@@ -136,15 +136,15 @@ LINKS = """
 import fsspec, sys
 cid = sys.argv[1]
 fs = fsspec.filesystem("ipfs")
-def ends(path, kind):
+def fails_with(path, kind):
     try:
         fs.cat_file(path)
     except kind:
         return True
 types = {each["name"].rpartition("/")[2]: each["type"] for each in fs.ls(cid)}
 found = fs.find(cid)
-assert ends(f"{cid}/out/secret", PermissionError)
-assert ends(f"{cid}/file-out", PermissionError)
+assert fails_with(f"{cid}/out/secret", PermissionError)
+assert fails_with(f"{cid}/file-out", PermissionError)
 assert fs.cat_file(f"{cid}/again/file") == b"right"
 print(type(fs._backend).__name__, types, [each.removeprefix(cid) for each in found])
 """
@@ -168,7 +168,7 @@ def test_links_are_the_same_with_and_without_a_mount(home: Home) -> None:
 
 
 @pytest.mark.fuse
-def test_a_mount_that_ends_takes_no_content_away(home: Home) -> None:
+def test_content_stays_readable_when_the_mount_ends(home: Home) -> None:
     cid = tree(home)
     program = """
 import fsspec, sys
@@ -200,7 +200,7 @@ assert file.read(3) == b"\\0\\1\\2"
 
 
 @pytest.mark.fuse
-def test_names_by_fsspec(home: Home) -> None:
+def test_ipns_names_with_fsspec(home: Home) -> None:
     cid = tree(home)
     name = str(name_of(KEY))
     program = """
@@ -228,7 +228,7 @@ def example(home: Home, name: str, argument: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["with_pandas", "with_zarr"])
-def test_an_example_without_an_argument_says_how_to_use_it(home: Home, name: str) -> None:
+def test_an_example_without_an_argument_prints_its_usage(home: Home, name: str) -> None:
     pytest.importorskip(name.removeprefix("with_"))
     ran = subprocess.run(
         [sys.executable, TOP / "examples" / f"{name}.py"], env=home.env, capture_output=True, text=True

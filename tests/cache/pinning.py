@@ -1,4 +1,5 @@
-"""What the tests of pins share: pins that run against a real node, in this process or one to kill."""
+"""Helpers for the tests of pins at a real node. The pins run in this process, or in a child that is
+killed."""
 
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from ipfsfuse.sources.http.origin import parse_origin
 from tests.kubo.node import Node
 
 PATIENCE = 60.0
-"""Seconds for what takes milliseconds, on a busy machine."""
+"""The longest wait in seconds. On an idle machine the waits take milliseconds."""
 
 
 @asynccontextmanager
@@ -32,8 +33,9 @@ async def pinning(
     pinned: Iterable[Cid] = (),
     is_staged: Callable[[Cid], object] = lambda _cid: False,
 ) -> AsyncIterator[KuboPins]:
-    """Pins at a node (or at the URL of its RPC API), of a mount that holds the cache folder `folder`, until
-    the block ends; then they rest. `staged` and the others are what the mount finds there at its start."""
+    """A context manager with the pins of a mount at a node, or at the URL of the node's RPC API. `folder` is
+    the mount's cache folder. At the end of the block the pins rest. `staged`, `pinned` and `is_staged` say
+    what the mount finds in its cache folder at its start."""
     async with rpc_of(node) as rpc:
         with lock_folder(folder):
             pins = KuboPins("kubo", Mfs(lambda: rpc), MountId.open(folder))
@@ -55,14 +57,14 @@ async def rpc_of(node: Node | str) -> AsyncIterator[Rpc]:
 
 
 async def settled(pins: KuboPins) -> None:
-    """Returns when all that was desired until now is so at the node."""
+    """Waits until the node holds all that the mount wants it to hold."""
     with trio.fail_after(PATIENCE):
         while pins._changed.is_set() or pins._busy.locked() or pins._failing:  # noqa: ASYNC110
             await trio.sleep(0.005)
 
 
 class NoCopies:
-    """Of nothing that a node may have lost."""
+    """A mount that has no copies of blocks that a node may have lost."""
 
     def is_file_root(self, cid: Cid) -> bool:
         return False
@@ -72,7 +74,7 @@ class NoCopies:
 
 
 def mounts(node: Node) -> list[str]:
-    """The folders of mounts at the node."""
+    """The names of the mounts' folders at the node."""
     return sorted(entry["Name"] for entry in node.rpc("files/ls", arg="/ipfsfuse")["Entries"] or [])
 
 
@@ -83,7 +85,7 @@ def folder_of(node: Node, mount: str) -> dict[str, str]:
 
 
 def held(node: Node, mount: str, prefix: str = "staged-") -> list[Cid]:
-    """Every CID that a mount's batches link, as often as they do."""
+    """The CIDs that a mount's batches link, one for each link."""
     batches = [cid for name, cid in folder_of(node, mount).items() if name.startswith(prefix)]
     links = [
         link
@@ -112,22 +114,22 @@ trio.run(main)
 
 
 def child(node: Node, folder: Path, *body: str) -> "subprocess.Popen[str]":
-    """A process with pins of its own, in which the lines of `body` run; it then waits to be killed."""
+    """A process with its own pins. It runs the lines of `body`, and then waits to be killed."""
     code = CHILD.replace("{body}", "\n        ".join(body))
     return subprocess.Popen(
         [sys.executable, "-c", code, node.api_url, str(folder)], stdout=subprocess.PIPE, text=True
     )
 
 
-def until(true: Callable[[], bool], what: str) -> None:
+def until(condition: Callable[[], bool], message: str) -> None:
     deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline, what
+    while not condition():
+        assert time.monotonic() < deadline, message
         time.sleep(0.01)
 
 
 def add(node: Node, data: bytes, *options: str) -> Cid:
-    """Content at the node that nothing there protects."""
+    """Adds content that nothing at the node protects from its garbage collection."""
     return cids.parse(node.add(data, "--pin=false", *options))
 
 

@@ -1,4 +1,4 @@
-"""A chain of sources for the cache's tests: blocks in memory, answers and faults as a test wants them."""
+"""Sources for the cache's tests: they have blocks in memory, and answer or fail as a test says."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from ipfsfuse.sources.base import Fetched, LeafRange, Source, Subtree, Verified,
 from ipfsfuse.sources.streams import Send, Stream, nothing, streaming
 
 
-class Place(Source):
-    """What `Fetched.source` is here."""
+class MemorySource(Source):
+    """The `Fetched.source` of all blocks of a `Chain`."""
 
     def __init__(self, name: str, in_place: bool) -> None:
         self.name = name
@@ -33,10 +33,11 @@ class Place(Source):
 
 
 class Chain:
-    """`Blocks` over a dict. `asked` lists every CID in the order asked for; `stalled` CIDs never come."""
+    """A `BlockFetcher` with the blocks of a dict. `asked` lists every CID in the order in which it was asked
+    for. CIDs in `stalled` never come."""
 
     def __init__(self, in_place: bool = False) -> None:
-        self.source = Place("memory", in_place)
+        self.source = MemorySource("memory", in_place)
         self.blocks: dict[bytes, bytes] = {}
         self.asked: list[Cid] = []
         self.runs: list[LeafRange] = []
@@ -44,11 +45,11 @@ class Chain:
         self.delay = 0.0
         self.cancelled: list[Cid] = []
         self.sends: list[Cid | trio.Event] = []
-        """What one answer with a directory's blocks holds; before what is behind an event it waits for
-        that."""
+        """What one answer with the blocks of a directory sends, in order. At an event it waits until the
+        event is set."""
         self.subtrees: list[Subtree] = []
         self.sent: list[Cid] = []
-        """Blocks of such answers that were wanted."""
+        """The blocks of such answers that were wanted."""
 
     def add(self, block: bytes, codec: int = cids.RAW) -> Cid:
         cid = cids.make(codec, b"\x12\x20" + hashlib.sha256(block).digest())
@@ -65,7 +66,7 @@ class Chain:
             self.cancelled.append(cid)
             raise
         if cids.multihash(cid) not in self.blocks:
-            raise Unavailable(f"{cids.text(cid)}: nobody has it")
+            raise Unavailable(f"{cids.text(cid)}: no source has it")
         return Fetched(self.blocks[cids.multihash(cid)], self.source)
 
     def stream(self, wanted: LeafRange) -> Stream[Verified]:
@@ -78,7 +79,7 @@ class Chain:
             await send.send(Verified(index, [fetched.block], fetched.source, nothing))
 
     def subtree(self, subtree: Subtree, wanted: Wanted) -> Stream[Mapping[Cid, Fetched]]:
-        """Up to two blocks together."""
+        """Sends up to two blocks together."""
         self.subtrees.append(subtree)
         return streaming(partial(self._send_subtree, wanted))
 
@@ -104,7 +105,7 @@ class Chain:
 
 
 class Recorder:
-    """Pins that remember what was asked, in order."""
+    """Pins that only record what they are asked to do, in order."""
 
     anywhere = True
 
@@ -129,7 +130,7 @@ def dag_pb_leaf(content: bytes) -> bytes:
 
 
 def staged_items(cache: PinsetCache) -> list[CacheItem]:
-    """Staging files, last used first."""
+    """The staging files, the last used first."""
     items = [cache.store.item_of(cid) for cid in cache.store.staging.entries]
     return sorted((item for item in items if item is not None), key=lambda item: -item.last_used)
 
@@ -140,7 +141,7 @@ def staged(folder: Path, kind: str) -> list[Path]:
 
 
 def staged_bytes(cache: PinsetCache, cid: Cid) -> int:
-    """Bytes on disk of a staging file, or of a small block; 0 for what is not staged."""
+    """Bytes on disk of a staging file, or of a small block; 0 if it is not staged."""
     kept = cache.store.item_of(cid)
     return kept.staged if kept is not None else 0
 

@@ -12,8 +12,8 @@ CAPACITY = 100
 
 
 class Model:
-    """The paper's four lists as plain lists of (key, size), most lately used last; every sum is taken
-    anew."""
+    """The four lists of the paper as plain lists of (key, size), the last used at the end. Every sum is
+    computed anew."""
 
     def __init__(self, capacity: int) -> None:
         self.c = capacity
@@ -58,15 +58,15 @@ class Model:
                 self.p = min(self.c, self.p + max(weight, weight * two // max(1, one)))
             ghost[0].remove(ghost[1])
         home = held[0] if held else self.t2 if ghost else self.t1
-        gone = []
+        evicted = []
         while total(self.t1) + total(self.t2) + size > self.c:
-            gone.append(self.replace(key, in_b2))
+            evicted.append(self.replace(key, in_b2))
         own = self.find(key, self.t1, self.t2)
         if own:
             own[0].remove(own[1])
         home.append((key, size + (own[1][1] if own else 0)))
         self.forget()
-        return gone
+        return evicted
 
     def replace(self, key: str, in_b2: bool) -> str:
         others1 = [item for item in self.t1 if item[0] != key]
@@ -110,7 +110,7 @@ steps = st.one_of(
 
 @settings(max_examples=400)
 @given(st.lists(steps, max_size=80))
-def test_it_decides_as_a_naive_model_does(trace: list[tuple[str, str, int]]) -> None:
+def test_arc_decides_as_a_naive_model_does(trace: list[tuple[str, str, int]]) -> None:
     arc: Arc[str] = Arc(CAPACITY)
     model = Model(CAPACITY)
     for verb, key, size in trace:
@@ -131,16 +131,16 @@ owners = st.sampled_from([NO_OWNER, "alice", "bob"])
 
 
 class Bounds(RuleBasedStateMachine):
-    """Whatever happens, sums are right and within their bounds, and nobody who has his share gives up more
-    for others."""
+    """After any operations, all sums are right and within their bounds. A caller that has at most its share
+    loses nothing to a caller that has more than its share."""
 
     def __init__(self) -> None:
         super().__init__()
         self.arc: Arc[str] = Arc(CAPACITY, max_ghosts=5)
         self.held: dict[str, int] = {}
 
-    def gone(self, leave: list[str]) -> None:
-        for key in leave:
+    def drop(self, evicted: list[str]) -> None:
+        for key in evicted:
             del self.held[key]
 
     def by_owner(self) -> dict[object, int]:
@@ -155,12 +155,14 @@ class Bounds(RuleBasedStateMachine):
         if size <= self.arc.capacity:
             before, held = {key: self.arc.owner(key) for key in self.arc}, self.by_owner()
             own = held.pop(owner, 0)
-            leave = self.arc.admit(key, size, owner)
-            self.gone(leave)
+            evicted = self.arc.admit(key, size, owner)
+            self.drop(evicted)
             self.held[key] = self.held.get(key, 0) + size
             half = self.arc.capacity // 2
             if owner is not NO_OWNER and own + size - 30 > half and held and max(held.values()) <= half:
-                assert {before[key] for key in leave} <= {owner}, "who has more than half gives up his own"
+                assert {before[key] for key in evicted} <= {owner}, (
+                    "a caller that has more than half evicts only its own"
+                )
 
     @rule(key=keys, size=st.integers(0, 5))
     def correct(self, key: str, size: int) -> None:
@@ -187,7 +189,7 @@ class Bounds(RuleBasedStateMachine):
 
     @rule(capacity=st.integers(0, CAPACITY))
     def resize(self, capacity: int) -> None:
-        self.gone(self.arc.set_capacity(capacity))
+        self.drop(self.arc.set_capacity(capacity))
 
     @invariant()
     def sums(self) -> None:
@@ -202,7 +204,7 @@ TestBounds = Bounds.TestCase
 
 
 @pytest.mark.parametrize("name", list(traces(60)))
-def test_it_is_never_more_than_a_little_below_lru(name: str) -> None:
+def test_the_hit_rate_is_at_least_98_percent_of_that_of_lru(name: str) -> None:
     trace = traces(12_000)[name]
     arc, lru = rates(ArcPolicy(1 << 28), trace), rates(Lru(1 << 28), trace)
     assert arc[0] >= 0.98 * lru[0]
@@ -210,7 +212,7 @@ def test_it_is_never_more_than_a_little_below_lru(name: str) -> None:
         assert arc[0] > lru[0]
 
 
-def test_adaptation_moves_by_bytes() -> None:
+def test_the_target_adapts_by_bytes() -> None:
     arc: Arc[str] = Arc(1000)
     arc.admit("again", 500)
     arc.use("again")
@@ -231,29 +233,29 @@ def test_a_scan_does_not_push_out_what_is_used_again() -> None:
     assert all(key in arc for key in "abcd")
 
 
-def test_a_growing_thing_pushes_others_out_before_itself_until_it_holds_half() -> None:
+def test_a_growing_file_evicts_others_until_it_holds_half_and_then_itself() -> None:
     arc: Arc[str] = Arc(100)
     for key in "abcd":
         arc.admit(key, 25)
         arc.use(key)
-    gone = [key for _ in range(11) for key in arc.admit("file", 5)]
-    assert gone == ["a", "b", "c"]
-    gone = [key for _ in range(10) for key in arc.admit("file", 5)]
-    assert gone == ["file"]
+    evicted = [key for _ in range(11) for key in arc.admit("file", 5)]
+    assert evicted == ["a", "b", "c"]
+    evicted = [key for _ in range(10) for key in arc.admit("file", 5)]
+    assert evicted == ["file"]
     assert "d" in arc
 
 
-def test_a_sweep_of_one_caller_leaves_another_what_it_has() -> None:
+def test_a_sweep_of_one_caller_does_not_evict_what_another_has_read() -> None:
     arc: Arc[str] = Arc(1000)
     for number in range(40):
         arc.admit(f"alice {number}", 10, "alice")
     for number in range(1000):
         arc.admit(f"bob {number}", 10, "bob")
     assert all(f"alice {number}" in arc for number in range(40))
-    assert dict(arc.bytes_by_owner()) == {"alice": 400, "bob": 600}, "and bob has all that was free"
+    assert dict(arc.bytes_by_owner()) == {"alice": 400, "bob": 600}, "bob has all the room that was free"
 
 
-def test_who_filled_the_cache_while_alone_gives_up_half_of_it_to_the_next() -> None:
+def test_a_caller_that_filled_the_cache_gives_half_to_the_next_caller() -> None:
     arc: Arc[str] = Arc(1000)
     for number in range(100):
         arc.admit(f"bob {number}", 10, "bob")
@@ -272,7 +274,7 @@ def test_one_caller_alone_replaces_what_an_earlier_run_left() -> None:
     assert dict(arc.bytes_by_owner()) == {"alice": 1000}
 
 
-def test_what_another_uses_is_not_its_owners_to_give_up() -> None:
+def test_entries_that_two_callers_use_are_not_evicted_for_one_of_them() -> None:
     arc: Arc[str] = Arc(1000)
     for number in range(60):
         arc.admit(f"bob {number}", 10, "bob")
@@ -284,15 +286,15 @@ def test_what_another_uses_is_not_its_owners_to_give_up() -> None:
     assert dict(arc.bytes_by_owner()) == {ALL: 300, "bob": 700}
 
 
-def test_a_file_of_one_caller_that_grows_beyond_its_share_pushes_out_itself_and_not_anothers() -> None:
+def test_a_file_that_grows_beyond_its_callers_share_evicts_only_itself() -> None:
     arc: Arc[str] = Arc(1000)
     for number in range(40):
         arc.admit(f"alice {number}", 10, "alice")
-    gone = [key for _ in range(300) for key in arc.admit("large", 10, "bob")]
-    assert set(gone) == {"large"}
+    evicted = [key for _ in range(300) for key in arc.admit("large", 10, "bob")]
+    assert set(evicted) == {"large"}
 
 
-def test_a_thing_that_several_bring_in_is_whose_most_of_it_is() -> None:
+def test_an_entry_belongs_to_the_caller_that_brought_most_of_it() -> None:
     arc: Arc[str] = Arc(1000)
     steps = [
         ("bob", 10, "bob"),

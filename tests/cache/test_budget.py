@@ -1,4 +1,4 @@
-"""The budget is never exceeded, and costs nothing but speed."""
+"""The budget is never exceeded. A small budget costs only speed."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ from ipfsfuse.cache.reader import OF_BUDGET
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.nodes import Leaf
 from tests.cache.standin import Chain, make_file, random_bytes, staged_bytes
-from tests.cache.test_gather import none_besides, small, subtree
+from tests.cache.test_gather import nothing_more, small, subtree
 from tests.mounting import wait_until
 
 MIB = 1 << 20
@@ -31,7 +31,7 @@ BUDGET = 12 * MIB
 def own_filesystem(folder: Path, size: int) -> Iterator[Path]:
     """A tmpfs of `size` bytes."""
     if os.geteuid() != 0:
-        pytest.skip("a file system of its own needs root")
+        pytest.skip("mounting a file system needs root")
     folder.mkdir()
     made = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}", "ipfsfuse-test", str(folder)],
@@ -44,13 +44,11 @@ def own_filesystem(folder: Path, size: int) -> Iterator[Path]:
         yield folder
     finally:
         umount = ["umount", str(folder)]
-        wait_until(
-            lambda: not subprocess.run(umount, check=False).returncode, f"{folder} is not used any more"
-        )
+        wait_until(lambda: not subprocess.run(umount, check=False).returncode, f"{folder} is unmounted")
 
 
 class Sampler(threading.Thread):
-    """The most that was ever taken on a file system, looked at without a pause."""
+    """A thread that measures again and again how much of a file system is taken, and keeps the most."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -67,7 +65,7 @@ class Sampler(threading.Thread):
 
 
 def taken(folder: Path) -> int:
-    """Bytes on disk of all that lies in `folder`, the folders themselves included."""
+    """Bytes on disk of everything in `folder`, the folders included."""
     total = 0
     for path in (folder, *folder.rglob("*")):
         with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
@@ -75,8 +73,8 @@ def taken(folder: Path) -> int:
     return total
 
 
-def a_load(chain: Chain) -> tuple[list[tuple[FileRef, list[Leaf], bytes]], list[FileRef]]:
-    """About 4 times the budget: files of many sizes, and small ones."""
+def make_load(chain: Chain) -> tuple[list[tuple[FileRef, list[Leaf], bytes]], list[FileRef]]:
+    """Content of about 4 times the budget: files of many sizes, and small files."""
     shapes = [
         (size, chunk, number)
         for number, (size, chunk) in enumerate([(3 * MIB, 1 << 18), (MIB, 1 << 16), (700_001, 50_003)] * 8)
@@ -87,7 +85,7 @@ def a_load(chain: Chain) -> tuple[list[tuple[FileRef, list[Leaf], bytes]], list[
 
 
 async def fifty_readers(cache: PinsetCache, chain: Chain, rounds: int) -> None:
-    files, small = a_load(chain)
+    files, small = make_load(chain)
 
     async def reader(seed: int) -> None:
         dice = random.Random(seed)
@@ -106,7 +104,7 @@ async def fifty_readers(cache: PinsetCache, chain: Chain, rounds: int) -> None:
             nursery.start_soon(reader, seed)
 
 
-def test_never_over_at_any_moment_with_fifty_readers(tmp_path: Path) -> None:
+def test_fifty_readers_never_take_more_than_the_budget(tmp_path: Path) -> None:
     with own_filesystem(tmp_path / "disk", 10 * BUDGET) as folder:
 
         async def main() -> None:
@@ -127,13 +125,13 @@ def test_never_over_at_any_moment_with_fifty_readers(tmp_path: Path) -> None:
     assert BUDGET // 2 < sampler.most <= BUDGET
 
 
-def test_what_is_counted_is_what_the_file_system_says(tmp_path: Path) -> None:
+def test_the_cache_counts_at_least_the_bytes_that_it_takes_on_disk(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await fifty_readers(cache, chain, 20)
             for entry in cache.store.staging.entries.values():
-                if entry.complete:  # and named: until then its extent tree is counted ahead
+                if entry.complete:  # until then its extent tree is counted ahead
                     assert cache.store.budget.size(entry.cid) == entry.disk
             assert taken(tmp_path) <= cache.statistics().used <= BUDGET
         assert taken(tmp_path) <= BUDGET
@@ -143,7 +141,7 @@ def test_what_is_counted_is_what_the_file_system_says(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_a_file_larger_than_the_budget_reads_and_so_does_an_evicted_open_file(tmp_path: Path) -> None:
+def test_a_file_larger_than_the_budget_and_an_evicted_open_file_can_be_read(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         file, leaves, content = make_file(chain, 2 * BUDGET, 1 << 20)
@@ -184,7 +182,7 @@ def test_a_budget_of_a_few_blocks_works(tmp_path: Path, budget: int) -> None:
     trio.run(main)
 
 
-def test_what_was_used_again_outlives_a_scan_and_a_restart(tmp_path: Path) -> None:
+def test_a_file_that_was_used_again_survives_a_scan_and_a_restart(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         hot, hot_leaves, _content = make_file(chain, 2 * MIB, 1 << 18, seed=1)
@@ -205,7 +203,7 @@ def test_what_was_used_again_outlives_a_scan_and_a_restart(tmp_path: Path) -> No
     trio.run(main)
 
 
-def test_what_could_fill_much_of_the_budget_is_not_asked_for_at_once(tmp_path: Path) -> None:
+def test_a_subtree_that_could_fill_much_of_the_budget_is_not_fetched_by_one_request(tmp_path: Path) -> None:
     chain = Chain()
     wanted = small(chain, 20)
     chain.sends = list(wanted)
@@ -213,17 +211,17 @@ def test_what_could_fill_much_of_the_budget_is_not_asked_for_at_once(tmp_path: P
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             whole = subtree(chain)
-            ended = cache.reader.gather(replace(whole, limit=BUDGET // OF_BUDGET + 1), wanted, none_besides)
+            ended = cache.reader.gather(replace(whole, limit=BUDGET // OF_BUDGET + 1), wanted, nothing_more)
             assert ended.is_set()
             await cache.reader.block(wanted[0])
             assert (chain.asked, len(chain.subtrees)) == ([wanted[0]], 0)
-            await cache.reader.gather(replace(whole, limit=BUDGET // OF_BUDGET), wanted, none_besides).wait()
+            await cache.reader.gather(replace(whole, limit=BUDGET // OF_BUDGET), wanted, nothing_more).wait()
             assert len(chain.subtrees) == 1
 
     trio.run(main)
 
 
-def test_a_new_budget_forgets_nothing_that_was_measured_before_it() -> None:
+def test_a_new_budget_keeps_a_measurement_that_came_before_it() -> None:
     async def main() -> None:
         async def evict(_key: object) -> None:
             await trio.sleep(0.05)
@@ -237,7 +235,7 @@ def test_a_new_budget_forgets_nothing_that_was_measured_before_it() -> None:
             budget.adjust(20, 0, reserved=await budget.reserve(20, 0, 24 * MIB))
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(needs_room)  # it is the first to have its turn, and evicts
+            nursery.start_soon(needs_room)  # it gets the first turn, and evicts
             await trio.testing.wait_all_tasks_blocked(0.01)
             nursery.start_soon(budget.refit, 40 * MIB, 0)
             await trio.testing.wait_all_tasks_blocked(0.01)

@@ -1,5 +1,5 @@
-"""Callers that are cancelled in the middle: a client that goes away, a reader that is interrupted, a mount
-that ends."""
+"""Callers that are cancelled in the middle of a call: a client disconnects, a reader is interrupted, a mount
+ends."""
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -20,12 +20,12 @@ from tests.cache.test_keeping import BUDGET, MIB, directory, fetches, file_node,
 
 
 async def cancelled_waiting_for(limiter: trio.CapacityLimiter, call: Callable[[], Awaitable[object]]) -> None:
-    """`call`, cancelled while it waits for a thread of `limiter`, which is free again a moment later."""
+    """Calls `call`, and cancels it while it waits for a thread of `limiter`. Then all threads are freed."""
     others = [object() for _ in range(int(limiter.total_tokens))]
     for other in others:
         await limiter.acquire_on_behalf_of(other)
 
-    async def let_go() -> None:
+    async def free_threads() -> None:
         await wait_all_tasks_blocked()
         scope.cancel()
         await wait_all_tasks_blocked()
@@ -34,11 +34,11 @@ async def cancelled_waiting_for(limiter: trio.CapacityLimiter, call: Callable[[]
 
     async with trio.open_nursery() as nursery:
         with trio.CancelScope() as scope:
-            nursery.start_soon(let_go)
+            nursery.start_soon(free_threads)
             await call()
 
 
-def test_a_cancelled_eviction_leaves_nothing_uncounted(tmp_path: Path) -> None:
+def test_after_a_cancelled_eviction_all_bytes_on_disk_are_still_counted(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         file, leaves, _content = make_file(chain, MIB, 1 << 18)
@@ -52,7 +52,7 @@ def test_a_cancelled_eviction_leaves_nothing_uncounted(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_what_the_index_shall_be_told_outlives_a_cancelled_caller(tmp_path: Path) -> None:
+def test_entries_for_the_index_are_not_lost_when_a_flush_is_cancelled(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         kept = tree(chain, 1, seed=100)
@@ -68,7 +68,7 @@ def test_what_the_index_shall_be_told_outlives_a_cancelled_caller(tmp_path: Path
     trio.run(main)
 
 
-def test_a_cancelled_unpin_is_done_or_can_be_asked_again(tmp_path: Path) -> None:
+def test_a_cancelled_unpin_is_done_or_can_be_repeated(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         shared = tree(chain, 1, seed=100)
@@ -89,12 +89,12 @@ def test_a_cancelled_unpin_is_done_or_can_be_asked_again(tmp_path: Path) -> None
     trio.run(main)
 
 
-def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> None:
+def test_a_failed_pin_does_not_unpin_what_another_pin_is_pinning(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         shared = file_node(chain, 2 * MIB, seed=100)
         whole = directory(chain, {"shared": shared})
-        lacking = directory(
+        incomplete = directory(
             chain, {"missing": cids.make(cids.RAW, b"\x12\x20" + bytes(32)), "shared": shared}
         )
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
@@ -103,7 +103,7 @@ def test_a_pin_that_fails_takes_nothing_from_one_under_way(tmp_path: Path) -> No
                 for kept in staged_items(cache):
                     await pinning.file(FileRef(kept.cid, kept.size))
                 try:
-                    async with cache.pinned.pin(lacking) as failing:
+                    async with cache.pinned.pin(incomplete) as failing:
                         for kept in staged_items(cache):
                             await failing.file(FileRef(kept.cid, kept.size))
                         raise ZeroDivisionError

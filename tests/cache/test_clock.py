@@ -1,4 +1,4 @@
-"""A wall clock that is set, forwards and backwards, changes no order, and makes no time negative or later
+"""Setting the wall clock forwards or backwards changes no order of use. No time becomes negative or later
 than now."""
 
 import shutil
@@ -20,14 +20,14 @@ YEAR = 365 * 86400.0
 
 
 class Clock:
-    """The wall clock, set by so many seconds."""
+    """The wall clock, shifted by `shift` seconds."""
 
     def __init__(self) -> None:
-        self.by = 0.0
+        self.shift = 0.0
         self._real = time.time
 
     def __call__(self) -> float:
-        return self._real() + self.by
+        return self._real() + self.shift
 
 
 @pytest.fixture
@@ -38,10 +38,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 async def use_in_turn(cache: PinsetCache, chain: Chain, clock: Clock) -> list[int]:
-    """Uses six files of 1 MiB, with the clock set before each; returns the years that it was set by."""
+    """Reads six files of 1 MiB one after the other. Sets the clock before each, and returns by how many
+    years."""
     jumps = [0, 30, -20, 10, -49, 0]
     for seed, years in enumerate(jumps):
-        clock.by = years * YEAR
+        clock.shift = years * YEAR
         file, leaves, content = make_file(chain, MIB, seed=seed)
         cache.reader.opened(file)
         assert await read(cache, file, leaves) == content
@@ -50,7 +51,8 @@ async def use_in_turn(cache: PinsetCache, chain: Chain, clock: Clock) -> list[in
 
 
 def in_order_of_use(cache: PinsetCache, chain: Chain) -> list[int]:
-    """The seeds, as `kept` lists their files; no time is negative or in the future."""
+    """The seeds of the staged files, the last used first. Checks that no time is negative or in the
+    future."""
     kept = staged_items(cache)
     times = [each.last_used for each in kept]
     assert times == pytest.approx(sorted(times, reverse=True), abs=0.01)
@@ -66,13 +68,15 @@ def test_the_order_of_use_survives_a_clock_that_jumps(tmp_path: Path, clock: Clo
             await use_in_turn(cache, chain, clock)
             assert in_order_of_use(cache, chain) == [5, 4, 3, 2, 1, 0]
             assert all(time.time() - each.last_used < 60 for each in staged_items(cache)), (
-                "as the clock stands now"
+                "times are by the clock as it is set now"
             )
-        clock.by = -30 * YEAR
+        clock.shift = -30 * YEAR
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert in_order_of_use(cache, chain) == [5, 4, 3, 2, 1, 0]
         async with PinsetCache.open(tmp_path, chain, int(4.5 * MIB)) as cache:
-            assert in_order_of_use(cache, chain) == [5, 4, 3], "what was used first has left first"
+            assert in_order_of_use(cache, chain) == [5, 4, 3], (
+                "the files that were used first are evicted first"
+            )
 
     trio.run(main)
 
@@ -95,7 +99,7 @@ def test_after_a_crash_no_time_lies_in_the_future(tmp_path: Path, clock: Clock) 
     trio.run(main)
 
 
-def test_a_use_is_written_to_the_disk_however_the_clock_was_set(
+def test_a_use_is_written_to_the_disk_after_the_clock_was_set_back(
     tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stores, "NOTE_USE", 0.1)
@@ -105,17 +109,17 @@ def test_a_use_is_written_to_the_disk_however_the_clock_was_set(
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             file, leaves, _content = make_file(chain, MIB, seed=1)
             await read(cache, file, leaves)
-            clock.by = -40 * YEAR
+            clock.shift = -40 * YEAR
             with trio.fail_after(20):
                 while next((tmp_path / "staging").iterdir()).stat().st_mtime > time.time():
-                    await trio.sleep(0.03)  # less than the time between two notes: frequent use is noted too
+                    await trio.sleep(0.03)  # less than NOTE_USE: frequent uses are noted too
                     cache.reader.opened(file)
 
     trio.run(main)
 
 
 def test_times_that_are_read_in_two_calls_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A busy machine may let a process wait between its looks at the two clocks."""
+    """On a busy machine, a process may wait between its reads of the two clocks."""
     wall = time.time()
     (first,) = staging.from_wall([wall - 10.0])
     monkeypatch.setattr(time, "time", lambda: wall + 0.3)

@@ -1,5 +1,5 @@
-"""`kill -9` at any moment: a process that reads through a cache is killed again and again, and the next one
-goes on."""
+"""`kill -9` at any moment: a process that reads through a cache is killed again and again, and the next
+process goes on with the cache."""
 
 import json
 import os
@@ -45,7 +45,7 @@ async def main():
             entries = cache.store.staging.entries.values()
             say("open", complete=sorted(cids.text(e.cid) for e in entries if e.complete),
                 used=cache.statistics().used, disk=sum(p.lstat().st_blocks * 512 for p in (held.path, *held.path.rglob("*"))))
-            for text in sorted(known):  # whole at the time of some kill, and still there: nothing of it is fetched again
+            for text in sorted(known):  # complete at the last kill, and still there: it is not fetched again
                 file, leaves, content = next(item for item in files if cids.text(item[0].cid) == text)
                 chain.asked.clear()
                 if cache.store.staging.entries.get(file.cid):
@@ -71,7 +71,7 @@ trio.run(main)
 
 
 class Run:
-    """What one killed reader said."""
+    """What one reader printed until it was killed."""
 
     def __init__(self, folder: Path, budget: int, seed: int, known: list[str], life: float) -> None:
         root = Path(__file__).parents[2]
@@ -85,24 +85,24 @@ class Run:
         rest, errors = process.communicate()
         assert process.returncode == -signal.SIGKILL, errors.decode()
         lines = [line for line in (first + rest).decode().splitlines(keepends=True) if line.endswith("\n")]
-        self.said: list[tuple[str, dict[str, object]]] = [tuple(json.loads(line)) for line in lines]
+        self.printed: list[tuple[str, dict[str, object]]] = [tuple(json.loads(line)) for line in lines]
         self.errors = errors.decode()
 
-    def all(self, what: str) -> list[dict[str, object]]:
-        return [more for verb, more in self.said if verb == what]
+    def all(self, verb: str) -> list[dict[str, object]]:
+        return [details for each, details in self.printed if each == verb]
 
 
-def whole(folder: Path) -> list[str]:
+def complete_files(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "staging").iterdir() if not path.name.endswith(PART))
 
 
 FILE = 1 << 20
-"""Bytes on disk of the largest of its files, and a little more."""
+"""A little more than the bytes on disk of the largest file that `READER` reads."""
 
 
 @pytest.mark.slow
-def test_fifty_kills(tmp_path: Path) -> None:
-    """No wrong byte, nothing complete fetched again, no orphan files, and the budget right."""
+def test_the_cache_survives_fifty_kills(tmp_path: Path) -> None:
+    """No byte is wrong, no complete file is fetched again, no file is left over, and the budget is kept."""
     dice = random.Random(7)
     folder, budget, known = tmp_path / "cache", 8 << 20, list[str]()
     again = 0
@@ -114,13 +114,13 @@ def test_fifty_kills(tmp_path: Path) -> None:
         there = set(cast(list[str], opened["complete"]))
         assert there <= set(known)
         assert there == set(known) or int(str(opened["used"])) + FILE > budget, (
-            "only what had no room beside the index is gone"
+            "a complete file is gone only if it has no room beside the index"
         )
         assert run.all("wrong") == run.all("over") == []
         for one in run.all("again"):
             assert one == {"right": True, "asked": 0}
             again += 1
-        known = whole(folder / "ipfsfuse-cache")
+        known = complete_files(folder / "ipfsfuse-cache")
         names = {path.name for path in (folder / "ipfsfuse-cache").iterdir()}
         assert names <= {
             "format",
@@ -153,7 +153,7 @@ trio.run(main)
 """
 
 
-def test_small_blocks_written_in_the_last_moment_are_there(tmp_path: Path) -> None:
+def test_small_blocks_that_were_written_just_before_a_kill_are_there(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     ended = subprocess.run(
         [sys.executable, "-c", WRITER, str(tmp_path)],
@@ -173,7 +173,7 @@ def test_small_blocks_written_in_the_last_moment_are_there(tmp_path: Path) -> No
     trio.run(main)
 
 
-def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path: Path) -> None:
+def test_an_empty_part_and_a_part_of_a_complete_file_are_discarded(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         file, leaves, _content = make_file(chain, 1 << 20, 1 << 18)
@@ -196,8 +196,9 @@ def test_an_empty_part_and_a_part_beside_its_whole_file_are_left_overs(tmp_path:
     trio.run(main)
 
 
-def test_a_part_that_only_seems_whole_gets_its_name_when_each_leaf_was_proved(tmp_path: Path) -> None:
-    """A crash may cut a leaf at the page that the next leaf begins in: no hole tells of it."""
+def test_a_part_that_seems_complete_gets_its_final_name_once_each_leaf_is_verified(tmp_path: Path) -> None:
+    """A crash may lose the end of a leaf, in the page in which the next leaf begins. Then the file has no
+    hole that would show it."""
 
     async def main() -> None:
         chain = Chain()

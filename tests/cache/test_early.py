@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 @asynccontextmanager
 async def nothing_written(cache: PinsetCache) -> AsyncIterator[None]:
-    """Every thread that writes is taken for the length of the block."""
+    """A context manager in which nothing is written, because all threads that write are taken."""
     limiter = cache.store.io.writing
     takers = [object() for _ in range(int(limiter.total_tokens))]
     for taker in takers:
@@ -44,7 +44,7 @@ async def read_early(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf], 
         got.append(leaf)
 
 
-def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(tmp_path: Path) -> None:
+def test_a_leaf_is_read_before_it_is_written_and_a_caller_that_wants_it_staged_waits(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         file, leaves, content = make_file(chain, 2 * MIB, MIB)
@@ -63,7 +63,7 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
                 assert not staged(tmp_path, "staging")
             await wait_all_tasks_blocked(0.01)
             await cache.reader.leaf(file, leaves[0])
-            await wait_all_tasks_blocked()  # both waited for the same moment
+            await wait_all_tasks_blocked()  # both wait for the same event
             assert waited == [content[:MIB]]
             assert len(chain.asked) == 1
             assert staged_items(cache)[0].staged >= MIB
@@ -72,7 +72,7 @@ def test_a_reader_has_a_leaf_before_it_is_written_and_who_wants_it_staged_waits(
 
 
 def test_a_file_of_one_leaf_that_came_as_a_block_is_read_before_it_is_written(tmp_path: Path) -> None:
-    """A lookup brings it as a block, and the read that follows wants its leaf."""
+    """A lookup fetches it as a block. The read that follows asks for its leaf."""
 
     async def main() -> None:
         chain = Chain()
@@ -92,28 +92,28 @@ def test_a_file_of_one_leaf_that_came_as_a_block_is_read_before_it_is_written(tm
     trio.run(main)
 
 
-def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(tmp_path: Path) -> None:
+def test_a_leaf_that_was_read_is_staged_before_the_cache_closes(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, 2 * MIB, MIB)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            let_go = trio.Event()
+            may_write = trio.Event()
 
             async def hold(cache: PinsetCache, task_status: trio.TaskStatus[None]) -> None:
                 async with nothing_written(cache):
                     task_status.started()
-                    await let_go.wait()
+                    await may_write.wait()
 
-            async def let_go_later() -> None:
+            async def allow_writes() -> None:
                 await wait_all_tasks_blocked()
-                let_go.set()
+                may_write.set()
 
             async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
                 await nursery.start(hold, cache)
                 await cache.reader.leaf(file, leaves[0], early=True)
                 assert not staged(tmp_path, "staging")
-                nursery.start_soon(let_go_later)
+                nursery.start_soon(allow_writes)
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert await cache.reader.leaf(file, leaves[0]) == content[:MIB]
             assert len(chain.asked) == 1
@@ -121,8 +121,8 @@ def test_what_was_read_is_staged_though_its_reader_leaves_and_the_cache_closes(t
     trio.run(main)
 
 
-def test_what_was_fetched_ahead_is_staged_though_its_reader_leaves(tmp_path: Path) -> None:
-    """A reader closes a file once it has the last leaf, and its fetches ahead end with it."""
+def test_leaves_that_were_fetched_ahead_are_staged_although_their_reader_left(tmp_path: Path) -> None:
+    """A reader closes a file once it has the last leaf. That ends its fetches ahead."""
 
     async def main() -> None:
         chain = Chain()
@@ -156,7 +156,7 @@ def test_a_block_that_was_read_just_before_the_close_is_in_the_index(tmp_path: P
     trio.run(main)
 
 
-def test_a_disk_that_does_not_keep_up_stops_its_readers(tmp_path: Path) -> None:
+def test_readers_wait_for_a_disk_that_does_not_keep_up(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         file, leaves, _content = make_file(chain, MAX_UNWRITTEN + 2 * MIB, MIB)
@@ -181,11 +181,11 @@ async def read_within_deadline(cache: PinsetCache, file: FileRef, leaves: Sequen
 
 @pytest.mark.logs("does not keep up")
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_disk_that_hangs_keeps_no_bytes_from_a_reader_and_does_not_fill_the_memory(
+def test_readers_get_their_bytes_while_the_disk_hangs_and_memory_stays_bounded(
     tmp_path: Path, ahead: bool
 ) -> None:
-    """Readers got an error at their deadline, once 4 MiB waited for the disk. And each file that was read
-    ahead left its bytes in memory."""
+    """There were two bugs. When 4 MiB waited for the disk, readers got an error at their deadline. And the
+    bytes of each file that was read ahead stayed in memory."""
 
     async def main() -> None:
         chain = Chain()
@@ -202,7 +202,7 @@ def test_a_disk_that_hangs_keeps_no_bytes_from_a_reader_and_does_not_fill_the_me
                 size = sum(len(result[0].content) for result in waits)
                 assert 0 < size <= MAX_UNWRITTEN
             await cache.reader.wait_until_staged()
-            cache.store.backoff._until = 0  # its five seconds are over
+            cache.store.backoff._until = 0  # as if its five seconds were over
             file, leaves, content = make_file(chain, 2 * MIB, MIB, seed=100)
             assert await read_within_deadline(cache, file, leaves) == content
             await cache.reader.wait_until_staged()
@@ -213,8 +213,8 @@ def test_a_disk_that_hangs_keeps_no_bytes_from_a_reader_and_does_not_fill_the_me
 
 
 @pytest.mark.logs("does not keep up")
-def test_who_wants_a_leaf_staged_is_told_that_the_disk_hangs_and_who_reads_it_is_not(tmp_path: Path) -> None:
-    """That failure was remembered, and the next reader got it."""
+def test_only_a_caller_that_wants_a_leaf_staged_gets_an_error_while_the_disk_hangs(tmp_path: Path) -> None:
+    """The failure must not be remembered: the next reader would get it too."""
 
     async def main() -> None:
         chain = Chain()
@@ -231,8 +231,8 @@ def test_who_wants_a_leaf_staged_is_told_that_the_disk_hangs_and_who_reads_it_is
     trio.run(main)
 
 
-def test_a_block_counts_as_here_while_it_is_being_staged(tmp_path: Path) -> None:
-    """Else a small file that is opened at once is not pinned, and the root does not list it."""
+def test_a_block_counts_as_staged_while_it_is_being_written(tmp_path: Path) -> None:
+    """Otherwise a small file that is opened at once would not be pinned, and the root would not list it."""
 
     async def main() -> None:
         chain, pins = Chain(), Recorder()
@@ -253,7 +253,7 @@ def test_a_block_counts_as_here_while_it_is_being_staged(tmp_path: Path) -> None
 
 
 @pytest.mark.logs("reads go on without the cache")
-def test_a_block_that_could_not_be_staged_is_not_kept_pinned(tmp_path: Path) -> None:
+def test_a_block_that_could_not_be_staged_is_unpinned_again(tmp_path: Path) -> None:
     async def main() -> None:
         chain, pins = Chain(), Recorder()
         small = chain.add(b"a small file")
@@ -269,7 +269,7 @@ def test_a_block_that_could_not_be_staged_is_not_kept_pinned(tmp_path: Path) -> 
 
 
 @pytest.mark.logs("after it had given its value")
-def test_a_failure_after_the_value_was_given_goes_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failure_after_the_value_was_given_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery)
@@ -287,19 +287,20 @@ def test_a_failure_after_the_value_was_given_goes_to_the_log_alone(caplog: pytes
 
 
 class NoStore:
-    """In a store's place: what `_Unwritten` says to it."""
+    """Takes the place of a store. `failures` lists what `_Unwritten` reports."""
 
     def __init__(self) -> None:
         self.folder = Path("cache")
         self.backoff = self
-        self.said: list[str] = []
+        self.failures: list[str] = []
 
     def failed(self, _key: str, error: StoreFailed) -> None:
-        self.said.append(str(error))
+        self.failures.append(str(error))
 
 
 def test_a_large_delivery_waits_for_the_disk_no_longer_than_small_ones() -> None:
-    """Small ones took all room that the disk made, and then the disk was said to take nothing."""
+    """Otherwise small deliveries take all the room that the disk makes, and then the log says that the disk
+    took nothing."""
 
     async def main() -> None:
         store = NoStore()
@@ -316,13 +317,13 @@ def test_a_large_delivery_waits_for_the_disk_no_longer_than_small_ones() -> None
                 nursery.start_soon(write_small_ones)
             await wait_all_tasks_blocked()
             assert await unwritten.add(4 * MIB)
-            assert store.said == []
+            assert store.failures == []
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
 
 
-def test_a_disk_that_is_only_slow_is_not_said_to_take_nothing() -> None:
+def test_a_slow_disk_is_not_reported_as_a_disk_that_takes_nothing() -> None:
     async def main() -> None:
         store = NoStore()
         unwritten = _Unwritten(cast(Store, store), 1.0)
@@ -336,8 +337,8 @@ def test_a_disk_that_is_only_slow_is_not_said_to_take_nothing() -> None:
 
             nursery.start_soon(write_one)
             assert not await unwritten.add(4 * MIB)
-        assert (store.said, unwritten.is_stuck) == ([], False)
+        assert (store.failures, unwritten.is_stuck) == ([], False)
         assert not await unwritten.add(4 * MIB)
-        assert (len(store.said), unwritten.is_stuck) == (1, True)
+        assert (len(store.failures), unwritten.is_stuck) == (1, True)
 
     trio.run(main, clock=MockClock(autojump_threshold=0))

@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 
 from ipfsfuse.cache.store.staging import Extents
 
-places = st.integers(0, 30)
+positions = st.integers(0, 30)
 
 
-@given(st.lists(st.tuples(st.booleans(), places, places)), places, places)
-def test_they_say_what_a_set_says(steps: list[tuple[bool, int, int]], start: int, end: int) -> None:
+@given(st.lists(st.tuples(st.booleans(), positions, positions)), positions, positions)
+def test_extents_hold_the_same_numbers_as_a_set(
+    steps: list[tuple[bool, int, int]], start: int, end: int
+) -> None:
     extents, numbers = Extents(), set[int]()
     for add, low, high in steps:
         (extents.add if add else extents.remove)(low, high)

@@ -1,5 +1,5 @@
-"""The cache folder: one daemon each, marked as ours, and nothing in it or beside it that is not ours ever
-changed."""
+"""The cache folder: only one daemon uses it, it is marked as ours, and nothing that is not ours is changed,
+in it or beside it."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from ipfsfuse.errors import StoreFailed
 from tests.cache.standin import Chain, make_file
 
 BUDGET = 16 << 20
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="changing the owner of a file needs root")
 
 HOLDER = """
 import contextlib, sys, pathlib
@@ -46,7 +46,8 @@ with contextlib.ExitStack() as stack:
 
 
 def holder(kind: str, where: Path) -> tuple[subprocess.Popen[str], str]:
-    """A process that has locked the cache folder, and which that is: wait until it has."""
+    """Starts a process that locks a cache folder, and waits until it has. Returns the process and the
+    folder."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, kind, str(where)],
         stdin=subprocess.PIPE,
@@ -78,7 +79,7 @@ def use(cache_dir: Path) -> None:
 
 
 def refusal(cache_dir: Path) -> str:
-    """What is said; nothing stays open, although the exception is still alive."""
+    """The message of the refusal. Checks that no file stays open, although the exception is still alive."""
     with pytest.raises(StoreFailed) as raised:
         use(cache_dir)
     assert open_files_below(cache_dir) == []
@@ -86,7 +87,7 @@ def refusal(cache_dir: Path) -> str:
 
 
 def refused(cache_dir: Path) -> str:
-    """Why the folder is refused: one line that says what to do."""
+    """The message of the refusal. Checks that it is one line that says what to do."""
     line = refusal(cache_dir)
     assert "\n" not in line
     assert any(
@@ -103,7 +104,7 @@ def refused(cache_dir: Path) -> str:
 
 
 def open_files_below(path: Path) -> list[str]:
-    """What this process has open there."""
+    """The files below `path` that this process has open."""
     found = []
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
@@ -112,12 +113,12 @@ def open_files_below(path: Path) -> list[str]:
 
 
 def contents(path: Path) -> dict[str, object]:
-    """Everything below `path`, with what it holds and who may use it."""
+    """Everything below `path`, with its content, mode, owner and number of links."""
     found: dict[str, object] = {}
     for each in sorted([path, *path.rglob("*")]):
         info = each.lstat()
-        what = os.readlink(each) if each.is_symlink() else each.read_bytes() if each.is_file() else ""
-        found[str(each)] = (info.st_mode, info.st_uid, info.st_nlink if each.is_file() else 0, what)
+        content = os.readlink(each) if each.is_symlink() else each.read_bytes() if each.is_file() else ""
+        found[str(each)] = (info.st_mode, info.st_uid, info.st_nlink if each.is_file() else 0, content)
     return found
 
 
@@ -137,13 +138,13 @@ def test_a_second_daemon_is_refused_with_the_first_ones_pid_and_mountpoint(tmp_p
 
 
 @pytest.mark.parametrize("pid", ["1e999", "NaN", "1" + "0" * 5000, "[]", "{}"])
-def test_what_is_no_announcement_is_none(tmp_path: Path, pid: str) -> None:
+def test_a_malformed_announcement_counts_as_none(tmp_path: Path, pid: str) -> None:
     with lock_folder(tmp_path / "cache") as held:
         (held.path / folder.DAEMON).write_text(f'{{"pid": {pid}, "mountpoint": "/mnt"}}')
         assert folder.announced(tmp_path / "cache") is None
 
 
-def test_one_that_has_not_announced_itself_is_refused_too(tmp_path: Path) -> None:
+def test_a_second_daemon_is_refused_even_if_the_first_has_not_announced_itself(tmp_path: Path) -> None:
     first, _where = holder("locked", tmp_path / "cache")
     try:
         assert "in use by another daemon" in refused(tmp_path / "cache")
@@ -152,7 +153,9 @@ def test_one_that_has_not_announced_itself_is_refused_too(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("deleted", ["lock", "format", "daemon.json"])
-def test_deleting_a_file_under_a_daemon_lets_no_second_one_in(tmp_path: Path, deleted: str) -> None:
+def test_deleting_a_file_of_a_running_daemon_does_not_let_a_second_one_in(
+    tmp_path: Path, deleted: str
+) -> None:
     first, _where = holder("announced", tmp_path / "cache")
     try:
         (tmp_path / "cache" / "ipfsfuse-cache" / deleted).unlink()
@@ -173,28 +176,28 @@ def test_a_folder_that_was_moved_away_is_still_in_use_and_a_new_one_is_free(tmp_
         end(first)
 
 
-def test_who_only_looks_whether_it_is_free_keeps_no_daemon_out(tmp_path: Path) -> None:
+def test_checking_whether_a_folder_is_free_does_not_keep_a_daemon_out(tmp_path: Path) -> None:
     use(tmp_path / "cache")
     done = threading.Event()
 
-    def look() -> None:
+    def check() -> None:
         while not done.is_set():
             is_free(tmp_path / "cache")
 
-    lookers = [threading.Thread(target=look) for _ in range(2)]
-    for looker in lookers:
-        looker.start()
+    checkers = [threading.Thread(target=check) for _ in range(2)]
+    for checker in checkers:
+        checker.start()
     try:
         for _ in range(200):
             with lock_folder(tmp_path / "cache"):
                 pass
     finally:
         done.set()
-        for looker in lookers:
-            looker.join()
+        for checker in checkers:
+            checker.join()
 
 
-def test_kill_9_lets_go(tmp_path: Path) -> None:
+def test_kill_9_frees_the_folder(tmp_path: Path) -> None:
     first, _where = holder("announced", tmp_path / "cache")
     end(first, signal.SIGKILL)
     assert folder.announced(tmp_path / "cache") == (12345, "/mnt/there")
@@ -213,16 +216,16 @@ def test_a_deleted_folder_is_made_again_and_locked_again(tmp_path: Path) -> None
     use(tmp_path / "cache")
 
 
-def test_what_can_not_be_looked_at_is_not_taken_for_free(tmp_path: Path) -> None:
+def test_a_folder_that_can_not_be_checked_does_not_count_as_free(tmp_path: Path) -> None:
     assert is_free(tmp_path)
     (tmp_path / "ipfsfuse-cache").symlink_to(tmp_path)
     assert not is_free(tmp_path)
 
 
-# -- the folder that is named, and ours in it ----------------------------------------------------------------
+# -- the cache folder, and our subfolder in it ---------------------------------------------------------------
 
 
-def test_the_folder_is_made_for_us_alone_and_marked(tmp_path: Path) -> None:
+def test_our_folder_is_made_private_and_marked(tmp_path: Path) -> None:
     use(tmp_path / "a" / "cache")
     ours = tmp_path / "a" / "cache" / "ipfsfuse-cache"
     assert [path.stat().st_mode & 0o777 for path in (ours.parent, ours)] == [0o700, 0o700]
@@ -234,19 +237,19 @@ def test_the_folder_is_made_for_us_alone_and_marked(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("is damaged", "does not hold the name of a mount")
-def test_names_and_keys_survive_and_damaged_ones_are_made_anew(tmp_path: Path) -> None:
-    def told() -> tuple[bytes, str]:
+def test_the_key_and_the_name_survive_a_restart_and_are_replaced_if_damaged(tmp_path: Path) -> None:
+    def key_and_name() -> tuple[bytes, str]:
         with lock_folder(tmp_path) as held:
             return held.inode_key(), MountId.open(held.path).name
 
-    first = told()
-    assert told() == first
+    first = key_and_name()
+    assert key_and_name() == first
     for name, wrong in [("inode-key", b"x" * 31), ("mount-id", b"../../elsewhere\xff\n")]:
         (tmp_path / "ipfsfuse-cache" / name).write_bytes(wrong)
-    second = told()
+    second = key_and_name()
     assert (len(second[0]), second[0] != first[0], second[1] != first[1]) == (32, True, True)
     assert folder.is_mount_id(second[1])
-    assert told() == second
+    assert key_and_name() == second
 
 
 def test_a_folder_that_holds_other_things_is_used_and_they_are_left_alone(tmp_path: Path) -> None:
@@ -259,7 +262,7 @@ def test_a_folder_that_holds_other_things_is_used_and_they_are_left_alone(tmp_pa
     before = contents(cache_dir)
     use(cache_dir)
     assert {
-        path: what for path, what in contents(cache_dir).items() if "ipfsfuse-cache" not in path
+        path: found for path, found in contents(cache_dir).items() if "ipfsfuse-cache" not in path
     } == before
 
 
@@ -278,12 +281,12 @@ def test_a_folder_that_others_own_is_refused(tmp_path: Path) -> None:
     assert "belongs to another user" in refused(tmp_path / "cache")
 
 
-@pytest.mark.parametrize("what", ["file", "link", "link to nothing"])
-def test_what_is_no_folder_is_refused(tmp_path: Path, what: str) -> None:
-    if what == "file":
+@pytest.mark.parametrize("kind", ["file", "link", "link to nothing"])
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path: Path, kind: str) -> None:
+    if kind == "file":
         (tmp_path / "cache").write_text("")
     else:
-        (tmp_path / "cache").symlink_to(tmp_path / ("none" if what == "link to nothing" else "."))
+        (tmp_path / "cache").symlink_to(tmp_path / ("none" if kind == "link to nothing" else "."))
     assert "is not a folder" in refused(tmp_path / "cache")
 
 
@@ -296,7 +299,7 @@ STRAYS = ["stray", "staging/stray", "packs/stray", "packs/01.pack", "pinned/stra
 
 @pytest.fixture
 def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory, where that can be: hundreds of small caches wait long for a disk."""
+    """A folder in memory, if that is possible: hundreds of small caches would wait long for a disk."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return
@@ -337,13 +340,13 @@ def used(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache_dir(tmp_path: Path, used: Path) -> Path:
-    """A cache that has been used: every kind of thing is in it."""
+    """A copy of a cache that was used. It has every kind of file."""
     subprocess.run(["cp", "-a", str(used), str(tmp_path / "cache")], check=True)
     return tmp_path / "cache"
 
 
 async def _nothing(*_arguments: object) -> None:
-    """The root of a made-up file is no node."""
+    """Does nothing: the root of a made-up file can't be parsed."""
 
 
 def fill(name: str) -> str:
@@ -389,16 +392,16 @@ def a_pipe(path: Path, _outside: Path) -> None:
 
 def a_socket(path: Path, _outside: Path) -> None:
     with socket.socket(socket.AF_UNIX) as made:
-        place = os.open(path.parent, os.O_PATH)
-        made.bind(f"/proc/self/fd/{place}/{path.name}")
-        os.close(place)
+        parent = os.open(path.parent, os.O_PATH)
+        made.bind(f"/proc/self/fd/{parent}/{path.name}")
+        os.close(parent)
 
 
 def garbage(path: Path, _outside: Path) -> None:
     path.write_bytes(b"\xff\x00 garbage\n" * 300)
 
 
-def nothing_in_it(path: Path, _outside: Path) -> None:
+def empty_file(path: Path, _outside: Path) -> None:
     path.write_bytes(b"")
 
 
@@ -413,17 +416,18 @@ def open_to_all(path: Path, _outside: Path) -> None:
 
 
 LINKS = [link_to_a_file, link_to_a_folder, link_to_nothing, hard_link]
-PLANTED = [*LINKS, a_folder, a_pipe, a_socket, garbage, nothing_in_it, of_another_user, open_to_all]
+PLANTED = [*LINKS, a_folder, a_pipe, a_socket, garbage, empty_file, of_another_user, open_to_all]
 
 
 @as_root
 @pytest.mark.logs(".")
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 @pytest.mark.parametrize("name", [*NAMES, *CONTENT, *STRAYS])
-def test_whatever_is_planted_at_a_name_nothing_outside_changes(
+def test_nothing_outside_changes_whatever_is_planted_at_a_name(
     cache_dir: Path, victim: Path, name: str, plant: Callable[[Path, Path], None]
 ) -> None:
-    """It is refused in one line, or repaired, or left alone; what is no content of ours is never removed."""
+    """The planted file is refused in one line, or repaired, or left alone. What is not our content is never
+    removed."""
     path = cache_dir / "ipfsfuse-cache" / fill(name)
     remove(path)
     plant(path, victim)
@@ -437,8 +441,8 @@ def test_whatever_is_planted_at_a_name_nothing_outside_changes(
         assert os.path.lexists(path)
     if planted is not None:
         assert {
-            each: what for each, what in contents(path).items() if each in planted and each != str(path)
-        } == {each: what for each, what in planted.items() if each != str(path)}
+            each: found for each, found in contents(path).items() if each in planted and each != str(path)
+        } == {each: found for each, found in planted.items() if each != str(path)}
     assert contents(victim) == outside | (
         {}
         if plant is not hard_link
@@ -453,7 +457,7 @@ def test_whatever_is_planted_at_a_name_nothing_outside_changes(
 
 @as_root
 @pytest.mark.parametrize("how", ["link", "file", "foreign", "open to all", "unmarked", "marked otherwise"])
-def test_a_folder_of_our_name_that_is_not_ours_is_refused_and_left_alone(
+def test_a_foreign_folder_that_has_our_name_is_refused_and_left_alone(
     tmp_path: Path, victim: Path, how: str
 ) -> None:
     ours = tmp_path / "cache" / "ipfsfuse-cache"
@@ -479,7 +483,7 @@ def test_a_folder_of_our_name_that_is_not_ours_is_refused_and_left_alone(
 # -- versions ------------------------------------------------------------------------------------------------
 
 
-def test_a_newer_layout_is_refused_by_the_version_to_use(cache_dir: Path) -> None:
+def test_the_refusal_of_a_newer_layout_names_the_version_to_use(cache_dir: Path) -> None:
     ours = cache_dir / "ipfsfuse-cache"
     (ours / "format").write_text("ipfsfuse cache 4\n")
     (ours / "CACHEDIR.TAG").write_text((ours / "CACHEDIR.TAG").read_text().replace(__version__, "7.8.9"))
@@ -491,7 +495,7 @@ def test_a_newer_layout_is_refused_by_the_version_to_use(cache_dir: Path) -> Non
     assert contents(ours) == before
 
 
-def test_a_newer_index_is_refused_by_the_version_to_use_and_kept(cache_dir: Path) -> None:
+def test_the_refusal_of_a_newer_index_names_the_version_to_use_and_the_index_is_kept(cache_dir: Path) -> None:
     ours = cache_dir / "ipfsfuse-cache"
     database = sqlite3.connect(ours / "index.sqlite")
     database.execute("PRAGMA user_version = 99")
@@ -504,7 +508,7 @@ def test_a_newer_index_is_refused_by_the_version_to_use_and_kept(cache_dir: Path
     assert "7.8.9" in (ours / "CACHEDIR.TAG").read_text()
 
 
-# -- folders for one mount's life ----------------------------------------------------------------------------
+# -- folders of isolated mounts ------------------------------------------------------------------------------
 
 
 def test_an_isolated_folder_is_private_and_gone_afterwards(tmp_path: Path) -> None:
@@ -517,7 +521,7 @@ def test_an_isolated_folder_is_private_and_gone_afterwards(tmp_path: Path) -> No
     assert not two.exists()
 
 
-def test_what_kill_9_left_of_an_isolated_folder_is_swept_by_the_next_start(tmp_path: Path) -> None:
+def test_the_next_start_removes_an_isolated_folder_that_kill_9_left(tmp_path: Path) -> None:
     killed, left = holder("isolated", tmp_path)
     living, used = holder("isolated", tmp_path)
     end(killed, signal.SIGKILL)
@@ -532,7 +536,9 @@ def test_what_kill_9_left_of_an_isolated_folder_is_swept_by_the_next_start(tmp_p
 
 
 @as_root
-def test_folders_that_are_not_exactly_ours_are_never_swept(tmp_path: Path, victim: Path) -> None:
+def test_folders_that_are_not_isolated_folders_of_ours_are_never_removed(
+    tmp_path: Path, victim: Path
+) -> None:
     temporary, ours = tmp_path / "tmp", f"ipfsfuse-isolated-{os.geteuid()}-"
     temporary.mkdir()
     (temporary / f"{ours}linkedto").symlink_to(victim)
@@ -556,7 +562,7 @@ def _make_and_leave(where: str, times: int, failed: "multiprocessing.Queue[str]"
                 failed.put(str(made))
 
 
-def test_no_folder_is_swept_between_its_making_and_its_locking(tmp_path: Path) -> None:
+def test_an_isolated_folder_is_not_removed_before_it_is_locked(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     failed: multiprocessing.Queue[str] = context.Queue()
     workers = [context.Process(target=_make_and_leave, args=(str(tmp_path), 60, failed)) for _ in range(4)]
@@ -569,10 +575,10 @@ def test_no_folder_is_swept_between_its_making_and_its_locking(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-# -- the layout before the marked folder ---------------------------------------------------------------------
+# -- records of pins -----------------------------------------------------------------------------------------
 
 
-def test_json_of_a_pin_is_readable(cache_dir: Path) -> None:
+def test_the_record_of_a_pin_is_json(cache_dir: Path) -> None:
     (pin,) = (cache_dir / "ipfsfuse-cache" / "pinned").iterdir()
-    said = json.loads(pin.read_text())
-    assert (said["cid"], said["files"], said["packs"]) == (pin.name, [pin.name], [])
+    record = json.loads(pin.read_text())
+    assert (record["cid"], record["files"], record["packs"]) == (pin.name, [pin.name], [])

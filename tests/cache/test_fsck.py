@@ -1,4 +1,4 @@
-"""fsck where the packs themselves are damaged, or the index has lost what they hold."""
+"""fsck when packs are damaged, or when the index has lost blocks that are in packs."""
 
 import contextlib
 import sqlite3
@@ -34,7 +34,7 @@ def make(chain: Chain) -> list[Cid]:
 
 
 async def fill(folder: Path, chain: Chain, blocks: Sequence[Cid]) -> list[PackLocation]:
-    """Stages the blocks; where they lie, all in one pack."""
+    """Stages the blocks, all in one pack, and returns their locations."""
     async with PinsetCache.open(folder, chain, BUDGET << 3) as cache:
         for cid in blocks:
             await cache.reader.block(cid)
@@ -123,7 +123,7 @@ def test_right_blocks_that_the_index_lost_are_found_again(tmp_path: Path) -> Non
 
 @pytest.mark.logs("wrong bytes in the cache")
 @pytest.mark.parametrize("by", ["fsck", "reading"])
-def test_a_wrong_block_of_what_is_pinned_is_mended_where_it_is_kept(tmp_path: Path, by: str) -> None:
+def test_a_wrong_block_of_a_pin_is_mended_and_stays_pinned(tmp_path: Path, by: str) -> None:
     async def main() -> None:
         chain = Chain()
         root = tree(chain, 2, seed=100)
@@ -145,7 +145,9 @@ def test_a_wrong_block_of_what_is_pinned_is_mended_where_it_is_kept(tmp_path: Pa
     trio.run(main)
 
 
-def test_what_leaves_with_a_damaged_pack_is_let_go_of_and_forgotten(tmp_path: Path) -> None:
+def test_all_blocks_of_a_damaged_pack_that_is_evicted_are_unpinned_and_leave_the_index(
+    tmp_path: Path,
+) -> None:
     async def main() -> None:
         chain, pins = Chain(), Recorder()
         blocks = make(chain)
@@ -153,14 +155,14 @@ def test_what_leaves_with_a_damaged_pack_is_let_go_of_and_forgotten(tmp_path: Pa
         damage_head(tmp_path, locations[10], "all")
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             await cache.store.evict(blocks[0])
-            assert {cid for what, cid in pins.asked if what == "remove"} >= set(blocks)
+            assert {cid for verb, cid in pins.asked if verb == "remove"} >= set(blocks)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database:
             assert database.execute("SELECT COUNT(*) FROM blocks").fetchone() == (0,)
 
     trio.run(main)
 
 
-def test_a_file_is_held_yet_when_the_pack_with_its_root_leaves(tmp_path: Path) -> None:
+def test_a_file_stays_held_at_the_node_after_the_pack_with_its_root_is_evicted(tmp_path: Path) -> None:
     async def main() -> None:
         chain, pins = Chain(), Recorder()
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:

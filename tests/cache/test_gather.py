@@ -1,5 +1,5 @@
-"""A directory's blocks by one answer, through the cache: who waits for it, what is asked for besides, what is
-not again."""
+"""`gather` fetches the blocks of a directory by one request. Callers of these blocks wait for its answer. What
+does not come is asked for one by one."""
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -31,7 +31,8 @@ def subtree(chain: Chain) -> Subtree:
     return Subtree(chain.add(b"the directory", cids.DAG_PB), True, 1 << 20)
 
 
-def none_besides(_cid: Cid, _block: bytes) -> Sequence[Cid]:
+def nothing_more(_cid: Cid, _block: bytes) -> Sequence[Cid]:
+    """A `seen` that adds no wanted blocks."""
     return ()
 
 
@@ -57,13 +58,13 @@ async def read_all(cache: PinsetCache, wanted: Iterable[Cid]) -> list[bytes]:
     return [got[cid] for cid in wanted]
 
 
-def test_who_asks_for_what_is_expected_waits_for_it_and_makes_no_request(tmp_path: Path) -> None:
+def test_a_caller_waits_for_an_expected_block_and_makes_no_request(tmp_path: Path) -> None:
     chain = Chain()
     wanted, gate = small(chain, 20), trio.Event()
     chain.sends = [gate, *wanted]
 
     async def main(cache: PinsetCache) -> None:
-        ended = cache.reader.gather(subtree(chain), wanted, none_besides)
+        ended = cache.reader.gather(subtree(chain), wanted, nothing_more)
         async with trio.open_nursery() as nursery:
             for _ in range(3):
                 nursery.start_soon(read_all, cache, wanted)
@@ -77,13 +78,13 @@ def test_who_asks_for_what_is_expected_waits_for_it_and_makes_no_request(tmp_pat
     with_cache(tmp_path, chain, main)
 
 
-def test_what_does_not_come_is_asked_for_alone_by_who_waits_for_it_and_by_nobody_else(tmp_path: Path) -> None:
+def test_a_block_that_does_not_come_is_asked_for_alone_only_if_a_caller_waits_for_it(tmp_path: Path) -> None:
     chain = Chain()
     wanted, gate, absent = small(chain, 6), trio.Event(), cids.make(cids.RAW, b"\x12\x20" + bytes(32))
     chain.sends = [*wanted[:4], gate]
 
     async def main(cache: PinsetCache) -> None:
-        cache.reader.gather(subtree(chain), [*wanted, absent], none_besides)
+        cache.reader.gather(subtree(chain), [*wanted, absent], nothing_more)
         await wait_all_tasks_blocked()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cache.reader.block, wanted[4])
@@ -91,13 +92,13 @@ def test_what_does_not_come_is_asked_for_alone_by_who_waits_for_it_and_by_nobody
             assert chain.asked == []
             gate.set()
         assert chain.asked == [wanted[4]]
-        with pytest.raises(Unavailable, match="nobody has it"):
+        with pytest.raises(Unavailable, match="no source has it"):
             await cache.reader.block(absent)
 
     with_cache(tmp_path, chain, main)
 
 
-def test_what_is_seen_wants_more_and_no_block_comes_twice(tmp_path: Path) -> None:
+def test_a_block_that_came_may_add_wanted_blocks_and_none_comes_twice(tmp_path: Path) -> None:
     chain = Chain()
     first, below = (
         small(chain, 2 * MIN_SUBTREE_BLOCKS)[:MIN_SUBTREE_BLOCKS],
@@ -124,7 +125,7 @@ def test_what_is_seen_wants_more_and_no_block_comes_twice(tmp_path: Path) -> Non
     with_cache(tmp_path, chain, main)
 
 
-def test_what_is_staged_on_its_way_or_within_its_cid_is_not_wanted(tmp_path: Path) -> None:
+def test_blocks_that_are_staged_or_under_way_or_inline_are_not_wanted(tmp_path: Path) -> None:
     chain = Chain()
     wanted = [
         *small(chain, MIN_SUBTREE_BLOCKS),
@@ -146,41 +147,41 @@ def test_what_is_staged_on_its_way_or_within_its_cid_is_not_wanted(tmp_path: Pat
             await wait_all_tasks_blocked()
             asked = len(chain.asked)
             chain.sends = [*wanted, under_way, inline]
-            await cache.reader.gather(subtree(chain), [*wanted, under_way, inline], none_besides).wait()
+            await cache.reader.gather(subtree(chain), [*wanted, under_way, inline], nothing_more).wait()
             assert (chain.sent, len(chain.asked)) == (wanted[:MIN_SUBTREE_BLOCKS], asked)
             nursery.cancel_scope.cancel()
         chain.sent = []
-        await cache.reader.gather(subtree(chain), [*wanted, inline], none_besides).wait()
+        await cache.reader.gather(subtree(chain), [*wanted, inline], nothing_more).wait()
         assert (chain.sent, len(chain.subtrees), len(chain.asked)) == ([], 1, asked)
 
     with_cache(tmp_path, chain, main)
 
 
-def test_a_large_file_of_which_nothing_is_left_is_wanted_again(tmp_path: Path) -> None:
+def test_a_large_file_that_was_evicted_is_wanted_again(tmp_path: Path) -> None:
     chain = Chain()
     wanted = [*small(chain, MIN_SUBTREE_BLOCKS), chain.add(random_bytes(200_000, 1))]
     others = [chain.add(b"another %d" % number) for number in range(MIN_SUBTREE_BLOCKS)]
     chain.sends = list(wanted)
 
     async def main(cache: PinsetCache) -> None:
-        await cache.reader.gather(subtree(chain), wanted, none_besides).wait()
+        await cache.reader.gather(subtree(chain), wanted, nothing_more).wait()
         assert (chain.sent, cache.store.item_of(wanted[-1]) is not None) == (wanted, True)
         await cache.store.evict(wanted[-1])
         chain.sent = []
-        await cache.reader.gather(subtree(chain), [*wanted, *others], none_besides).wait()
+        await cache.reader.gather(subtree(chain), [*wanted, *others], nothing_more).wait()
         assert chain.sent == [wanted[-1]]
 
     with_cache(tmp_path, chain, main)
 
 
-def test_for_few_that_are_missing_there_is_no_such_answer(tmp_path: Path) -> None:
+def test_a_few_missing_blocks_are_asked_for_one_by_one(tmp_path: Path) -> None:
     chain = Chain()
     wanted = small(chain, MIN_SUBTREE_BLOCKS + 2)
 
     async def main(cache: PinsetCache) -> None:
         for cid in wanted[:3]:
             await cache.reader.block(cid)
-        await cache.reader.gather(subtree(chain), wanted, none_besides).wait()
+        await cache.reader.gather(subtree(chain), wanted, nothing_more).wait()
         assert chain.subtrees == []
         await read_all(cache, wanted)
         assert sorted(chain.asked) == sorted(wanted)
@@ -188,14 +189,14 @@ def test_for_few_that_are_missing_there_is_no_such_answer(tmp_path: Path) -> Non
     with_cache(tmp_path, chain, main)
 
 
-def test_an_answer_that_drips_keeps_nobody_from_asking_elsewhere_in_time(tmp_path: Path) -> None:
+def test_a_slow_answer_leaves_callers_time_to_ask_elsewhere(tmp_path: Path) -> None:
     chain = Chain()
     wanted = small(chain, 6)
-    chain.sends = [trio.Event()]  # never set: it may as well send what nobody wants, for ever
+    chain.sends = [trio.Event()]  # never set. An answer of blocks that are not wanted would be the same
 
     async def main(cache: PinsetCache) -> None:
         start = trio.current_time()
-        ended = cache.reader.gather(subtree(chain), wanted, none_besides)
+        ended = cache.reader.gather(subtree(chain), wanted, nothing_more)
         assert await cache.reader.block(wanted[3]) == b"block 3"
         assert trio.current_time() - start < DEADLINE / 2
         assert chain.asked == [wanted[3]]
@@ -204,13 +205,13 @@ def test_an_answer_that_drips_keeps_nobody_from_asking_elsewhere_in_time(tmp_pat
     with_cache(tmp_path, chain, main, MockClock(autojump_threshold=0.05))
 
 
-def test_a_reader_that_leaves_leaves_the_others_and_the_answer_alone(tmp_path: Path) -> None:
+def test_an_answer_goes_on_for_the_others_when_one_reader_leaves(tmp_path: Path) -> None:
     chain = Chain()
     wanted, gate = small(chain, 6), trio.Event()
     chain.sends = [gate, *wanted]
 
     async def main(cache: PinsetCache) -> None:
-        ended = cache.reader.gather(subtree(chain), wanted, none_besides)
+        ended = cache.reader.gather(subtree(chain), wanted, nothing_more)
         with trio.move_on_after(0.01):
             await cache.reader.block(wanted[0])
         async with trio.open_nursery() as nursery:
@@ -223,14 +224,14 @@ def test_a_reader_that_leaves_leaves_the_others_and_the_answer_alone(tmp_path: P
     with_cache(tmp_path, chain, main)
 
 
-def test_a_cache_that_is_closed_waits_for_no_answer(tmp_path: Path) -> None:
+def test_a_cache_that_is_closed_does_not_wait_for_an_answer(tmp_path: Path) -> None:
     chain = Chain()
     wanted = small(chain, 6)
     chain.sends = [*wanted[:2], trio.Event()]
     ended: list[trio.Event] = []
 
     async def main(cache: PinsetCache) -> None:
-        ended.append(cache.reader.gather(subtree(chain), wanted, none_besides))
+        ended.append(cache.reader.gather(subtree(chain), wanted, nothing_more))
         await cache.reader.block(wanted[1])
 
     with_cache(tmp_path, chain, main)
@@ -238,7 +239,7 @@ def test_a_cache_that_is_closed_waits_for_no_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("ended unexpectedly")
-def test_trouble_of_who_is_told_what_comes_ends_the_answer_alone(tmp_path: Path) -> None:
+def test_an_error_of_seen_ends_the_answer_and_reads_go_on(tmp_path: Path) -> None:
     chain = Chain()
     wanted = small(chain, 6)
     chain.sends = list(wanted)
@@ -251,19 +252,19 @@ def test_trouble_of_who_is_told_what_comes_ends_the_answer_alone(tmp_path: Path)
     async def main(cache: PinsetCache) -> None:
         await cache.reader.gather(subtree(chain), wanted, seen).wait()
         assert await read_all(cache, wanted) == [b"block %d" % number for number in range(6)]
-        assert sorted(chain.asked) == sorted(wanted[2:]), "what came together with it, too"
+        assert sorted(chain.asked) == sorted(wanted[2:]), "also the block at which `seen` failed"
 
     with_cache(tmp_path, chain, main)
 
 
-def test_a_directory_of_40000_entries_is_registered_in_slices_and_all_of_it(tmp_path: Path) -> None:
+def test_all_of_a_directory_of_40000_entries_is_registered_in_slices(tmp_path: Path) -> None:
     chain = Chain()
     wanted, gate = small(chain, 40_000), trio.Event()
     chain.sends = [gate, wanted[0], wanted[-1]]
 
     async def main(cache: PinsetCache) -> None:
         before = time.thread_time()
-        ended = cache.reader.gather(subtree(chain), wanted, none_besides)
+        ended = cache.reader.gather(subtree(chain), wanted, nothing_more)
         assert time.thread_time() - before < 0.05
         await wait_all_tasks_blocked()
         async with trio.open_nursery() as nursery:

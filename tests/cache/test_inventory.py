@@ -1,5 +1,5 @@
-"""A start on a large cache: reads are served while what an earlier run left is still being counted, and
-nothing new is kept until then."""
+"""A start on a large cache: reads are served while the content of an earlier run is still being counted.
+Nothing new is staged until all is counted."""
 
 import contextlib
 import hashlib
@@ -30,13 +30,13 @@ from tests.cache.test_budget import taken
 BUDGET = 64 << 20
 FILES = 40
 PARTS = 5
-"""Of the files, those that are not whole."""
+"""How many of the files are not complete."""
 
 Made = tuple[FileRef, list[Leaf], bytes]
 
 
 class SlowDisk:
-    """The look at all but the first staging files waits until `go`, and fails so many times."""
+    """A disk whose scan waits for `go` after the first staging files, and then fails `failures` times."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.go = threading.Event()
@@ -47,7 +47,7 @@ class SlowDisk:
             for number, entry in enumerate(scan(staging)):
                 if number >= 2:
                     self.go.wait(10)
-                    self.go.set()  # a test that failed ends at once
+                    self.go.set()  # so that a failed test ends at once
                     if self.failures:
                         self.failures -= 1
                         raise OSError(5, "Input/output error")
@@ -72,14 +72,14 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], SlowDisk]]:
         each.go.set()
 
 
-def pinned_bytes(folder: Path) -> int:
-    """All but the index, which grows by what is noted in it."""
+def bytes_of_content(folder: Path) -> int:
+    """Bytes on disk without the index, which grows with each note in it."""
     return taken(folder / "staging") + taken(folder / "packs")
 
 
 async def filled(folder: Path, chain: Chain) -> tuple[list[Made], Cid]:
-    """Staged by an earlier run: FILES files, the first PARTS of them without their last leaf, and a small
-    block."""
+    """Stages what an earlier run left: FILES files, the first PARTS of them without their last leaf, and a
+    small block."""
     files = [make_file(chain, 200_000 + number, seed=number) for number in range(FILES)]
     async with PinsetCache.open(folder, chain, BUDGET) as cache:
         for number, (file, leaves, _content) in enumerate(files):
@@ -92,13 +92,13 @@ async def filled(folder: Path, chain: Chain) -> tuple[list[Made], Cid]:
     return files, small
 
 
-def test_what_is_staged_is_read_and_nothing_new_is_kept_until_all_is_counted(
+def test_staged_content_is_read_and_nothing_new_is_staged_until_all_is_counted(
     tmp_path: Path, disk: Callable[[], SlowDisk]
 ) -> None:
     async def main() -> None:
         chain = Chain()
         files, small = await filled(tmp_path, chain)
-        before = pinned_bytes(tmp_path)
+        before = bytes_of_content(tmp_path)
         new, new_leaves, new_content = make_file(chain, 300_000, seed=100)
         slow = disk()
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
@@ -116,7 +116,7 @@ def test_what_is_staged_is_read_and_nothing_new_is_kept_until_all_is_counted(
             cache.reader.opened(files[-1][0])
             assert not cache.statistics().counted
             assert "is being counted" in cache.trouble
-            assert pinned_bytes(tmp_path) == before
+            assert bytes_of_content(tmp_path) == before
             slow.go.set()
             with trio.fail_after(30):
                 assert len(await cache.store.listed()) == FILES
@@ -124,7 +124,7 @@ def test_what_is_staged_is_read_and_nothing_new_is_kept_until_all_is_counted(
             assert not cache.trouble
             assert taken(tmp_path) <= cache.statistics().used <= BUDGET
             assert sum(map(cache.store.budget.size, cache.store.staging.entries)) >= FILES * 200_000
-            assert cache.store.budget.arc.frequent(files[-1][0].cid), "it was used again meanwhile"
+            assert cache.store.budget.arc.frequent(files[-1][0].cid), "it was used again during the count"
             assert list(cache.store.budget.arc)[-1] == files[-1][0].cid
             chain.asked.clear()
             for _ in range(2):
@@ -136,7 +136,7 @@ def test_what_is_staged_is_read_and_nothing_new_is_kept_until_all_is_counted(
     trio.run(main)
 
 
-def test_the_order_of_use_is_the_same_whether_it_takes_one_look_or_many(
+def test_the_order_of_use_does_not_depend_on_how_many_files_are_scanned_together(
     tmp_path: Path, disk: Callable[[], SlowDisk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
@@ -166,7 +166,7 @@ def test_a_mount_that_ends_before_all_is_counted_keeps_the_order_of_use(
             order = list(cache.store.budget.arc)
         slow = disk()
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            threading.Timer(0.2, slow.go.set).start()  # the thread that looks can't be cancelled
+            threading.Timer(0.2, slow.go.set).start()  # the thread that scans can't be cancelled
             assert not cache.statistics().counted
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await cache.store.budget.counted.wait()
@@ -176,19 +176,19 @@ def test_a_mount_that_ends_before_all_is_counted_keeps_the_order_of_use(
 
 
 @pytest.mark.logs("can't be counted")
-def test_what_is_too_much_for_a_smaller_budget_leaves_once_all_is_counted(
+def test_a_smaller_budget_evicts_content_once_all_is_counted(
     tmp_path: Path, disk: Callable[[], SlowDisk]
 ) -> None:
     async def main() -> None:
         chain = Chain()
         await filled(tmp_path, chain)
-        before = pinned_bytes(tmp_path)
+        before = bytes_of_content(tmp_path)
         slow = disk()
         async with PinsetCache.open(tmp_path, chain, 4 << 20) as cache:
             await recovery.measure(cache.store)
             await cache.store.budget.resize(3 << 20)
-            assert pinned_bytes(tmp_path) == before
-            slow.failures = 2  # a disk in trouble is asked again
+            assert bytes_of_content(tmp_path) == before
+            slow.failures = 2  # a scan that fails is repeated
             slow.go.set()
             with trio.fail_after(30):
                 await cache.store.budget.counted.wait()
@@ -199,7 +199,7 @@ def test_what_is_too_much_for_a_smaller_budget_leaves_once_all_is_counted(
     trio.run(main)
 
 
-def test_without_an_index_the_packs_are_read_once_all_are_counted(
+def test_without_an_index_the_packs_are_read_once_all_is_counted(
     tmp_path: Path, disk: Callable[[], SlowDisk]
 ) -> None:
     async def main() -> None:
@@ -220,7 +220,9 @@ def test_without_an_index_the_packs_are_read_once_all_are_counted(
 
 @pytest.mark.logs("what belongs to that pin is looked for")
 @pytest.mark.parametrize("damaged", [False, True])
-def test_what_is_pinned_stays_pinned(tmp_path: Path, disk: Callable[[], SlowDisk], damaged: bool) -> None:
+def test_pinned_content_stays_pinned_while_the_cache_is_counted_and_later(
+    tmp_path: Path, disk: Callable[[], SlowDisk], damaged: bool
+) -> None:
     async def main() -> None:
         chain = Chain()
         _files, _small = await filled(tmp_path, chain)
@@ -253,7 +255,7 @@ def test_what_is_pinned_stays_pinned(tmp_path: Path, disk: Callable[[], SlowDisk
     trio.run(main)
 
 
-def test_what_is_evicted_or_renamed_meanwhile_is_counted_once(
+def test_files_that_are_evicted_or_renamed_during_the_count_are_counted_correctly(
     tmp_path: Path, disk: Callable[[], SlowDisk]
 ) -> None:
     async def main() -> None:
@@ -286,7 +288,7 @@ def test_what_is_evicted_or_renamed_meanwhile_is_counted_once(
     [(b"\x12\x20", hashlib.sha256, 30_000), (b"\x13\x40", hashlib.sha512, 50_000)],
     ids=["sha2-256", "sha2-512"],
 )
-def test_what_is_written_at_the_end_fits_the_budget(
+def test_the_order_of_use_that_is_written_at_the_end_fits_the_budget(
     tmp_path: Path, prefix: bytes, digest: Callable[[bytes], "hashlib._Hash"], count: int
 ) -> None:
     """The order of use takes 2 or 5 MB of the index here, and the cache is full."""
@@ -305,7 +307,7 @@ def test_what_is_written_at_the_end_fits_the_budget(
 
     budget = trio.run(main)
     assert taken(tmp_path) <= budget
-    assert len(list(folder.iterdir())) > 0.9 * count, "it is little that leaves for it"
+    assert len(list(folder.iterdir())) > 0.9 * count, "few files are evicted for it"
 
 
 def rows_of_uses(folder: Path) -> dict[object, tuple[float, int]]:
@@ -332,8 +334,8 @@ def make_staging_files(folder: Path, count: int) -> list[FileRef]:
     return made
 
 
-def test_an_unmount_writes_only_what_has_changed_in_the_order_of_use(tmp_path: Path) -> None:
-    """It wrote a row for each staging file: 9 s of a million."""
+def test_an_unmount_writes_only_the_changes_in_the_order_of_use(tmp_path: Path) -> None:
+    """To write a row for each of a million staging files takes 9 s."""
 
     async def main() -> None:
         files = make_staging_files(tmp_path, 1000)
@@ -358,12 +360,13 @@ def test_an_unmount_writes_only_what_has_changed_in_the_order_of_use(tmp_path: P
 def test_the_order_of_use_is_exact_after_many_unmounts(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever was used, evicted, pinned, read again or staged anew, and however the clock was set."""
+    """Between the unmounts, files are used, evicted, pinned, read again or staged anew, and the clock is
+    set."""
     monkeypatch.setattr(recovery, "FEWEST_TOGETHER", 3)
     dice = random.Random(seed)
-    whole: list[bool] = []
-    keep = Index.clear_uses
-    monkeypatch.setattr(Index, "clear_uses", lambda index: whole.append(True) or keep(index))
+    all_written: list[bool] = []
+    clear_uses = Index.clear_uses
+    monkeypatch.setattr(Index, "clear_uses", lambda index: all_written.append(True) or clear_uses(index))
 
     async def main() -> None:
         chain = Chain()
@@ -400,17 +403,17 @@ def test_the_order_of_use_is_exact_after_many_unmounts(
                     for key in pinned:
                         budget.unprotect(key)
                     order = order_of(cache)
-                    whole.append(False)
+                    all_written.append(False)
             assert set(rows_of_uses(tmp_path)) == {*order[0], *order[1], recovery.IN_ORDER}
 
     trio.run(main)
-    ways = list(zip(whole, [*whole[1:], False], strict=True))
-    assert (False, True) in ways, "all was written"
-    assert (False, False) in ways[:-1], "and only what had changed"
+    ways = list(zip(all_written, [*all_written[1:], False], strict=True))
+    assert (False, True) in ways, "some unmounts write all rows"
+    assert (False, False) in ways[:-1], "other unmounts write only the changes"
 
 
 def test_a_new_file_that_was_exempt_from_eviction_counts_as_a_new_row(tmp_path: Path) -> None:
-    """Its row was taken for an old one, and the last eviction made no room for it."""
+    """If its row is taken for an old one, the last eviction makes no room for it."""
     files = make_staging_files(tmp_path, 20)
     new = cids.make(cids.RAW, b"\x12\x20" + b"\xff" * 32)
 

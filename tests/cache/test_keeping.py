@@ -1,4 +1,4 @@
-"""Pinned, and checked on demand."""
+"""Pins, and fsck."""
 
 import errno
 import json
@@ -82,7 +82,7 @@ async def _read(cache: PinsetCache, cid: Cid, each: object) -> None:
 
 
 async def churn(cache: PinsetCache, chain: Chain) -> None:
-    """Four times the budget of other content."""
+    """Reads other content of four times the budget."""
     for seed in range(500, 500 + 4 * BUDGET // (2 * MIB)):
         ref, leaves, _content = make_file(chain, 2 * MIB, 1 << 18, seed)
         for leaf in leaves:
@@ -92,13 +92,13 @@ async def churn(cache: PinsetCache, chain: Chain) -> None:
 
 
 async def fetches(cache: PinsetCache, chain: Chain, cid: Cid) -> int:
-    """How many blocks a reading of all of it asks the sources for."""
+    """Reads a whole tree, and returns how many blocks the sources were asked for."""
     chain.asked.clear()
     await read_all(cache, cid)
     return len(chain.asked)
 
 
-def test_what_is_pinned_is_never_evicted_across_restarts_until_it_is_unpinned(tmp_path: Path) -> None:
+def test_pinned_content_is_not_evicted_until_it_is_unpinned_even_after_a_restart(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         kept = tree(chain, 3, seed=100)
@@ -125,7 +125,7 @@ def test_what_is_pinned_is_never_evicted_across_restarts_until_it_is_unpinned(tm
     trio.run(main)
 
 
-def test_two_pins_of_shared_content_lose_nothing_by_each_other(tmp_path: Path) -> None:
+def test_unpinning_one_of_two_pins_keeps_the_content_that_they_share(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         shared = tree(chain, 2, seed=100)
@@ -137,14 +137,14 @@ def test_two_pins_of_shared_content_lose_nothing_by_each_other(tmp_path: Path) -
             await cache.pinned.unpin(two)
             await churn(cache, chain)
             assert await fetches(cache, chain, one) == 0
-            await read_all(cache, one, pin=True)  # again: no harm
+            await read_all(cache, one, pin=True)  # to pin it again does no harm
             await churn(cache, chain)
             assert await fetches(cache, chain, one) == 0
 
     trio.run(main)
 
 
-def test_a_pin_larger_than_the_budget_is_refused_naming_sizes_and_keeps_nothing(tmp_path: Path) -> None:
+def test_a_pin_larger_than_the_budget_is_refused_with_the_sizes_and_pins_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         large = tree(chain, 20, seed=100)
@@ -164,7 +164,7 @@ def test_a_pin_larger_than_the_budget_is_refused_naming_sizes_and_keeps_nothing(
     trio.run(main)
 
 
-def test_a_pin_that_fails_keeps_nothing(tmp_path: Path) -> None:
+def test_a_pin_that_fails_pins_nothing(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         root = tree(chain, 2, seed=100)
@@ -179,10 +179,10 @@ def test_a_pin_that_fails_keeps_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("reads go on without the cache")
-def test_a_pin_fails_if_a_write_failed_though_the_disk_is_well_again(
+def test_a_pin_fails_if_a_write_failed_even_if_the_disk_works_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its file had a hole."""
+    """Otherwise a file with a hole would be pinned."""
 
     async def pin(cache: PinsetCache, cid: Cid) -> None:
         async with cache.pinned.pin(cid) as pinning:
@@ -191,7 +191,7 @@ def test_a_pin_fails_if_a_write_failed_though_the_disk_is_well_again(
             await pinning.file(ref)
             for leaf in await drive(cache, file_layout.leaves(file, 0, file.size)):
                 await cache.reader.leaf(ref, leaf)
-                cache.store.backoff._until = 0  # its five seconds are over
+                cache.store.backoff._until = 0  # as if its five seconds were over
             assert not cache.store.backoff.reason
 
     async def main() -> None:
@@ -221,7 +221,7 @@ def test_a_pin_fails_if_a_write_failed_though_the_disk_is_well_again(
 
 
 @pytest.mark.logs("wrong bytes in the cache")
-def test_fsck_finds_all_that_is_wrong_and_mends_it(tmp_path: Path) -> None:
+def test_fsck_finds_and_mends_everything_that_is_wrong(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         root = tree(chain, 3, seed=100)
@@ -231,18 +231,18 @@ def test_fsck_finds_all_that_is_wrong_and_mends_it(tmp_path: Path) -> None:
             for leaf in (1, 4):
                 flip(path, leaf * (1 << 17) + 77)
         flip(staged(tmp_path, "packs")[0], 200)
-        told: list[tuple[int, int]] = []
+        progress: list[tuple[int, int]] = []
 
-        async def tell(done: int, total: int) -> None:
-            told.append((done, total))
+        async def note_progress(done: int, total: int) -> None:
+            progress.append((done, total))
 
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            report = await cache.fsck(tell)
+            report = await cache.fsck(note_progress)
             assert (report.files, report.wrong, report.mended, report.unproved) == (3, 7, 7, 0)
             assert report.blocks == 3 * 8 + 6
             assert report.bytes > 3 * MIB
-            assert told == sorted(told)
-            assert told[-1][0] <= told[-1][1]
+            assert progress == sorted(progress)
+            assert progress[-1][0] <= progress[-1][1]
             report = await cache.fsck()
             assert (report.wrong, report.mended) == (0, 0)
             assert await fetches(cache, chain, root) == 0
@@ -251,7 +251,7 @@ def test_fsck_finds_all_that_is_wrong_and_mends_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("wrong bytes in the cache")
-def test_fsck_without_sources_sets_aside_and_says_what_it_could_not_prove(tmp_path: Path) -> None:
+def test_fsck_without_sources_counts_what_is_wrong_and_what_it_can_not_verify(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         root = tree(chain, 1, seed=100)
@@ -281,8 +281,8 @@ def _file(cid: Cid, block: bytes) -> File:
 
 
 @pytest.mark.logs("what belongs to that pin is looked for")
-def test_no_bit_that_turns_in_the_record_of_a_pin_changes_what_is_pinned(tmp_path: Path) -> None:
-    """A CID or a number with a turned bit is another one: the right file could be evicted."""
+def test_no_flipped_bit_in_the_record_of_a_pin_changes_what_is_pinned(tmp_path: Path) -> None:
+    """A CID or a number with a flipped bit is a different one. Then a pinned file could be evicted."""
     records = PinRecords(tmp_path / "pinned")
     chain = Chain()
     root, files = chain.add(b"root", cids.DAG_PB), [chain.add(b"%d" % number) for number in range(2)]
@@ -292,11 +292,11 @@ def test_no_bit_that_turns_in_the_record_of_a_pin_changes_what_is_pinned(tmp_pat
     before = path.read_bytes()
     unknown = 0
     for bit in range(8 * len(before)):
-        turned = bytearray(before)
-        turned[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(turned)
+        flipped = bytearray(before)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
         found = records.load()[root].keys
-        assert found in (None, keys), turned
+        assert found in (None, keys), flipped
         unknown += found is None
     assert unknown > 4 * len(before)
     for other in (b"5", b"[]", b'"text"', b"null"):

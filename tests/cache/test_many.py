@@ -1,4 +1,4 @@
-"""Many names, many files: what is told of them, and at what cost to others."""
+"""Many names, many files and many blocks: how they are listed, and what they cost."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ BUDGET = 64 << 20
 SMALL_BLOCKS = int(os.environ.get("IPFSFUSE_SMALL_BLOCKS", "100000"))
 
 
-def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_time(
+def test_names_of_content_that_is_not_staged_any_more_are_forgotten_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pinset, "MAX_STAGED_NAMES", 100)
@@ -31,15 +31,15 @@ def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_ti
         staged = [chain.add(random_bytes(100, number)) for number in range(150)]
         gone = [chain.add(random_bytes(100, 1000 + number)) for number in range(150)]
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
-            looked: list[Cid] = []
+            checked: list[Cid] = []
             holds = cache.store.holds
-            monkeypatch.setattr(cache.store, "holds", lambda cid: looked.append(cid) or holds(cid))
+            monkeypatch.setattr(cache.store, "holds", lambda cid: checked.append(cid) or holds(cid))
             for one, other in zip(staged, gone, strict=True):
                 await cache.reader.block(one)
                 for cid in (one, other):
-                    before = len(looked)
+                    before = len(checked)
                     cache.names.note(cid, cids.text(cid))
-                    assert len(looked) - before <= pinset.LOOK_AT
+                    assert len(checked) - before <= pinset.LOOK_AT
             assert {cid for cid, _spelling in cache.named_roots()} == set(staged)
             assert len(cache.names._names) < 150 + 100
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
@@ -48,7 +48,7 @@ def test_of_many_names_those_that_are_staged_no_more_are_forgotten_a_few_at_a_ti
     trio.run(main)
 
 
-def test_a_long_list_is_told_while_other_calls_have_their_turn(tmp_path: Path) -> None:
+def test_other_tasks_run_while_a_long_list_is_made(tmp_path: Path) -> None:
     async def main() -> None:
         async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
             entries = cache.store.staging.entries
@@ -75,10 +75,10 @@ def test_a_long_list_is_told_while_other_calls_have_their_turn(tmp_path: Path) -
     trio.run(main)
 
 
-def test_small_blocks_cost_little_more_than_their_bytes_and_few_entries(
+def test_small_blocks_take_little_more_than_their_bytes_and_few_directory_entries(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """IPFSFUSE_SMALL_BLOCKS says how many, of 1 to 4,096 bytes."""
+    """IPFSFUSE_SMALL_BLOCKS says how many blocks. They have 8 to 4,095 bytes."""
 
     async def main() -> int:
         dice, chain, content = random.Random(1), Chain(), 0

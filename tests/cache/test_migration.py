@@ -1,5 +1,5 @@
-"""Older layouts and versions of the cache folder become this one, whatever moment the first start is killed
-at."""
+"""Older layouts and versions of the cache folder are migrated, even if the first starts are killed at any
+moment."""
 
 import json
 import os
@@ -44,8 +44,8 @@ CREATE TABLE pinned (pin BLOB, key TEXT, PRIMARY KEY (pin, key)) WITHOUT ROWID;
 
 
 class Used:
-    """A cache in which one tree is pinned, another was read, and a name was opened; and the sources that have
-    it all."""
+    """A cache in which one tree is pinned, another was read, and a name was opened. `chain` has all
+    blocks."""
 
     def __init__(self, cache_dir: Path) -> None:
         self.cache_dir = cache_dir
@@ -66,8 +66,8 @@ class Used:
         return self.cache_dir / "ipfsfuse-cache"
 
     def check(self, names: bool = True) -> None:
-        """All of it is there, nothing is asked of the sources, and what is pinned outlives an eviction of all
-        the rest."""
+        """Checks that all of it is there without a request to the sources, and that what is pinned stays when
+        the rest is evicted."""
         self.look(names)
         self.look(names, evict=True)
 
@@ -96,7 +96,7 @@ class Used:
     def as_version(self, number: int) -> None:
         """Writes the index anew as an older version had it."""
         (record,) = (self.ours / "pinned").iterdir()
-        said = json.loads(record.read_text())
+        pin = json.loads(record.read_text())
         record.unlink()
         (self.ours / "pinned").rmdir()
         path = self.ours / "index.sqlite"
@@ -114,14 +114,14 @@ class Used:
             database.executemany(
                 "INSERT INTO roots (cid, spelling) VALUES (?, ?)", [row[1:] for row in rows["roots"]]
             )
-            database.execute("INSERT INTO pins VALUES (?, ?)", (self.pinned, said["bytes"]))
-            keys = [*said["files"], *map(str, said["packs"])]
+            database.execute("INSERT INTO pins VALUES (?, ?)", (self.pinned, pin["bytes"]))
+            keys = [*pin["files"], *map(str, pin["packs"])]
             database.executemany("INSERT INTO pinned VALUES (?, ?)", [(self.pinned, cids.parse(key) if number == 1 else key) for key in keys
                                                                       if number == 2 or not key.isdecimal()])  # fmt: skip
             database.execute(f"PRAGMA user_version = {number}")
 
     def as_layout_2(self) -> None:
-        """Moves everything to where the version before had it."""
+        """Moves everything to where layout 2 had it."""
         self.as_version(2)
         for old, new in {
             "staging": "files",
@@ -148,7 +148,7 @@ def used(tmp_path: Path) -> Used:
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_an_older_index_is_brought_up_to_date_with_all_it_holds(used: Used, number: int) -> None:
+def test_an_older_index_is_migrated_with_all_its_content(used: Used, number: int) -> None:
     used.as_version(number)
     used.check()
     with closing(sqlite3.connect(used.ours / "index.sqlite")) as database:
@@ -158,7 +158,7 @@ def test_an_older_index_is_brought_up_to_date_with_all_it_holds(used: Used, numb
 
 
 @pytest.mark.logs("which no ipfsfuse has written")
-def test_an_index_of_a_version_that_never_was_is_begun_anew(used: Used) -> None:
+def test_an_index_of_a_version_that_never_existed_is_replaced(used: Used) -> None:
     with closing(sqlite3.connect(used.ours / "index.sqlite")) as database:
         database.execute("PRAGMA user_version = -7")
     used.check(names=False)
@@ -186,7 +186,7 @@ async def main(path):
         pass
 
 def start(cache_dir, left):
-    "A start that is killed before it changes the disk for the so-manieth time; how it ended."
+    "Starts a process that is killed after `left` changes of the disk, and returns how it ended."
     child = os.fork()
     if not child:
         def each(event, arguments):
@@ -220,15 +220,16 @@ else:
 
 
 def killed_starts(cache_dir: Path, *after: int) -> None:
-    """Starts that are killed after so many changes each; without `after`, of copies `cache_dir.0`, `.1` ...
-    of the folder, one after each number of changes, until one gets through."""
+    """Starts processes that are killed, one for each number in `after`, after so many changes of the disk.
+    Without `after`: copies the folder to `cache_dir.0`, `.1` ..., and starts a process in each copy that is
+    killed after 0, 1 ... changes, until one ends without a kill."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     subprocess.run(
         [sys.executable, "-c", KILLED, str(cache_dir), *map(str, after)], env=environment, check=True
     )
 
 
-def test_a_kill_between_any_two_steps_is_made_good_by_the_next_start(used: Used) -> None:
+def test_the_next_start_completes_a_migration_that_was_killed_between_any_two_steps(used: Used) -> None:
     used.as_layout_2()
     cache_dir = used.cache_dir
     killed_starts(cache_dir)
@@ -239,7 +240,7 @@ def test_a_kill_between_any_two_steps_is_made_good_by_the_next_start(used: Used)
         assert [path.name for path in used.cache_dir.iterdir()] == ["ipfsfuse-cache"]
 
 
-def test_a_kill_in_the_middle_of_two_migrations_in_a_row(used: Used) -> None:
+def test_a_migration_survives_several_kills_in_a_row(used: Used) -> None:
     used.as_layout_2()
     killed_starts(used.cache_dir, 2, 2, 1, 3, 0, 2)
     used.check()
@@ -294,7 +295,7 @@ def test_an_older_layout_with_something_else_in_it_is_refused_and_left_alone(
     assert contents(tmp_path) == before
 
 
-def test_two_starts_at_once_move_it_once(used: Used) -> None:
+def test_two_starts_at_once_move_the_older_layout_once(used: Used) -> None:
     used.as_layout_2()
     both = [holder("locked", used.cache_dir) for _ in range(2)]
     held = [process for process, where in both if where]
@@ -321,8 +322,8 @@ def damage(used: Used, how: str) -> None:
 @pytest.mark.logs("is damaged", "wrong bytes in the cache")
 @pytest.mark.parametrize("record", ["whole", "garbage", "empty", "of another form"])
 @pytest.mark.parametrize("how", ["deleted", "overwritten", "empty"])
-def test_what_is_pinned_survives_the_loss_of_the_index(used: Used, how: str, record: str) -> None:
-    """Under a budget that makes everything else leave at once."""
+def test_pins_survive_the_loss_of_the_index(used: Used, how: str, record: str) -> None:
+    """The budget is so small that everything else is evicted at once."""
     damage(used, how)
     (pin,) = (used.ours / "pinned").iterdir()
     if record != "whole":
@@ -333,7 +334,7 @@ def test_what_is_pinned_survives_the_loss_of_the_index(used: Used, how: str, rec
 
     async def main(path: Path) -> None:
         async with PinsetCache.open(path, chain, 4 << 20) as cache:
-            for seed in range(40):  # more than the budget, while what is pinned may not be known yet
+            for seed in range(40):  # more than the budget, perhaps before it is known what is pinned
                 await cache.reader.block(chain.add(random_bytes(60_000, seed)))
                 file = chain.add(random_bytes(200_000, 1000 + seed))
                 await cache.reader.block(file)
@@ -361,16 +362,16 @@ def test_what_is_pinned_survives_the_loss_of_the_index(used: Used, how: str, rec
 @pytest.mark.logs("of the pin .* are not in the cache any more", "is damaged", "wrong bytes")
 @pytest.mark.parametrize("record", ["whole", "garbage"])
 @pytest.mark.parametrize("kind", ["staging", "packs"])
-def test_what_is_missing_of_a_pin_is_told_and_fetched_when_it_is_used(
+def test_missing_content_of_a_pin_is_reported_and_fetched_when_it_is_used(
     used: Used, kind: str, record: str
 ) -> None:
     (pin,) = (used.ours / "pinned").iterdir()
-    said = json.loads(pin.read_text())
+    content = json.loads(pin.read_text())
     damage(used, "deleted")
     if record == "garbage":
         pin.write_bytes(b"garbage")
     if kind == "staging":
-        (used.ours / kind / said["files"][0]).unlink()
+        (used.ours / kind / content["files"][0]).unlink()
     else:
         for pack in (used.ours / kind).iterdir():
             pack.unlink()
@@ -391,8 +392,8 @@ def test_what_is_missing_of_a_pin_is_told_and_fetched_when_it_is_used(
         trio.run(main, held.path)
 
 
-def test_a_pin_that_can_not_be_written_is_no_pin(used: Used) -> None:
-    """A second name for what is already there, while its folder takes nothing."""
+def test_a_pin_whose_record_can_not_be_written_fails(used: Used) -> None:
+    """Its content is already in the cache, but the folder of the records can't be written to."""
     other = directory(used.chain, {"again": file_node(used.chain, 1 << 20, 100)})
     pinned = used.ours / "pinned"
 
@@ -416,7 +417,9 @@ def test_a_pin_that_can_not_be_written_is_no_pin(used: Used) -> None:
 
 
 @pytest.mark.logs("is damaged")
-def test_a_lone_file_that_is_pinned_is_found_by_its_own_name(tmp_path: Path) -> None:
+def test_a_pinned_file_of_one_block_is_found_by_its_file_name_if_its_record_is_damaged(
+    tmp_path: Path,
+) -> None:
     chain = Chain()
     lone = chain.add(random_bytes(100_000, 5))
 

@@ -1,4 +1,4 @@
-"""Proofs of parts of a leaf: what was verified whole is proved again piece by piece."""
+"""Reads of parts of a leaf: once the whole leaf was verified, only the pieces that are read are checked."""
 
 import os
 import random
@@ -22,20 +22,20 @@ LEAF = 16 * PIECE
 
 
 async def read_whole(cache: PinsetCache, file: FileRef, leaves: list[Leaf]) -> None:
-    """Twice: what was fetched is staged, and then read from the disk and verified. The file has its final name
-    after that."""
+    """Reads the file twice: the first time it is fetched and staged, the second time it is read from the disk
+    and verified. After that it has its final name."""
     for _ in range(2):
         for leaf in leaves:
             await cache.reader.leaf(file, leaf)
     await cache.store.finish(cache.store.staging.entries[file.cid])
 
 
-WRONG = pytest.mark.logs("wrong bytes in the cache at .*, set aside")
+LOGS_WRONG_BYTES = pytest.mark.logs("wrong bytes in the cache at .*, set aside")
 
 
-@WRONG
+@LOGS_WRONG_BYTES
 @pytest.mark.parametrize("dag_pb", [False, True], ids=["raw", "dag-pb"])
-def test_a_part_is_proved_without_the_rest_of_its_leaf(tmp_path: Path, dag_pb: bool) -> None:
+def test_a_part_is_checked_without_the_rest_of_its_leaf(tmp_path: Path, dag_pb: bool) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, 2 * LEAF + 70_000, LEAF, dag_pb=dag_pb)
 
@@ -49,8 +49,8 @@ def test_a_part_is_proved_without_the_rest_of_its_leaf(tmp_path: Path, dag_pb: b
                 assert part.content == content[start:stop]
             last = leaves[-1]
             assert (await cache.reader.part(file, last, 69_990, 70_000)).content == content[-10:]
-            assert not chain.asked, "the other pieces were not looked at"
-            # the whole range with the wrong piece in it: fetched again in the same read
+            assert not chain.asked, "the wrong piece was not read"
+            # a range with the wrong piece in it: the leaf is fetched again in the same read
             part = await cache.reader.part(file, leaves[0], 100, 3 * PIECE)
             assert part.content == content[100 : 3 * PIECE]
             assert chain.asked == [leaves[0].cid]
@@ -60,12 +60,12 @@ def test_a_part_is_proved_without_the_rest_of_its_leaf(tmp_path: Path, dag_pb: b
             chain.asked.clear()
             part = await cache.reader.part(file, leaves[1], 0, 9)
             assert part.content == content[LEAF : LEAF + 9]
-            assert chain.asked == [leaves[1].cid], "the first read after a start proves the whole leaf"
+            assert chain.asked == [leaves[1].cid], "the first read after a start verifies the whole leaf"
 
     trio.run(main)
 
 
-def test_leaves_that_another_file_has_proved_complete_a_file_too(tmp_path: Path) -> None:
+def test_leaves_that_were_verified_in_another_file_complete_a_file(tmp_path: Path) -> None:
     """Two files have leaves in common. Their tags are known from one file when they are read in the other."""
     chain = Chain()
     one, its_leaves, content = make_file(chain, 3 * LEAF, LEAF)
@@ -87,9 +87,9 @@ def test_leaves_that_another_file_has_proved_complete_a_file_too(tmp_path: Path)
     trio.run(main)
 
 
-@WRONG
-def test_no_flipped_bit_is_ever_given(tmp_path: Path) -> None:
-    """Random reads of a staging file. A bit of each leaf is turned before."""
+@LOGS_WRONG_BYTES
+def test_no_flipped_bit_reaches_a_reader(tmp_path: Path) -> None:
+    """Random reads of a staging file. Before, one bit of each leaf is flipped."""
     chain, chance = Chain(), random.Random(0)
     file, leaves, content = make_file(chain, 16 * LEAF, LEAF)
 
@@ -107,14 +107,14 @@ def test_no_flipped_bit_is_ever_given(tmp_path: Path) -> None:
                     assert (
                         part.content == content[leaf.offset + start : leaf.offset + min(start + 4096, LEAF)]
                     )
-                await cache.reader.wait_until_staged()  # the next bits are turned in staged bytes
-            assert len(chain.asked) > FLIPS // 10, "the other bits lay where nothing was staged yet"
+                await cache.reader.wait_until_staged()  # the next bits are flipped in staged bytes
+            assert len(chain.asked) > FLIPS // 10, "the other bits were flipped where nothing was staged yet"
 
     trio.run(main)
 
 
-@WRONG
-def test_a_file_of_which_nothing_was_right_leaves_no_second_file(tmp_path: Path) -> None:
+@LOGS_WRONG_BYTES
+def test_a_file_whose_leaves_were_all_wrong_leaves_no_second_file(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, 4 * LEAF, LEAF)
 
@@ -128,7 +128,7 @@ def test_a_file_of_which_nothing_was_right_leaves_no_second_file(tmp_path: Path)
                 await cache.reader.part(file, leaf, 0, 9)
             await cache.reader.wait_until_staged()
             assert len(staged(tmp_path, "staging")) == 1
-            await read_whole(cache, file, leaves)  # a leaf may have been too late for the file that went
+            await read_whole(cache, file, leaves)  # a leaf may have come too late for the removed file
             await cache.reader.wait_until_staged()
         assert staged(tmp_path, "staging")[0].read_bytes() == content
 

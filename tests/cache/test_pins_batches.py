@@ -1,4 +1,4 @@
-"""The policy of pin batches: a model of a node that follows every round must hold exactly what is wanted."""
+"""The planner of pin batches, tested with a model of a node that does what each round says."""
 
 import math
 
@@ -16,9 +16,9 @@ def cid(index: int) -> Cid:
     return cids.make(cids.RAW, b"\x12\x20" + index.to_bytes(32, "big"))
 
 
-class Shelf(RuleBasedStateMachine):
-    """Random wishes between and inside rounds; some rounds fail with any part of them done, some nodes
-    forget."""
+class PlannerMachine(RuleBasedStateMachine):
+    """Random additions and removals between rounds and during them. A round may fail with any part of it
+    done, and the node may lose batches."""
 
     MAX_MEMBERS = 8
     MAX_PER_ROUND = 2
@@ -70,13 +70,13 @@ class Shelf(RuleBasedStateMachine):
     @precondition(lambda self: self.round_open)
     @rule(done=st.integers(0, 3), lost=st.sets(st.integers(0, 60)))
     def fail(self, done: int, lost: set[int]) -> None:
-        """The node did some of it, then failed; when it came back some batches were gone. Then we ask what it
-        has."""
+        """The node did a part of the round and failed. When it came back, it had lost some batches. Then we
+        ask what it has."""
         self.planner.abandon()
         self.round_open = False
         for batch in self.round.writes[:done]:
             self.node[batch.number] = batch.members
-        self.twice |= done > 0  # by the time of the next round, more of what it was to drop may be wanted
+        self.twice |= done > 0  # until the next round, more of a batch that it was to drop may be wanted
         self.node = {number: members for number, members in self.node.items() if number not in lost}
         for number in self.planner.batches.keys() - self.node.keys():
             self.planner.lose(number)
@@ -87,7 +87,8 @@ class Shelf(RuleBasedStateMachine):
     @precondition(lambda self: not self.round_open)
     @rule()
     def restart(self) -> None:
-        """A new process knows what is desired, and reads back what the node has; wishes go on meanwhile."""
+        """A new process knows what is wanted, and reads back what the node has. Meanwhile, more may be
+        wanted."""
         self.planner = BatchPlanner(self.MAX_MEMBERS, self.MAX_PER_ROUND)
         for key in self.wanted:
             self.planner.add(key)
@@ -97,7 +98,7 @@ class Shelf(RuleBasedStateMachine):
     @precondition(lambda self: not self.round_open)
     @rule(index=st.integers(0, 40), count=st.integers(1, 8))
     def edit(self, index: int, count: int) -> None:
-        """Somebody puts a batch of his own among ours, and we find it."""
+        """A user puts a batch among ours, and we find it."""
         batch = PinBatch(
             max(self.node, default=0) + 5, tuple(cid(number) for number in range(index, index + count))
         )
@@ -117,8 +118,8 @@ class Shelf(RuleBasedStateMachine):
             assert self.planner.queued == sum(self.planner.home(key) == 0 for key in self.wanted)
 
     def teardown(self) -> None:
-        """Left alone, it settles: everything wanted is held, and there are at most twice as many links as
-        that."""
+        """Without further changes it settles: everything that is wanted is held, and there are at most twice
+        as many links."""
         if self.round_open:
             self.finish()
         while self.planner.begin():
@@ -130,12 +131,12 @@ class Shelf(RuleBasedStateMachine):
         assert len(held) <= 2 * len(self.wanted)
 
 
-TestShelf = Shelf.TestCase
-TestShelf.settings = settings(max_examples=80, stateful_step_count=40)
+TestPlanner = PlannerMachine.TestCase
+TestPlanner.settings = settings(max_examples=80, stateful_step_count=40)
 
 
 def test_a_batch_that_was_about_to_be_dropped_stays_if_half_of_it_is_wanted_again() -> None:
-    """A process that knew little of what is staged is killed between its write and its drop."""
+    """A process that knows little of what is staged is killed between its write and its drop."""
     first = BatchPlanner(limit=16)
     first.adopt(PinBatch(1, tuple(map(cid, range(10)))))
     for index in range(3):
@@ -150,7 +151,7 @@ def test_a_batch_that_was_about_to_be_dropped_stays_if_half_of_it_is_wanted_agai
     assert not second.begin(), "ten are wanted, and thirteen are linked"
     for index in range(3):
         second.remove(cid(index))
-    assert second.begin() == ((), (2,)), "what nobody wants waits in a batch of which half is wanted"
+    assert second.begin() == ((), (2,)), "unwanted members stay in a batch while half of it is wanted"
     second.finish()
     for index in range(3, 6):
         second.remove(cid(index))
@@ -176,7 +177,7 @@ def test_batches_stay_few(sizes: list[int], evicted: set[int]) -> None:
     assert written <= total * (1 + math.log(16, 1.5))
 
 
-def test_one_at_a_time_costs_few_batches_and_writes() -> None:
+def test_pins_that_are_added_one_at_a_time_cost_few_batches_and_writes() -> None:
     planner = BatchPlanner()
     written = 0
     for index in range(3000):
@@ -187,7 +188,7 @@ def test_one_at_a_time_costs_few_batches_and_writes() -> None:
     assert written <= 3000 * 17
 
 
-def test_ten_thousand_at_once_are_ten_batches() -> None:
+def test_ten_thousand_pins_at_once_make_ten_batches() -> None:
     planner = BatchPlanner()
     for index in range(10_000):
         planner.add(cid(index))
@@ -205,9 +206,8 @@ def test_a_pin_after_an_eviction_needs_no_write() -> None:
     assert not planner.begin()
 
 
-def test_a_round_that_broke_off_before_its_drops_is_not_written_again() -> None:
-    """A kill after the write: the node has the new batch and the old one, in which a third was still
-    desired."""
+def test_a_round_that_failed_before_its_drops_is_not_written_again() -> None:
+    """After a kill, the node has the new batch and the old one, of which a third is still wanted."""
     planner = BatchPlanner()
     for index in range(4, 12):
         planner.add(cid(index))
@@ -227,13 +227,13 @@ def test_a_batch_is_a_directory_that_links_its_members() -> None:
     assert members_of(block) == tuple(members)
 
 
-def test_only_a_block_that_we_would_write_is_a_batch() -> None:
+def test_only_a_block_exactly_as_we_write_it_is_read_as_a_batch() -> None:
     members = [cid(index) for index in range(3)]
     links = [dagpb.Link(member, b"%03d" % index, 0) for index, member in enumerate(members)]
     folder = unixfs.encode(unixfs.UnixFS(unixfs.Type.DIRECTORY))
     assert members_of(dagpb.encode(links, folder)) == tuple(members)
     others = {
-        "no dag-pb": b"\xff\x00",
+        "not dag-pb": b"\xff\x00",
         "no data": dagpb.encode(links, None),
         "a file": dagpb.encode(links, unixfs.encode(unixfs.UnixFS(unixfs.Type.FILE))),
         "other names": dagpb.encode([links[0]._replace(name=b"a")], folder),

@@ -1,5 +1,5 @@
-"""Pins whose process is killed: the next start brings the node to what is staged, and the dead leave nothing
-behind."""
+"""Pins of killed processes: the next start makes the node hold what is staged, and what dead mounts left is
+removed."""
 
 import random
 import shutil
@@ -38,13 +38,13 @@ def end(process: "subprocess.Popen[str]") -> None:
     process.communicate(timeout=PATIENCE)
 
 
-def heard(process: "subprocess.Popen[str]", line: str) -> None:
+def expect_line(process: "subprocess.Popen[str]", line: str) -> None:
     assert process.stdout is not None
     assert process.stdout.readline().strip() == line
 
 
 def settle_once(node: Node, folder: Path, staged: Iterable[Cid] = (), pinned: Iterable[Cid] = ()) -> None:
-    """One whole life of a mount."""
+    """Starts a mount, waits until its pins are settled, and ends it."""
 
     async def main() -> None:
         async with pinning(node, folder, staged, pinned) as pins:
@@ -53,7 +53,7 @@ def settle_once(node: Node, folder: Path, staged: Iterable[Cid] = (), pinned: It
     trio.run(main)
 
 
-def test_what_a_node_that_was_down_could_not_be_told_before_a_kill_is_told_by_the_next_start(
+def test_the_next_start_makes_the_changes_of_a_killed_mount_whose_node_was_down(
     own_node: Node, tmp_path: Path
 ) -> None:
     node = own_node
@@ -67,7 +67,7 @@ def test_what_a_node_that_was_down_could_not_be_told_before_a_kill_is_told_by_th
     ]
     process = child(node, tmp_path, MADE_UP, *changes)
     try:
-        heard(process, "told")
+        expect_line(process, "told")
     finally:
         end(process)
     node.start()
@@ -75,15 +75,16 @@ def test_what_a_node_that_was_down_could_not_be_told_before_a_kill_is_told_by_th
     (mount,) = mounts(node)
     links = held(node, mount)
     assert {made_up(index) for index in (2, 3, 4, 5, 9)} <= set(links)
-    assert len(links) <= 7  # half a batch at most may wait for the rest of it
+    assert len(links) <= 7  # at most half of a batch may be unwanted
 
 
-def test_killed_at_any_moment(own_node: Node, tmp_path: Path) -> None:
-    """Whatever was done and said, the next start holds all that is staged, and links no more than twice as
-    much.
+def test_after_a_kill_at_any_moment_the_next_start_holds_all_that_is_staged(
+    own_node: Node, tmp_path: Path
+) -> None:
+    """It links at most twice as much.
 
-    A kill between a new batch and the removal of the one that it replaces leaves CIDs in both. The old one
-    stays where half of it is staged."""
+    A kill between the write of a new batch and the removal of the one that it replaces leaves CIDs in both.
+    The old one stays if half of it is staged."""
     chance = random.Random(7)
     body = [
         MADE_UP,
@@ -100,7 +101,7 @@ def test_killed_at_any_moment(own_node: Node, tmp_path: Path) -> None:
     for _ in range(8):
         process = child(own_node, tmp_path, *body)
         try:
-            heard(process, "running")
+            expect_line(process, "running")
             with pytest.raises(subprocess.TimeoutExpired):
                 process.wait(chance.random() * 0.4)
         finally:
@@ -119,7 +120,7 @@ def test_killed_at_any_moment(own_node: Node, tmp_path: Path) -> None:
         assert len(links) <= 2 * len(staged)
 
 
-def test_a_restart_takes_over_what_is_held_and_writes_nothing_anew(own_node: Node, tmp_path: Path) -> None:
+def test_a_restart_takes_over_the_batches_and_writes_none_anew(own_node: Node, tmp_path: Path) -> None:
     async def main() -> None:
         async with pinning(own_node, tmp_path) as pins:
             for index in range(1500):
@@ -134,7 +135,7 @@ def test_a_restart_takes_over_what_is_held_and_writes_nothing_anew(own_node: Nod
     trio.run(main)
 
 
-def test_nothing_is_released_before_it_is_known_what_is_staged(own_node: Node, tmp_path: Path) -> None:
+def test_nothing_is_released_until_it_is_known_what_is_staged(own_node: Node, tmp_path: Path) -> None:
     """A cache with many files takes seconds to open."""
     settle_once(own_node, tmp_path, [made_up(1)])
     (mount,) = mounts(own_node)
@@ -156,8 +157,8 @@ def test_nothing_is_released_before_it_is_known_what_is_staged(own_node: Node, t
 
 
 def kinds(batches: Mapping[str, str]) -> list[str]:
-    """What the batches of a folder are of. The number of each is not promised: a round that failed, as on a
-    busy machine, has used some."""
+    """The kinds of the batches in a folder. Their numbers may differ: a round that failed, as on a busy
+    machine, has used some."""
     return sorted(name.partition("-")[0] for name in batches)
 
 
@@ -172,12 +173,12 @@ def hold_and_die(node: Node, folder: Path) -> None:
         "print('held', flush=True)",
     )
     try:
-        heard(process, "held")
+        expect_line(process, "held")
     finally:
         end(process)
 
 
-def test_a_killed_mount_keeps_what_it_pinned_while_its_cache_folder_stands(
+def test_the_pins_of_a_killed_mount_stay_while_its_cache_folder_exists(
     own_node: Node, tmp_path: Path
 ) -> None:
     hold_and_die(own_node, tmp_path / "dead")
@@ -191,9 +192,7 @@ def test_a_killed_mount_keeps_what_it_pinned_while_its_cache_folder_stands(
     assert dead not in mounts(own_node)
 
 
-def test_a_killed_mounts_next_start_brings_its_folder_to_what_is_staged_then(
-    own_node: Node, tmp_path: Path
-) -> None:
+def test_the_next_start_of_a_killed_mount_holds_what_is_staged_then(own_node: Node, tmp_path: Path) -> None:
     hold_and_die(own_node, tmp_path / "dead")
     settle_once(own_node, tmp_path / "dead", [made_up(1), made_up(7)], [made_up(2)])
     (dead,) = mounts(own_node)
@@ -201,7 +200,7 @@ def test_a_killed_mounts_next_start_brings_its_folder_to_what_is_staged_then(
     assert held(own_node, dead, "pinned-") == [made_up(2)]
 
 
-def test_mounts_that_live_or_rest_and_strangers_are_left_alone(own_node: Node, tmp_path: Path) -> None:
+def test_live_and_resting_mounts_and_foreign_folders_are_left_alone(own_node: Node, tmp_path: Path) -> None:
     node = own_node
 
     async def main() -> None:
@@ -215,7 +214,7 @@ def test_mounts_that_live_or_rest_and_strangers_are_left_alone(own_node: Node, t
                 (mounts(node)[0], mounts(node)[1]) if folder_of(node, mounts(node)[0]) else mounts(node)
             )
             host = resting.rpartition("-")[0]
-            # no record: nothing is proved
+            # they have no lease, so nothing is known of their mounts
             node.rpc("files/mkdir", arg=f"/ipfsfuse/{host}-0123456789abcdef", parents=True)
             node.rpc("files/mkdir", arg="/ipfsfuse/elsewhere-0123456789abcdef")
             before = {name: folder_of(node, name) for name in mounts(node)}
@@ -228,7 +227,7 @@ def test_mounts_that_live_or_rest_and_strangers_are_left_alone(own_node: Node, t
     trio.run(main)
 
 
-def test_two_lives_of_one_copied_folder_get_a_name_each(own_node: Node, tmp_path: Path) -> None:
+def test_a_cache_folder_and_its_copy_get_different_names(own_node: Node, tmp_path: Path) -> None:
     process = child(
         own_node,
         tmp_path / "first",
@@ -238,7 +237,7 @@ def test_two_lives_of_one_copied_folder_get_a_name_each(own_node: Node, tmp_path
         "print('held', flush=True)",
     )
     try:
-        heard(process, "held")
+        expect_line(process, "held")
         shutil.copytree(tmp_path / "first", tmp_path / "copy")
 
         async def main() -> None:

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures("quick_pins")
 
 @contextmanager
 def collecting_garbage(node: Node) -> Iterator[threading.Event]:
-    """The node collects garbage again and again; the event is set each time it did."""
+    """A context manager in which the node collects garbage again and again. Sets the event after each
+    time."""
     collected, end = threading.Event(), threading.Event()
 
     def loop() -> None:
@@ -35,7 +36,7 @@ def collecting_garbage(node: Node) -> Iterator[threading.Event]:
         thread.join()
 
 
-def test_content_stays_through_garbage_collection_until_it_is_let_go(own_node: Node, tmp_path: Path) -> None:
+def test_content_survives_garbage_collection_until_it_is_released(own_node: Node, tmp_path: Path) -> None:
     node = own_node
     kinds = {
         "raw leaf": add(node, b"raw leaf", "--cid-version=1"),
@@ -68,7 +69,7 @@ def test_content_stays_through_garbage_collection_until_it_is_let_go(own_node: N
     trio.run(main)
 
 
-def test_a_sharded_directory_stays_whole(own_node: Node, tmp_path: Path) -> None:
+def test_all_of_a_sharded_directory_survives_garbage_collection(own_node: Node, tmp_path: Path) -> None:
     folder = tmp_path / "many"
     folder.mkdir()
     for index in range(300):
@@ -90,7 +91,7 @@ def test_a_sharded_directory_stays_whole(own_node: Node, tmp_path: Path) -> None
 
 
 @pytest.mark.logs(r"pins wait until kubo takes them: kubo: cp: .*not found locally")
-def test_reading_while_garbage_is_collected_in_a_loop(own_node: Node, tmp_path: Path) -> None:
+def test_content_can_be_read_while_garbage_is_collected_in_a_loop(own_node: Node, tmp_path: Path) -> None:
     node = own_node
     contents = {add(node, data, "--cid-version=1"): data for data in (os.urandom(2000) for _ in range(10))}
 
@@ -101,7 +102,7 @@ def test_reading_while_garbage_is_collected_in_a_loop(own_node: Node, tmp_path: 
             await settled(pins)
             with collecting_garbage(node) as collected:
                 for index, (cid, content) in enumerate(contents.items()):
-                    # however often the new batch's block is collected before it is linked
+                    # the block of the new batch may be collected several times before it is linked
                     pins.add(made_up(index))
                     await settled(pins)
                     collected.clear()
@@ -112,7 +113,7 @@ def test_reading_while_garbage_is_collected_in_a_loop(own_node: Node, tmp_path: 
     trio.run(main)
 
 
-def test_what_the_user_pinned_is_never_touched(own_node: Node, tmp_path: Path) -> None:
+def test_pins_of_the_user_are_never_changed(own_node: Node, tmp_path: Path) -> None:
     node = own_node
     folder = tmp_path / "tree"
     folder.mkdir()
@@ -147,7 +148,7 @@ def test_what_the_user_pinned_is_never_touched(own_node: Node, tmp_path: Path) -
     assert all(node.has(cid) for cid in [*below, cids.text(direct), cids.text(named)])
 
 
-def test_content_stays_while_any_mount_holds_it(own_node: Node, tmp_path: Path) -> None:
+def test_content_stays_at_the_node_while_any_mount_holds_it(own_node: Node, tmp_path: Path) -> None:
     node, shared = own_node, add(own_node, b"held by two")
 
     async def main() -> None:
@@ -170,8 +171,8 @@ def test_content_stays_while_any_mount_holds_it(own_node: Node, tmp_path: Path) 
 
 
 def test_holding_fetches_nothing(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
-    """Content that only another node has: held at once, fetched by nobody, protected where parts of it come
-    later."""
+    """Content that only another node has is held at once, and not fetched. Blocks of it that come later are
+    protected."""
     node, other = two_nodes
     whole = add(other, os.urandom(1 << 20), "--chunker=size-65536")
     leaves = other.cmd("refs", cids.text(whole)).split()
@@ -188,14 +189,14 @@ def test_holding_fetches_nothing(two_nodes: tuple[Node, Node], tmp_path: Path) -
                 len(leaves) - 1
             )
             other.stop()
-            pins.add(cids.parse(leaves[-1]))  # nobody has it any more
+            pins.add(cids.parse(leaves[-1]))  # no node has it any more
             await settled(pins)
             assert pins.state(cids.parse(leaves[-1])) == "cache"
 
     trio.run(main)
 
 
-def test_ten_thousand_pins_cost_two_requests_a_thousand(
+def test_ten_thousand_pins_cost_two_requests_for_each_thousand(
     own_node: Node, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     async def main() -> None:
@@ -216,7 +217,7 @@ def test_ten_thousand_pins_cost_two_requests_a_thousand(
     assert folder_of(own_node, mounts(own_node)[0]) == {}
 
 
-def test_what_is_kept_for_good_outlives_its_staging(own_node: Node, tmp_path: Path) -> None:
+def test_content_that_the_user_pinned_is_held_after_it_is_evicted(own_node: Node, tmp_path: Path) -> None:
     node, cid = own_node, add(own_node, b"for good")
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""Whose folder at a node is whose: the name of a cache folder, its lease, and when what it pinned is
+"""Which mount a folder at a node belongs to: the name of its cache folder, its lease, and when its pins are
 released."""
 
 import json
@@ -45,7 +45,7 @@ def write_lease(node: Node, mount: str, **changed: object) -> None:
 # -- the name ------------------------------------------------------------------------------------------------
 
 
-def test_a_cache_folder_has_one_name(tmp_path: Path) -> None:
+def test_a_cache_folder_keeps_its_name(tmp_path: Path) -> None:
     name = MountId.open(tmp_path).name
     assert is_mount_id(name)
     assert name.rpartition("-")[0] == host_name()
@@ -79,7 +79,7 @@ def bind(path: Path) -> None:
         bind,
     ],
 )
-def test_what_is_not_a_name_is_replaced_and_nothing_else_touched(
+def test_an_invalid_name_is_replaced_and_nothing_else_is_changed(
     tmp_path: Path, plant: Callable[[Path], object]
 ) -> None:
     outside = tmp_path / "outside"
@@ -93,13 +93,13 @@ def test_what_is_not_a_name_is_replaced_and_nothing_else_touched(
 
 
 @pytest.mark.logs("does not hold the name of a mount", "mount-id can't be written")
-def test_a_folder_that_takes_no_name_costs_no_start(tmp_path: Path) -> None:
+def test_a_mount_starts_even_if_its_name_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "mount-id").mkdir()
     assert is_mount_id(MountId.open(tmp_path).name)
 
 
 def old_folder(folder: Path, node: int, content: bytes) -> Path:
-    """What earlier versions kept of one node's pins."""
+    """The folder in which earlier versions kept the pins of one node."""
     old = folder / "pins" / f"{node:016x}"
     old.mkdir(parents=True)
     (old / "mount").write_bytes(content)
@@ -127,7 +127,7 @@ def test_the_name_of_an_earlier_version_is_taken_over(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere" / "mount").read_text() == "mine"
 
 
-def test_a_folder_at_the_node_of_an_earlier_version_goes_on(own_node: Node, tmp_path: Path) -> None:
+def test_the_folder_of_an_earlier_version_at_the_node_is_taken_over(own_node: Node, tmp_path: Path) -> None:
     settle_once(own_node, tmp_path / "cache", [made_up(1), made_up(2)])
     (mount,) = mounts(own_node)
     before = folder_of(own_node, mount)
@@ -149,7 +149,9 @@ def test_a_folder_at_the_node_of_an_earlier_version_goes_on(own_node: Node, tmp_
     assert not (tmp_path / "cache" / "pins").exists()
 
 
-def test_what_an_earlier_version_left_goes_after_a_day(own_node: Node, tmp_path: Path) -> None:
+def test_a_folder_that_an_earlier_version_left_at_the_node_is_removed_after_a_day(
+    own_node: Node, tmp_path: Path
+) -> None:
     machine = leases._read("/etc/machine-id") or socket.gethostname()
     owner = {"machine": machine, "boot": "x", "processes": "y", "pid": 1, "started": 1, "stopped": True}
     owner |= {"folder": str(tmp_path / "gone" / "pins" / "0123456789abcdef"), "signed": int(time.time())}
@@ -175,21 +177,21 @@ def test_a_living_mount_renews_its_lease_again_and_again(
 
     def renewed_twice() -> bool:
         (mount,) = mounts(own_node)
-        seen.add(lease_of(own_node, mount)["renewed"])  # there always is one
+        seen.add(lease_of(own_node, mount)["renewed"])  # there is always a lease
         return len(seen) > 1
 
     async def main() -> None:
         async with pinning(own_node, tmp_path) as pins:
             await settled(pins)
             await trio.to_thread.run_sync(
-                until, renewed_twice, "it is renewed though there is nothing else to say"
+                until, renewed_twice, "the lease is renewed although nothing else changes"
             )
 
     trio.run(main)
     assert lease_of(own_node, mounts(own_node)[0])["resting"] is True
 
 
-def test_what_a_lease_proves(tmp_path: Path) -> None:
+def test_a_lease_shows_whether_its_folder_may_be_claimed_and_whether_it_is_stale(tmp_path: Path) -> None:
     cache, other = tmp_path / "cache", tmp_path / "other"
     for folder in (cache, other):
         folder.mkdir()
@@ -197,29 +199,33 @@ def test_what_a_lease_proves(tmp_path: Path) -> None:
     mine, others = Lease.of(cache), Lease.of(other)
     fresh, old = int(time.time()), int(time.time() - SILENT - 60)
 
-    def taken(**changed: Any) -> bool:
+    def claimable(**changed: Any) -> bool:
         return replace(others, **changed).may_be_claimed(mine, NAME)
 
     assert mine.may_be_claimed(mine, NAME)
-    assert taken(inode=mine.inode, namespace="another"), "the same cache folder, seen from another namespace"
-    assert not taken(), "the original of a copied folder"
-    assert not taken(resting=True), "it rests, but it will come back"
-    assert taken(folder=str(tmp_path / "moved away")), "nobody else has the name"
-    assert not taken(namespace="another"), "it may be alive where we can't look"
-    assert taken(namespace="another", resting=True)
-    assert taken(namespace="another", renewed=old)
-    assert not taken(boot="another", renewed=fresh, folder=mine.folder), "a copy of this machine may be alive"
-    assert taken(boot="another", renewed=old)
-    assert not taken(machine="another")
+    assert claimable(inode=mine.inode, namespace="another"), (
+        "the same cache folder, seen from another namespace"
+    )
+    assert not claimable(), "the original of a copied folder"
+    assert not claimable(resting=True), "it rests, but it may start again"
+    assert claimable(folder=str(tmp_path / "moved away")), "no other cache folder has the name"
+    assert not claimable(namespace="another"), "it may be alive in a namespace that we can't see"
+    assert claimable(namespace="another", resting=True)
+    assert claimable(namespace="another", renewed=old)
+    assert not claimable(boot="another", renewed=fresh, folder=mine.folder), (
+        "a copy of this machine may be alive"
+    )
+    assert claimable(boot="another", renewed=old)
+    assert not claimable(machine="another")
 
     def stale(**changed: Any) -> bool:
         return replace(others, **changed).is_stale(mine, NAME)
 
     gone = str(tmp_path / "gone")
     assert not stale()
-    assert not stale(renewed=old), "its cache folder stands"
+    assert not stale(renewed=old), "its cache folder exists"
     assert stale(folder=gone)
-    assert stale(folder=mine.folder), "this process goes by another name"
+    assert stale(folder=mine.folder), "its cache folder is ours, which has another name"
     assert not stale(folder=gone, machine="another", renewed=old)
     for elsewhere in ({"boot": "another"}, {"namespace": "another"}, {"namespace": ""}):
         assert not stale(folder=gone, **elsewhere)
@@ -228,10 +234,10 @@ def test_what_a_lease_proves(tmp_path: Path) -> None:
     (other / "mount-id").write_text("some.host-fedcba9876543210")
     assert stale()
     with lock_folder(other):
-        assert not stale(), "a living mount that could not write its name"
+        assert not stale(), "the mount is alive, but could not write its name"
 
 
-def test_only_a_lease_is_read_as_one(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_valid_lease_is_ignored(tmp_path: Path) -> None:
     right = Lease.of(tmp_path)
     assert Lease.parse(right.encode()) == right
     assert (
@@ -260,7 +266,7 @@ def test_only_a_lease_is_read_as_one(tmp_path: Path) -> None:
     ] * len(odd)
 
 
-def test_after_a_crash_of_the_machine_a_new_name_is_taken_and_the_old_one_goes_after_a_day(
+def test_after_a_machine_crash_a_mount_takes_a_new_name_and_its_old_folder_expires(
     own_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hold_and_die(own_node, tmp_path / "mount")
@@ -278,7 +284,7 @@ def test_after_a_crash_of_the_machine_a_new_name_is_taken_and_the_old_one_goes_a
     assert new in mounts(own_node)
 
 
-def test_a_mount_that_stopped_goes_on_after_a_reboot(
+def test_a_mount_that_stopped_keeps_its_folder_after_a_reboot(
     own_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settle_once(own_node, tmp_path / "mount", [made_up(1)])
@@ -306,10 +312,10 @@ def test_a_moved_folder_keeps_its_name_and_a_copy_of_a_resting_one_does_not(
     assert held(own_node, moved) == [made_up(1)]
 
 
-def test_a_mount_whose_folder_another_one_took_leaves_it_and_takes_a_new_name(
+def test_a_mount_takes_a_new_name_if_another_mount_took_its_folder(
     own_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As two copies of one machine do that start at the same moment."""
+    """This happens if two copies of a machine start at the same moment."""
     monkeypatch.setattr(leases, "RENEW", 0.2)
 
     async def main() -> None:
@@ -318,11 +324,11 @@ def test_a_mount_whose_folder_another_one_took_leaves_it_and_takes_a_new_name(
             (mount,) = mounts(own_node)
 
             def two_folders() -> bool:
-                if len(mounts(own_node)) == 1:  # between two renewals of ours
+                if len(mounts(own_node)) == 1:  # between two renewals of our lease
                     write_lease(own_node, mount, boot="another boot")
                 return len(mounts(own_node)) == 2
 
-            await trio.to_thread.run_sync(until, two_folders, "it has a new name")
+            await trio.to_thread.run_sync(until, two_folders, "the mount has a new name")
             theirs = lease_of(own_node, mount), folder_of(own_node, mount)
             assert theirs[0]["boot"] == "another boot"
             pins.add(made_up(2))
@@ -337,7 +343,7 @@ def test_a_mount_whose_folder_another_one_took_leaves_it_and_takes_a_new_name(
 
 
 def test_a_mount_has_one_name_at_all_its_nodes(two_nodes: tuple[Node, Node], tmp_path: Path) -> None:
-    """Where another mount uses its name at one node, it takes a new name at each, and leaves nothing
+    """If another mount uses its name at one node, it takes a new name at all nodes, and leaves nothing
     behind."""
     near, far = two_nodes
     for node in two_nodes:

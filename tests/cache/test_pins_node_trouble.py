@@ -1,4 +1,4 @@
-"""Pins where the node restarts, is away, hangs, or has lost what it was told."""
+"""Pins at a node that restarts, is down, hangs, or has lost what it held."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_pins")
 
 
 @pytest.mark.parametrize("crash", [False, True])
-def test_the_node_restarted_in_between(own_node: Node, tmp_path: Path, crash: bool) -> None:
+def test_pins_survive_a_restart_of_the_node(own_node: Node, tmp_path: Path, crash: bool) -> None:
     node = own_node
     first, second = add(node, b"before"), add(node, b"after")
 
@@ -47,7 +47,7 @@ def test_the_node_restarted_in_between(own_node: Node, tmp_path: Path, crash: bo
 
 
 @pytest.mark.logs("pins wait until kubo takes them")
-def test_a_node_that_is_down_at_the_start_gets_them_later(own_node: Node, tmp_path: Path) -> None:
+def test_a_node_that_is_down_at_the_start_gets_the_pins_later(own_node: Node, tmp_path: Path) -> None:
     node, cid = own_node, add(own_node, b"patience")
     node.stop()
 
@@ -55,7 +55,7 @@ def test_a_node_that_is_down_at_the_start_gets_them_later(own_node: Node, tmp_pa
         async with pinning(node, tmp_path) as pins:
             pins.add(cid)
             await trio.to_thread.run_sync(
-                until, lambda: pins.status().failing != "", "the node's absence is seen"
+                until, lambda: pins.status().failing != "", "the mount sees that the node is down"
             )
             assert pins.state(cid) == "queued"
             await trio.to_thread.run_sync(node.start)
@@ -65,7 +65,7 @@ def test_a_node_that_is_down_at_the_start_gets_them_later(own_node: Node, tmp_pa
     trio.run(main)
 
 
-def test_a_node_that_hangs_delays_nobody(own_node: Node, tmp_path: Path) -> None:
+def test_a_node_that_hangs_does_not_delay_the_event_loop(own_node: Node, tmp_path: Path) -> None:
     node = own_node
 
     async def main() -> None:
@@ -76,7 +76,7 @@ def test_a_node_that_hangs_delays_nobody(own_node: Node, tmp_path: Path) -> None
                 pins.add(made_up(index))
                 pins.remove(made_up(index - 1))
             for _ in range(100):
-                await trio.sleep(0.01)  # this loop goes on, while a request to the node hangs
+                await trio.sleep(0.01)  # the event loop goes on while a request to the node hangs
             assert pins.state(made_up(4999)) == "queued"
             node.resume()
             await settled(pins)
@@ -86,7 +86,7 @@ def test_a_node_that_hangs_delays_nobody(own_node: Node, tmp_path: Path) -> None
 
 
 @pytest.mark.logs("pins wait until kubo takes them")
-def test_a_folder_that_someone_removed_is_made_again(own_node: Node, tmp_path: Path) -> None:
+def test_a_folder_that_a_user_removed_is_made_again(own_node: Node, tmp_path: Path) -> None:
     node = own_node
 
     async def main() -> None:
@@ -106,8 +106,8 @@ def test_a_folder_that_someone_removed_is_made_again(own_node: Node, tmp_path: P
 
 @contextmanager
 def refusing(node: Node, refused: set[str]) -> Iterator[tuple[str, Counter[str]]]:
-    """The node's RPC API, but for the paths of its own tree that it refuses to remove; (its URL, how often it
-    was asked to)."""
+    """A proxy of the node's RPC API that refuses to remove the MFS entries in `refused`. Yields its URL, and
+    how often it was asked to remove each entry."""
     asked: Counter[str] = Counter()
 
     class Handler(BaseHTTPRequestHandler):
@@ -159,7 +159,7 @@ def test_a_release_is_tried_three_times_then_waits_and_is_done_by_the_next_start
             await settled(pins)
             pins.remove(cid)
             await trio.to_thread.run_sync(
-                until, lambda: "not now" in pins.status().failing, "the node refused it"
+                until, lambda: "not now" in pins.status().failing, "the node refuses the removal"
             )
             assert asked["staged-1"] == 3
             assert pins.state(cid) == ""
@@ -180,10 +180,12 @@ def test_a_release_is_tried_three_times_then_waits_and_is_done_by_the_next_start
     assert not has(node, cid)
 
 
-# -- what is read back ---------------------------------------------------------------------------------------
+# -- what is read back from the node -------------------------------------------------------------------------
 
 
-def test_a_node_that_lost_everything_while_we_were_away_is_told_again(own_node: Node, tmp_path: Path) -> None:
+def test_a_node_that_lost_everything_between_two_mounts_gets_the_pins_again(
+    own_node: Node, tmp_path: Path
+) -> None:
     node = own_node
 
     async def live() -> None:
@@ -205,7 +207,7 @@ def test_a_node_that_lost_everything_while_we_were_away_is_told_again(own_node: 
     assert held(node, mount, "pinned-") == [made_up(-1)]
 
 
-def test_twenty_thousand_pins_are_read_back_by_one_request_a_thousand(
+def test_twenty_thousand_pins_are_read_back_by_one_request_for_each_thousand(
     own_node: Node, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     everything = list(map(made_up, range(20_000)))
@@ -225,8 +227,8 @@ def test_twenty_thousand_pins_are_read_back_by_one_request_a_thousand(
 
 
 def test_small_blocks_that_are_staged_stay_pinned_over_a_restart(own_node: Node, tmp_path: Path) -> None:
-    """The list of what is staged at the start names files alone; of what else the node holds, each is looked
-    for."""
+    """The list of staged content at the start names only files. Each other CID that the node holds is looked
+    up."""
 
     async def first() -> None:
         async with pinning(own_node, tmp_path, [made_up(1)]) as pins:
@@ -247,7 +249,7 @@ def test_small_blocks_that_are_staged_stay_pinned_over_a_restart(own_node: Node,
     assert set(held(own_node, mounts(own_node)[0])) >= set(map(made_up, range(1, 202)))
 
 
-def test_a_folder_of_ours_that_somebody_edited_is_mended_and_what_is_theirs_left_alone(
+def test_our_folder_is_mended_after_an_edit_and_the_entries_of_the_user_are_left_alone(
     own_node: Node, tmp_path: Path
 ) -> None:
     node = own_node
@@ -280,7 +282,9 @@ def test_a_folder_of_ours_that_somebody_edited_is_mended_and_what_is_theirs_left
     assert node.rpc("files/read", arg=f"{ours}/lease")["resting"] is True
     shutil.rmtree(tmp_path / "cache")
     settle_once(node, tmp_path / "next")
-    assert folder_of(node, mount) == {"mine": folder}, "of a folder that is released, too"
+    assert folder_of(node, mount) == {"mine": folder}, (
+        "the entry of the user stays also when the folder is released"
+    )
 
 
 def _tree(folder: Path) -> Path:
@@ -290,7 +294,7 @@ def _tree(folder: Path) -> Path:
     return folder
 
 
-def test_an_edit_is_mended_while_the_mount_lives(
+def test_an_edit_of_our_folder_is_mended_while_the_mount_runs(
     own_node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "RENEW", 0.1)
@@ -327,7 +331,7 @@ def test_a_batch_whose_block_the_node_has_lost_is_written_anew(own_node: Node, t
 
 @pytest.mark.logs("pins wait until kubo takes them: /ipfsfuse/.* in the node's MFS")
 @pytest.mark.parametrize("name", ["ours", "/ipfsfuse"])
-def test_a_file_in_the_place_of_our_folder_is_left_alone_and_named_once(
+def test_a_file_with_the_name_of_our_folder_is_left_alone_and_logged_once(
     own_node: Node, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     node = own_node
@@ -337,10 +341,12 @@ def test_a_file_in_the_place_of_our_folder_is_left_alone_and_named_once(
 
     async def main() -> None:
         async with pinning(node, tmp_path / "cache", [made_up(1)]) as pins:
-            await trio.to_thread.run_sync(until, lambda: pins.status().failing != "", "it is seen")
+            await trio.to_thread.run_sync(
+                until, lambda: pins.status().failing != "", "the mount sees the file"
+            )
             requests = pins.status().requests
             await trio.to_thread.run_sync(
-                until, lambda: pins.status().requests > requests + 1, "it is tried again"
+                until, lambda: pins.status().requests > requests + 1, "the mount tries again"
             )
             assert "move it away" in pins.status().failing
             node.rpc("files/rm", arg=path, force=True)

@@ -1,4 +1,4 @@
-"""Reading through the cache: what is fetched, what is read back, and that all of it is proved."""
+"""Reads through the cache: what is fetched, what is read back, and that all of it is verified."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ async def read(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf]) -> byt
 
 @pytest.mark.parametrize("dag_pb", [False, True])
 @pytest.mark.parametrize("chunk", [64 * KIB, 70_001])
-def test_what_was_read_once_is_read_from_the_disk_across_a_restart(
+def test_content_that_was_read_once_is_read_from_the_disk_even_after_a_restart(
     tmp_path: Path, dag_pb: bool, chunk: int
 ) -> None:
     chain = Chain()
@@ -51,7 +51,7 @@ def test_what_was_read_once_is_read_from_the_disk_across_a_restart(
     assert [item.name for item in (tmp_path / "staging").iterdir()] == [cids.text(file.cid)]
 
 
-def test_a_part_is_kept_as_a_part_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_part_of_a_file_is_kept_and_completed_after_a_restart(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, MIB)
 
@@ -87,7 +87,7 @@ def test_a_hundred_readers_of_a_cold_file_ask_for_each_block_once(tmp_path: Path
     assert sorted(chain.asked) == sorted([file.cid, *(leaf.cid for leaf in leaves)])
 
 
-def test_what_is_read_in_place_is_not_staged_again(tmp_path: Path) -> None:
+def test_content_that_is_read_in_place_is_not_staged(tmp_path: Path) -> None:
     chain = Chain(in_place=True)
     file, leaves, content = make_file(chain, MIB)
 
@@ -110,7 +110,7 @@ def test_what_is_read_in_place_is_not_staged_again(tmp_path: Path) -> None:
     assert not list((tmp_path / "packs").iterdir())
 
 
-def test_ahead_asks_for_one_run_of_what_is_missing_and_hands_over_all_of_it_once(tmp_path: Path) -> None:
+def test_ahead_asks_once_for_all_missing_leaves_and_hands_over_each_leaf_once(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, MIB)
 
@@ -129,7 +129,7 @@ def test_ahead_asks_for_one_run_of_what_is_missing_and_hands_over_all_of_it_once
     trio.run(main)
 
 
-def test_a_leaf_that_stands_many_times_in_a_file_is_asked_for_once(tmp_path: Path) -> None:
+def test_a_leaf_that_occurs_many_times_in_a_file_is_asked_for_once(tmp_path: Path) -> None:
     chain = Chain()
     zeros = chain.add(bytes(64 * KIB))
     leaves = [Leaf(zeros, 64 * KIB * number, 64 * KIB) for number in range(16)]
@@ -146,7 +146,7 @@ def test_a_leaf_that_stands_many_times_in_a_file_is_asked_for_once(tmp_path: Pat
     trio.run(main)
 
 
-def test_ahead_raises_nothing_and_who_reads_hears(tmp_path: Path) -> None:
+def test_ahead_raises_nothing_and_a_read_of_the_missing_leaf_fails(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, _content = make_file(chain, MIB)
     del chain.blocks[cids.multihash(leaves[2].cid)]
@@ -190,13 +190,13 @@ def test_a_stalled_leaf_fails_at_its_deadline_and_delays_no_other(tmp_path: Path
             clock.jump(0.2)
             await wait_all_tasks_blocked()
             assert ended == ["stalled"]
-            await stalled()  # remembered: no time passes here
+            await stalled()  # the failure is remembered: no time passes here
 
-    clock = MockClock()  # time stands still, but for its jumps
+    clock = MockClock()  # its time passes only by jumps
     trio.run(main, clock=clock)
 
 
-def test_the_last_cancelled_reader_cancels_its_request(tmp_path: Path) -> None:
+def test_a_request_is_cancelled_when_its_last_reader_is_cancelled(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, _content = make_file(chain, MIB)
     chain.stalled.add(leaves[0].cid)

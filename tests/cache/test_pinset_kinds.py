@@ -1,4 +1,4 @@
-"""Each kind of content in the cache: what is kept of it, how it is proved, and what is told of it."""
+"""Each kind of content in the cache: how it is staged, verified, pinned and listed."""
 
 import os
 from pathlib import Path
@@ -43,8 +43,8 @@ def test_a_wrong_leaf_is_fetched_again_in_the_same_read(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_a_leaf_that_content_cannot_prove_is_kept_whole(tmp_path: Path) -> None:
-    """Its envelope is right, and none that is tried: it carries a mode."""
+def test_a_leaf_that_its_content_can_not_prove_is_kept_as_a_whole_block(tmp_path: Path) -> None:
+    """Its block is correct, but has a mode, so that it can't be made again from the content alone."""
     chain = Chain()
     data = random_bytes(100 * KIB, 1)
     size = varint.put(len(data))
@@ -63,23 +63,23 @@ def test_a_leaf_that_content_cannot_prove_is_kept_whole(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_a_file_that_lies_about_a_leaf_spoils_no_other(tmp_path: Path) -> None:
+def test_a_file_that_states_a_wrong_leaf_size_does_not_harm_other_files(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, MIB)
-    liar = FileRef(chain.add(b"liar", cids.DAG_PB), MIB)
+    wrong = FileRef(chain.add(b"liar", cids.DAG_PB), MIB)
 
     async def main() -> None:
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             for _ in range(2):
                 with pytest.raises(Malformed, match="but its parent states 5"):
-                    await cache.reader.leaf(liar, Leaf(leaves[0].cid, 0, 5))
+                    await cache.reader.leaf(wrong, Leaf(leaves[0].cid, 0, 5))
             assert await read(cache, file, leaves) == content
-            assert staged_bytes(cache, liar.cid) == 0
+            assert staged_bytes(cache, wrong.cid) == 0
 
     trio.run(main)
 
 
-def test_an_interior_node_taken_for_a_leaf_is_told_apart(tmp_path: Path) -> None:
+def test_an_interior_node_is_not_read_as_a_leaf(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, _content = make_file(chain, MIB)
     links = [dagpb.Link(leaf.cid, b"", leaf.size) for leaf in leaves[:2]]
@@ -97,8 +97,10 @@ def test_an_interior_node_taken_for_a_leaf_is_told_apart(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_node_s_own_bytes_are_not_taken_for_all_of_it(tmp_path: Path, in_place: bool) -> None:
-    """Its parent states the size of its own bytes, and it has children too."""
+def test_the_own_bytes_of_an_interior_node_are_not_taken_for_its_whole_content(
+    tmp_path: Path, in_place: bool
+) -> None:
+    """Its parent states the size of its own bytes, but it also has children."""
     chain = Chain(in_place)
     own, (file, leaves, _content) = random_bytes(100_000, 1), make_file(chain, MIB)
     first = leaves[0]
@@ -123,7 +125,7 @@ def test_a_node_s_own_bytes_are_not_taken_for_all_of_it(tmp_path: Path, in_place
     trio.run(main)
 
 
-def test_small_files_and_identity_blocks_make_no_files(tmp_path: Path) -> None:
+def test_small_files_and_inline_files_get_no_staging_files(tmp_path: Path) -> None:
     chain = Chain()
     small = [chain.add(random_bytes(2000, number)) for number in range(500)]
     inline = cids.make(cids.RAW, b"\x00\x05hello")
@@ -153,7 +155,7 @@ def test_small_files_and_identity_blocks_make_no_files(tmp_path: Path) -> None:
     )
 
 
-def test_a_raw_block_of_a_mebibyte_is_staged_once_as_the_file_it_is(tmp_path: Path) -> None:
+def test_a_raw_block_of_a_mebibyte_is_staged_once_as_a_file(tmp_path: Path) -> None:
     chain = Chain()
     data = random_bytes(MIB, 3)
     cid = chain.add(data)
@@ -169,7 +171,7 @@ def test_a_raw_block_of_a_mebibyte_is_staged_once_as_the_file_it_is(tmp_path: Pa
     trio.run(main)
 
 
-def test_pins_are_asked_for_when_a_file_is_staged_and_let_go_when_it_leaves(tmp_path: Path) -> None:
+def test_a_file_is_held_at_the_node_when_it_is_staged_and_released_when_it_is_evicted(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, _content = make_file(chain, MIB)
 
@@ -186,7 +188,9 @@ def test_pins_are_asked_for_when_a_file_is_staged_and_let_go_when_it_leaves(tmp_
     trio.run(main)
 
 
-def test_small_files_are_pinned_when_opened_and_let_go_with_their_pack(tmp_path: Path) -> None:
+def test_a_small_file_is_held_at_the_node_when_it_is_opened_and_released_with_its_pack(
+    tmp_path: Path,
+) -> None:
     chain = Chain()
     cid = chain.add(random_bytes(3000, 1))
 
@@ -194,7 +198,7 @@ def test_small_files_are_pinned_when_opened_and_let_go_with_their_pack(tmp_path:
         pins = Recorder()
         async with PinsetCache.open(tmp_path, chain, BUDGET, pins=pins) as cache:
             cache.reader.opened(FileRef(cid, 3000))
-            assert pins.asked == []  # nothing is known to have come from a node
+            assert pins.asked == []  # it is not known whether a node has it
             await cache.reader.block(cid)
             cache.reader.opened(FileRef(cid, 3000))
             await cache.store.evict()
@@ -203,7 +207,7 @@ def test_small_files_are_pinned_when_opened_and_let_go_with_their_pack(tmp_path:
     trio.run(main)
 
 
-def test_names_in_the_root_are_listed_as_first_spelled_while_staged(tmp_path: Path) -> None:
+def test_names_in_the_root_are_listed_as_first_spelled_while_they_are_staged(tmp_path: Path) -> None:
     chain = Chain()
     block = chain.add(b"a directory", cids.DAG_PB)
     gone = chain.add(b"never read", cids.DAG_PB)
@@ -223,7 +227,7 @@ def test_names_in_the_root_are_listed_as_first_spelled_while_staged(tmp_path: Pa
     trio.run(main)
 
 
-def test_an_error_in_the_body_comes_out_as_it_is(tmp_path: Path) -> None:
+def test_an_error_in_the_body_is_raised_unchanged(tmp_path: Path) -> None:
     async def main() -> None:
         with pytest.raises(KeyError, match="mine"):
             async with PinsetCache.open(tmp_path, Chain(), BUDGET):

@@ -1,4 +1,5 @@
-"""Whole blocks by the places of their contents: no place is believed that is not in its file."""
+"""Whole blocks are found by the places of their contents. A place beyond the end of its file is not
+accepted."""
 
 from typing import Any, cast
 
@@ -17,8 +18,8 @@ def file_of(dag: Dag, children: list[tuple[Cid, int]]) -> Cid:
 
 
 def test_no_place_lies_beyond_the_end_of_its_file() -> None:
-    """Else what is fetched for it would be written there. The node in the middle says that it is larger than
-    the node above says."""
+    """Otherwise its content would be written there. The node in the middle states a larger size than its
+    parent states for it."""
     dag = Dag()
     leaf = dag.block(b"x" * 100)
     middle = file_of(dag, [(leaf, 1 << 40), (dag.block(b"y"), 1)])

@@ -10,7 +10,7 @@ from tests.cache.standin import Chain, flip, make_file, staged
 
 
 @pytest.mark.parametrize("dag_pb", [False, True], ids=["raw", "dag-pb"])
-def test_a_staged_file_is_handed_over_whole_and_no_source_is_asked(tmp_path: Path, dag_pb: bool) -> None:
+def test_all_of_a_staged_file_is_handed_over_and_no_source_is_asked(tmp_path: Path, dag_pb: bool) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, (9 << 16) + 1234, dag_pb=dag_pb)
     got = dict[int, bytes]()
@@ -29,7 +29,7 @@ def test_a_staged_file_is_handed_over_whole_and_no_source_is_asked(tmp_path: Pat
 
 
 @pytest.mark.logs("wrong bytes in the cache")
-def test_a_wrong_leaf_among_them_is_fetched_again_and_the_others_are_not(tmp_path: Path) -> None:
+def test_only_a_wrong_leaf_is_fetched_again(tmp_path: Path) -> None:
     chain = Chain()
     file, leaves, content = make_file(chain, 9 << 16)
     got = dict[int, bytes]()

@@ -1,5 +1,5 @@
-"""A reserve of the disk stays free, and the budget follows what the disk has: on small file systems of their
-own."""
+"""A reserve of the disk stays free, and the budget follows the free space. The tests mount small file
+systems."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ MIB = 1 << 20
 BUDGET = 10 << 30
 DISK = 30 * MIB
 SLACK = 64 << 10
-"""What is counted ahead for the extent trees of files under way may be taken from the reserve."""
+"""Bytes that may be taken from the reserve: those that are counted ahead for the extent trees of files under
+way."""
 
 
 def free(folder: Path) -> int:
@@ -30,8 +31,8 @@ def free(folder: Path) -> int:
     return info.f_bavail * info.f_frsize
 
 
-def filled(folder: Path, size: int) -> Path:
-    """A file of another program's, of `size` bytes that are really taken."""
+def fill_disk(folder: Path, size: int) -> Path:
+    """Writes a file of another program that takes `size` bytes of the disk."""
     path = folder / "of-another-program"
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
@@ -52,7 +53,7 @@ async def pin(cache: PinsetCache, file: FileRef, leaves: Sequence[Leaf]) -> None
         pinning.check()
 
 
-def test_by_default_a_twentieth_stays_free_and_at_most_2_gib(tmp_path: Path) -> None:
+def test_the_default_reserve_is_a_twentieth_of_the_disk_and_at_most_2_gib(tmp_path: Path) -> None:
     info = os.statvfs(tmp_path)
     total = info.f_blocks * info.f_frsize
     assert FreeSpace(tmp_path, None).reserve == min(total // 20, MAX_RESERVE)
@@ -60,9 +61,9 @@ def test_by_default_a_twentieth_stays_free_and_at_most_2_gib(tmp_path: Path) -> 
     assert FreeSpace(tmp_path, 0).reserve == 0
 
 
-def test_what_is_reserved_and_not_written_yet_is_still_free() -> None:
+def test_reserved_bytes_that_are_not_written_yet_count_as_free() -> None:
     async def evict(_key: Key) -> None:
-        raise AssertionError("nothing need leave")
+        raise AssertionError("nothing needs to be evicted")
 
     async def main() -> None:
         written = 0
@@ -84,7 +85,7 @@ def test_what_is_reserved_and_not_written_yet_is_still_free() -> None:
     trio.run(main)
 
 
-def test_a_small_disk_is_never_filled_and_what_was_read_last_is_kept(tmp_path: Path) -> None:
+def test_a_small_disk_is_never_filled_and_the_last_file_that_was_read_is_kept(tmp_path: Path) -> None:
     with own_filesystem(tmp_path / "disk", DISK) as folder:
 
         async def main() -> None:
@@ -93,11 +94,11 @@ def test_a_small_disk_is_never_filled_and_what_was_read_last_is_kept(tmp_path: P
                 await stage(cache, chain, 60)
                 last = make_file(chain, MIB, 1 << 18, 59)[0]
                 assert staged_bytes(cache, last.cid) >= MIB
-                told = cache.statistics()
-                assert (told.budget, told.reserve, told.trouble) == (BUDGET, DISK // 20, "")
-                assert DISK * 0.8 < told.effective_budget <= DISK - DISK // 20 + SLACK
-                assert taken(folder) <= told.used <= told.effective_budget
-                assert told.evictions > 30
+                statistics = cache.statistics()
+                assert (statistics.budget, statistics.reserve, statistics.trouble) == (BUDGET, DISK // 20, "")
+                assert DISK * 0.8 < statistics.effective_budget <= DISK - DISK // 20 + SLACK
+                assert taken(folder) <= statistics.used <= statistics.effective_budget
+                assert statistics.evictions > 30
 
         sampler = Sampler(folder)
         sampler.start()
@@ -110,7 +111,7 @@ def test_a_small_disk_is_never_filled_and_what_was_read_last_is_kept(tmp_path: P
         assert DISK // 2 < sampler.most <= DISK - DISK // 20 + SLACK
 
 
-def test_room_is_given_back_to_others_and_taken_again(tmp_path: Path) -> None:
+def test_room_is_given_to_other_programs_and_taken_again(tmp_path: Path) -> None:
     with own_filesystem(tmp_path / "disk", DISK) as folder:
         (folder / "cache").mkdir()
 
@@ -119,7 +120,7 @@ def test_room_is_given_back_to_others_and_taken_again(tmp_path: Path) -> None:
             async with PinsetCache.open(folder / "cache", chain, BUDGET, reserve=2 * MIB) as cache:
                 await stage(cache, chain, 26)
                 before = cache.statistics()
-                other = filled(folder, free(folder) - MIB)
+                other = fill_disk(folder, free(folder) - MIB)
                 await recovery.measure(cache.store)
                 now = cache.statistics()
                 assert free(folder) >= 2 * MIB
@@ -134,7 +135,7 @@ def test_room_is_given_back_to_others_and_taken_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("the disk is too full to cache anything")
-def test_while_others_write_the_reserve_is_looked_after_by_our_own_writes(tmp_path: Path) -> None:
+def test_our_own_writes_keep_the_reserve_free_while_other_programs_write(tmp_path: Path) -> None:
     with own_filesystem(tmp_path / "disk", 64 * MIB) as folder:
         (folder / "cache").mkdir()
 
@@ -143,10 +144,8 @@ def test_while_others_write_the_reserve_is_looked_after_by_our_own_writes(tmp_pa
             async with PinsetCache.open(folder / "cache", chain, BUDGET, reserve=8 * MIB) as cache:
                 for step in range(1, 9):
                     await stage(cache, chain, 10, 20 * step)
-                    filled(folder, 6 * step * MIB)
-                    await stage(
-                        cache, chain, 10, 20 * step + 10
-                    )  # more than one look's worth: no timer is needed
+                    fill_disk(folder, 6 * step * MIB)
+                    await stage(cache, chain, 10, 20 * step + 10)  # enough for another measurement
                     assert free(folder) >= 8 * MIB - SLACK, step
                     assert cache.trouble == ""
 
@@ -154,19 +153,19 @@ def test_while_others_write_the_reserve_is_looked_after_by_our_own_writes(tmp_pa
 
 
 @pytest.mark.logs("the disk is too full to cache anything", "reads go on without the cache")
-def test_a_disk_that_others_have_filled_costs_speed_and_the_cache_comes_back(tmp_path: Path) -> None:
+def test_reads_go_on_when_other_programs_filled_the_disk_and_staging_resumes(tmp_path: Path) -> None:
     with own_filesystem(tmp_path / "disk", DISK) as folder:
         (folder / "cache").mkdir()
-        other = filled(folder, free(folder) - MIB)
+        other = fill_disk(folder, free(folder) - MIB)
 
         async def main() -> None:
             chain = Chain()
             async with PinsetCache.open(folder / "cache", chain, BUDGET) as cache:
                 await stage(cache, chain, 3)
-                told = cache.statistics()
-                assert told.evictions == 0
-                assert "the disk is too full to cache anything" in told.trouble
-                assert f"{DISK / 20 / MIB:.1f} MiB stay reserved" in told.trouble
+                statistics = cache.statistics()
+                assert statistics.evictions == 0
+                assert "the disk is too full to cache anything" in statistics.trouble
+                assert f"{DISK / 20 / MIB:.1f} MiB stay reserved" in statistics.trouble
                 other.unlink()
                 await recovery.measure(cache.store)
                 assert cache.trouble == ""
@@ -190,7 +189,7 @@ def test_without_a_reserve_the_last_byte_may_be_used(tmp_path: Path) -> None:
         trio.run(main)
 
 
-def test_a_pin_that_the_disk_has_no_room_for_is_refused_by_what_there_is(tmp_path: Path) -> None:
+def test_a_pin_that_does_not_fit_on_the_disk_is_refused(tmp_path: Path) -> None:
     with own_filesystem(tmp_path / "disk", DISK) as folder:
 
         async def main() -> None:
@@ -206,7 +205,7 @@ def test_a_pin_that_the_disk_has_no_room_for_is_refused_by_what_there_is(tmp_pat
         trio.run(main)
 
 
-def test_everything_that_lies_in_the_folder_is_counted(tmp_path: Path) -> None:
+def test_everything_in_the_cache_folder_is_counted(tmp_path: Path) -> None:
     budget = 8 * MIB
     names = [
         "log",

@@ -1,4 +1,4 @@
-"""Single flight: one fetch for all waiters, as long as there is one."""
+"""Single flight: one fetch serves all waiters, and goes on as long as there is one."""
 
 import math
 from collections.abc import AsyncGenerator
@@ -38,7 +38,7 @@ class Fetcher:
         yield self.answer
 
 
-def test_all_who_wait_share_one_fetch() -> None:
+def test_all_callers_share_one_fetch() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery)
@@ -60,7 +60,7 @@ def test_all_who_wait_share_one_fetch() -> None:
     trio.run(main)
 
 
-def test_a_cancelled_caller_leaves_and_the_fetch_goes_on() -> None:
+def test_a_fetch_goes_on_for_the_others_when_one_caller_is_cancelled() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery)
@@ -88,7 +88,7 @@ def test_a_cancelled_caller_leaves_and_the_fetch_goes_on() -> None:
     trio.run(main)
 
 
-def test_the_last_waiter_cancels_the_fetch_which_holds_its_slot_until_it_has_rolled_back() -> None:
+def test_a_fetch_is_cancelled_with_its_last_waiter_and_keeps_its_key_until_rolled_back() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery)
@@ -112,7 +112,7 @@ def test_the_last_waiter_cancels_the_fetch_which_holds_its_slot_until_it_has_rol
                     readers.start_soon(flights.join, "k", slow_to_roll_back)
                     await wait_all_tasks_blocked()
                     scope.cancel()
-            assert "k" not in flights  # nobody should count on it
+            assert "k" not in flights  # no caller should count on it
 
             async with trio.open_nursery() as readers:
                 readers.start_soon(flights.join, "k", anew)
@@ -145,7 +145,7 @@ def test_a_waiter_gives_up_at_its_deadline_and_the_failure_is_remembered() -> No
     trio.run(main, clock=_from_zero())
 
 
-def test_a_call_waits_for_several_keys_no_longer_than_its_own_deadline() -> None:
+def test_a_call_that_wants_several_keys_waits_at_most_until_its_deadline() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=30, remember=5)
@@ -162,12 +162,14 @@ def test_a_call_waits_for_several_keys_no_longer_than_its_own_deadline() -> None
             fetch.gate.set()
             with pytest.raises(Unavailable):  # the kernel asks twice for one read
                 await flights.join("k", fetch)
-            assert await flights.join("other", fetch) == "value", "it was hardly waited for"
+            assert await flights.join("other", fetch) == "value", (
+                "the call hardly waited for it, so the failure is not remembered"
+            )
 
     trio.run(main, clock=_from_zero())
 
 
-def test_a_fetch_runs_on_the_account_of_all_who_wait_for_it_and_not_by_their_deadlines() -> None:
+def test_a_fetch_is_charged_to_all_its_waiters_and_does_not_get_their_deadlines() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=30)
@@ -192,7 +194,7 @@ def test_a_fetch_runs_on_the_account_of_all_who_wait_for_it_and_not_by_their_dea
     trio.run(main, clock=_from_zero())
 
 
-def test_each_waiter_has_its_own_deadline_and_a_value_that_lands_ends_the_memory() -> None:
+def test_each_waiter_has_its_own_deadline_and_a_value_clears_a_remembered_failure() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery, deadline=30, remember=100)
@@ -219,7 +221,7 @@ def test_each_waiter_has_its_own_deadline_and_a_value_that_lands_ends_the_memory
     trio.run(main, clock=_from_zero())
 
 
-def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() -> None:
+def test_a_failure_of_the_sources_is_shared_and_remembered_only_for_its_key() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery, remember=5)
@@ -243,7 +245,7 @@ def test_a_failure_of_the_sources_is_shared_and_remembered_for_that_key_alone() 
     trio.run(main)
 
 
-def test_a_bug_in_a_fetch_reaches_its_waiters_and_no_one_later() -> None:
+def test_a_bug_in_a_fetch_is_raised_to_its_waiters_and_not_remembered() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             flights: SingleFlight[str, str] = SingleFlight(nursery)

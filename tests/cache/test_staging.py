@@ -29,7 +29,7 @@ def staging_on_own_disk(folder: Path, size: int) -> Iterator[Staging]:
 def test_a_first_write_that_fails_leaves_no_file(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An empty file stayed, and was taken for a part of a file by the next start."""
+    """An empty file would be taken for a part of a file by the next start."""
     file, leaves, content = make_file(Chain(), 1 << 20, 1 << 19)
 
     def full(*_args: object) -> None:
@@ -43,7 +43,7 @@ def test_a_first_write_that_fails_leaves_no_file(
         if how == "written":
             grown, error = staging.write(entry, 0, [content[: 1 << 19]])
             assert (grown, error and error.errno) == (0, errno.ENOSPC)
-        else:  # no file system of a test's own shares extents
+        else:  # a file system that a test mounts can't share extents
             monkeypatch.setattr(staging, "_share_each", lambda _copy, _leaves, _files: 1)
             monkeypatch.setattr(stagings, "share_extents", full)
             with pytest.raises(OSError, match="No space"):
@@ -56,7 +56,7 @@ def test_a_first_write_that_fails_leaves_no_file(
         assert next(staging.path.iterdir()).read_bytes() == content
 
 
-def test_a_later_write_that_fails_leaves_what_is_there(tmp_path: Path) -> None:
+def test_a_later_write_that_fails_keeps_what_was_written_before(tmp_path: Path) -> None:
     file, leaves, content = make_file(Chain(), 1 << 20, 1 << 19)
     with staging_on_own_disk(tmp_path / "disk", 768 << 10) as staging:
         entry = StagingEntry(file.cid, file.size, extents=Extents(), proved=Extents())
@@ -66,14 +66,14 @@ def test_a_later_write_that_fails_leaves_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", ["sharing", "reading"])
-def test_what_a_failed_clone_has_taken_is_told_in_the_end(
+def test_bytes_that_a_failed_clone_took_are_counted_by_the_next_write(
     tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The budget counted too little."""
+    """Otherwise the budget counts too little."""
     file, leaves, content = make_file(Chain(), 1 << 20, 1 << 19)
     staging = Staging(tmp_path / "staging")
     entry = StagingEntry(file.cid, file.size, extents=Extents(), proved=Extents())
-    told = staging.write(entry, 0, [content[: 1 << 19]])[0]
+    counted = staging.write(entry, 0, [content[: 1 << 19]])[0]
 
     def share(_source: int, to: int, size: int, offset: int) -> None:
         os.pwrite(to, content[offset : offset + size // 2], offset)
@@ -91,7 +91,7 @@ def test_what_a_failed_clone_has_taken_is_told_in_the_end(
         staging.clone(entry, leaves[1:], ["block"])
     grown, error = staging.write(entry, 1 << 19, [content[1 << 19 :]])
     assert error is None
-    assert told + grown == next(staging.path.iterdir()).stat().st_blocks * 512
+    assert counted + grown == next(staging.path.iterdir()).stat().st_blocks * 512
 
 
 def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,10 +112,10 @@ def test_a_file_is_read_while_it_gets_its_final_name(tmp_path: Path, monkeypatch
     rename = os.rename
 
     def renamed_and_read(old: str, new: str, **folders: int) -> None:
-        """The first reader comes after the renaming, before anyone was told of it."""
+        """Renames the file, and starts the reader before the entry says that the file is renamed."""
         rename(old, new, **folders)
         thread.start()
-        thread.join(0.2)  # it may wait for what holds the entry: us
+        thread.join(0.2)  # it may wait for the lock of the entry, which this thread holds
 
     monkeypatch.setattr(os, "rename", renamed_and_read)
     staging.finish(entry)

@@ -1,4 +1,4 @@
-"""What is wrong with the disk costs speed, not errors, and is told."""
+"""Trouble with the disk costs speed and is reported, but no read fails."""
 
 import contextlib
 import errno
@@ -28,7 +28,7 @@ BUDGET = 64 * MIB
 
 @contextlib.contextmanager
 def own_mounts(store: Path) -> Iterator[list[Path]]:
-    """The folders that content lies in, made as file systems of their own, so that they can become
+    """A context manager in which the folders of the content are separate mounts, so that they can become
     read-only."""
     folders = [store / "staging", store / "packs"]
     for folder in folders:
@@ -44,7 +44,8 @@ def own_mounts(store: Path) -> Iterator[list[Path]]:
 
 @contextlib.contextmanager
 def read_only(folders: Sequence[Path]) -> Iterator[None]:
-    """Each of `folders`, in which no file is open, as on a disk that went read-only."""
+    """A context manager in which `folders` are read-only, as on a disk that failed. No file in them may be
+    open."""
     for folder in folders:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
     yield
@@ -57,7 +58,7 @@ def blocks(chain: Chain, count: int) -> list[FileRef]:
 
 
 @pytest.mark.logs("reads go on without the cache", "the order of use is not kept")
-def test_a_full_disk(tmp_path: Path) -> None:
+def test_reads_go_on_when_the_disk_is_full(tmp_path: Path) -> None:
     with own_filesystem(tmp_path / "disk", 2 * MIB) as folder:
 
         async def main() -> None:
@@ -79,7 +80,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("reads go on without the cache")
-def test_a_disk_that_becomes_read_only_and_writable_again(tmp_path: Path) -> None:
+def test_reads_go_on_while_the_disk_is_read_only_and_staging_resumes(tmp_path: Path) -> None:
     with own_filesystem(tmp_path / "disk", 32 * MIB) as folder, own_mounts(folder) as mounts:
 
         async def main() -> None:
@@ -96,8 +97,8 @@ def test_a_disk_that_becomes_read_only_and_writable_again(tmp_path: Path) -> Non
                     assert chain.asked == []
                     await cache.store.evict(staged.cid)
                     assert staged_bytes(cache, staged.cid) == 0
-                    assert cache.statistics().used > MIB  # it could not be removed: it counts
-                cache.store.backoff._until = 0  # its five seconds are over
+                    assert cache.statistics().used > MIB  # it could not be removed, so it still counts
+                cache.store.backoff._until = 0  # as if its five seconds were over
                 assert await read(cache, file, leaves) == content
                 assert cache.trouble == ""
                 assert staged_bytes(cache, file.cid) >= MIB
@@ -106,7 +107,7 @@ def test_a_disk_that_becomes_read_only_and_writable_again(tmp_path: Path) -> Non
 
 
 @pytest.mark.logs("reads go on without the cache", "the order of use is not kept")
-def test_the_folder_is_deleted_under_us(tmp_path: Path) -> None:
+def test_reads_go_on_after_the_cache_folder_is_deleted(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         file, leaves, content = make_file(chain, MIB, seed=1)
@@ -124,7 +125,7 @@ def test_the_folder_is_deleted_under_us(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_a_staging_file_that_somebody_removes_keeps_nothing_from_being_staged(tmp_path: Path) -> None:
+def test_files_are_staged_after_a_user_removed_a_staging_file(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         removed, other = make_file(chain, MIB, seed=1), make_file(chain, MIB, seed=2)
@@ -186,10 +187,10 @@ def test_a_damaged_index_is_set_aside_and_filled_from_the_packs(tmp_path: Path, 
 
 @pytest.mark.logs("reads go on without the cache")
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTDIR])
-def test_an_index_that_can_not_be_looked_at_ends_nothing(
+def test_reads_go_on_if_the_index_can_not_be_examined(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    """Only a fake can cause EIO and ESTALE here."""
+    """A fake `lstat` fails: EIO and ESTALE can't be caused here."""
     real, failed = os.lstat, 0
 
     def lstat(path: str | Path, **more: int) -> os.stat_result:
@@ -230,7 +231,7 @@ def test_readers_of_the_index_never_wait_for_its_writer(tmp_path: Path) -> None:
             began = trio.current_time()
             assert cache.store.blocks.locate(small.cid) is not None
             assert (await cache.store.blocks.count()).blocks == 1
-            assert trio.current_time() - began < 4  # its patience with a locked database is 5 seconds
+            assert trio.current_time() - began < 4  # SQLite waits 5 seconds for a locked database
             index._writer.execute("ROLLBACK")
             assert not (tmp_path / "index.sqlite-shm").exists()
 
@@ -255,7 +256,7 @@ def test_a_pack_number_that_the_index_still_knows_is_not_used_again(tmp_path: Pa
 
 @pytest.mark.logs("is damaged")
 @pytest.mark.parametrize(
-    "turned",
+    "statement",
     [
         "UPDATE uses SET last = 'soon'",
         "UPDATE packs SET indexed = 'all'",
@@ -265,8 +266,8 @@ def test_a_pack_number_that_the_index_still_knows_is_not_used_again(tmp_path: Pa
         "UPDATE blocks SET size = 1152921504606846976",
     ],
 )
-def test_bits_that_turned_in_a_row_of_the_index_cost_no_start_and_no_read(
-    tmp_path: Path, turned: str
+def test_a_damaged_row_of_the_index_prevents_neither_a_start_nor_a_read(
+    tmp_path: Path, statement: str
 ) -> None:
     async def main() -> None:
         chain = Chain()
@@ -276,7 +277,7 @@ def test_bits_that_turned_in_a_row_of_the_index_cost_no_start_and_no_read(
             async with cache.pinned.pin(one.cid):
                 await cache.reader.block(one.cid)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
-            assert database.execute(turned).rowcount or "uses" in turned
+            assert database.execute(statement).rowcount or "uses" in statement
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert len(await cache.reader.block(one.cid)) == one.size
             assert (cache.statistics().pinned > 0) == (
@@ -298,7 +299,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.logs("wrong bytes in the cache", "is damaged")
-def test_ten_thousand_bit_flips_no_wrong_byte_and_each_mended_by_a_new_fetch(tmp_path: Path) -> None:
+def test_ten_thousand_bit_flips_give_no_wrong_byte_and_are_mended_by_new_fetches(tmp_path: Path) -> None:
     async def main() -> None:
         chain = Chain()
         files = [
@@ -318,8 +319,8 @@ def test_ten_thousand_bit_flips_no_wrong_byte_and_each_mended_by_a_new_fetch(tmp
                         assert await cache.reader.block(one.cid) == chain.blocks[cids.multihash(one.cid)]
                     asked.append(len(chain.asked))
                     chain.asked.clear()
-                assert asked[0] > 200 or not flips, "what was wrong was fetched again"
-                assert asked[1] == 0, "and is right since"
+                assert asked[0] > 200 or not flips, "what was wrong is fetched again"
+                assert asked[1] == 0, "and then it is read from the disk"
             paths = staged(tmp_path, "staging") + staged(tmp_path, "packs")
             sizes = [path.stat().st_size for path in paths]
             for path in dice.choices(paths, sizes, k=1250):
@@ -329,10 +330,10 @@ def test_ten_thousand_bit_flips_no_wrong_byte_and_each_mended_by_a_new_fetch(tmp
     trio.run(main)
 
 
-def test_a_file_that_claims_more_than_a_file_system_can_hold_stops_no_staging_of_others(
+def test_a_file_with_an_impossible_claimed_size_does_not_stop_the_staging_of_others(
     tmp_path: Path,
 ) -> None:
-    """The size that a file claims is its author's word. That it can't be staged is not the disk's fault."""
+    """The author of a file can claim any size. If the file can't be staged, the disk is not at fault."""
     chain = Chain()
     file, leaves, content = make_file(chain, 2 * MIB)
     claimed, its_leaves, its_content = make_file(chain, 3 * MIB, seed=1)

@@ -31,7 +31,7 @@ def user(tmp_path: Path) -> Home:
 
 @pytest.fixture
 def home(user: Home, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The home folder of `user` as this process's own, and no variable that names other places."""
+    """Makes the home folder of `user` that of this process. Unsets all variables that name other places."""
     for variable in ({*os.environ} - {*user.env}) | {"IPFSFUSE_CACHE_DIR", "IPFSFUSE_LIBRARY"}:
         monkeypatch.delenv(variable, raising=False)
     for variable in ("HOME", "XDG_RUNTIME_DIR"):
@@ -52,7 +52,7 @@ def ipfsfuse(home: Path, capfd: pytest.CaptureFixture[str]) -> Ipfsfuse:
 
 
 def on_terminal(user: Home, *arguments: str | Path) -> str:
-    """What `ipfsfuse ARGUMENTS` shows on its standard error, which is a terminal."""
+    """Runs `ipfsfuse ARGUMENTS` with a terminal as its standard error. Returns the text on that terminal."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, 120))
     try:
@@ -60,7 +60,7 @@ def on_terminal(user: Home, *arguments: str | Path) -> str:
         subprocess.run(
             command, env=user.env, stdout=subprocess.DEVNULL, stderr=follower, timeout=PATIENCE, check=True
         )
-        os.write(follower, b"\n")  # so that there is something to read in any case
+        os.write(follower, b"\n")  # so that there is always something to read
         return os.read(leader, 1 << 16).decode()
     finally:
         os.close(leader)

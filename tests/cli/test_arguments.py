@@ -1,4 +1,4 @@
-"""Arguments become frozen values, or one line that names what is wrong."""
+"""Arguments become frozen values, or one line that names the error."""
 
 import os
 import subprocess
@@ -84,13 +84,13 @@ def test_durations(text: str, seconds: float) -> None:
         "99999P",
     ],
 )
-def test_no_size(text: str) -> None:
+def test_texts_that_are_not_sizes(text: str) -> None:
     with pytest.raises(UsageError, match=r"not a size|too small a size|too large a size"):
         units.size(text)
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "0", "0s", "1y", "s", "nan", "9999d", "1:30"])
-def test_no_duration(text: str) -> None:
+def test_texts_that_are_not_durations(text: str) -> None:
     with pytest.raises(UsageError, match=r"not a duration|be used as a duration"):
         units.duration(text)
 
@@ -109,11 +109,11 @@ def test_a_shown_size_can_be_typed_again(count: int) -> None:
     assert units.size(units.human(count)) == pytest.approx(count, rel=0.06)
 
 
-# -- the whole line ------------------------------------------------------------------------------------------
+# -- whole command lines -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(
+def test_every_command_prints_its_usage(
     ipfsfuse: Ipfsfuse, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -168,14 +168,14 @@ def test_usage_errors_are_one_line_and_exit_code_2(
     assert list(home.rglob("*")) == [home / "ipfs"]  # the empty folder to mount at
 
 
-def test_python_dash_m(home: Path) -> None:
+def test_python_m_ipfsfuse_works(home: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "ipfsfuse", "--version"], capture_output=True, text=True, check=True
     )
     assert ran.stdout.startswith("ipfsfuse 0.")
 
 
-def test_help_and_status_load_nothing_big() -> None:
+def test_status_loads_no_large_module() -> None:
     script = (
         "import sys; from ipfsfuse.cli.main import main; code = main(['status', '--cache-dir', "
         "'/nonexistent']); print(code, *sys.modules)"
@@ -187,7 +187,7 @@ def test_help_and_status_load_nothing_big() -> None:
     assert not {"trio", "pyfuse3", "httpx", "wasmtime", "multiformats", "tqdm", "sqlite3"} & set(loaded)
 
 
-def test_nobody_reads_the_output(home: Path) -> None:
+def test_a_command_ends_silently_if_its_output_pipe_is_closed(home: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     ran = subprocess.run(
@@ -198,7 +198,7 @@ def test_nobody_reads_the_output(home: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--json"], ["help"], ["config", "--json"]])
-def test_output_that_can_not_be_written_is_one_line(home: Path, arguments: list[str]) -> None:
+def test_output_that_can_not_be_written_gives_one_line_of_error(home: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "ipfsfuse", *arguments]
     with open("/dev/full", "w") as full:
         ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)

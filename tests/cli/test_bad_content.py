@@ -1,5 +1,5 @@
-"""Sources and files that can't be used, and commands with nothing to work on: one line that names the thing,
-nothing left behind."""
+"""Sources and files that can't be used, and commands with nothing to work on: they fail with one line that
+names the cause, and leave nothing behind."""
 
 import os
 import shutil
@@ -22,9 +22,9 @@ pytestmark = pytest.mark.fuse
 
 CARS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda _car: b"", "the file is empty"),
-    "no CAR": (lambda _car: b"<html>this is not the file you want</html>" * 9, "x.car"),
+    "not a CAR": (lambda _car: b"<html>this is not the file you want</html>" * 9, "x.car"),
     "header cut": (lambda car: car[:20], "x.car"),
-    "header that lies": (lambda car: b"\xff\xff\xff\xff\x0f" + car[1:], "x.car"),
+    "wrong header length": (lambda car: b"\xff\xff\xff\xff\x0f" + car[1:], "x.car"),
 }
 
 
@@ -38,7 +38,7 @@ def car(user: Home) -> bytes:
 
 
 @pytest.mark.parametrize("kind", CARS)
-def test_a_source_that_is_no_car(user: Home, car: bytes, kind: str) -> None:
+def test_a_source_that_is_not_a_car(user: Home, car: bytes, kind: str) -> None:
     spoil, names = CARS[kind]
     (user.folder / "x.car").write_bytes(spoil(car))
     user.refused("mount", "--from", user.folder / "x.car", user.mountpoint, names=names)
@@ -82,7 +82,9 @@ def make_not_utf8(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_fifo, make_socket, make_not_utf8])
-def test_add_of_what_can_not_be_added(user: Home, make: Callable[[Path], None]) -> None:
+def test_add_of_a_folder_with_an_entry_that_can_not_be_added(
+    user: Home, make: Callable[[Path], None]
+) -> None:
     folder = user.folder / "folder"
     folder.mkdir()
     (folder / "a-good-one").write_text("x")
@@ -96,9 +98,9 @@ def test_add_of_a_single_path_that_can_not_be_added(user: Home, path: str) -> No
     user.refused("add", path, names=path)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_add_of_a_file_that_this_user_may_not_read() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # tmp_path lies where only this user may enter
+    with tempfile.TemporaryDirectory() as folder:  # only this user may enter the folders above tmp_path
         user = Home(Path(folder))
         file = user.folder / "file"
         file.write_text("x")
@@ -115,7 +117,7 @@ def test_add_of_a_file_that_this_user_may_not_read() -> None:
 AS_OTHER = """
 import os, sys
 from ipfsfuse.cli.main import main
-main(["add", "--only-hash", sys.argv[1]])  # imports all that is needed, which lies where others may not enter
+main(["add", "--only-hash", sys.argv[1]])  # imports all modules: the other user may not read them
 os.setresuid(65534, 65534, 65534)
 sys.exit(main(["add", sys.argv[1]]))
 """
@@ -151,11 +153,11 @@ def test_commands_where_nothing_is_mounted(user: Home, command: tuple[str, ...])
     user.refused(*command, names=f"no mount uses {user.cache}")
 
 
-def test_export_of_what_nobody_has(user: Home) -> None:
+def test_export_of_content_that_no_source_has(user: Home) -> None:
     cid = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
     user.refused("export", cid, user.folder / "x.car", names=cid)
     assert not list(user.folder.glob("*x.car*"))
 
 
-def test_rm_of_what_is_not_there(user: Home) -> None:
+def test_rm_of_a_cid_that_is_not_in_the_library(user: Home) -> None:
     user.refused("rm", "bafkqaaa", names="bafkqaaa is not a root of the library")

@@ -1,5 +1,5 @@
-"""Mounts that can't be: one line that names the thing, exit code 1 or 2, no traceback, nothing left
-behind."""
+"""Mounts that can't be made: they fail with one line that names the cause and exit code 1 or 2. They print no
+traceback and leave nothing behind."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 from tests.mounting import NOBODY, Home, alive, command_of, fuse_mounts, wait_until
 
 pytestmark = pytest.mark.fuse
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can change what others see of the machine")
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can make a mount namespace")
 
 
 # -- mountpoints ---------------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def test_mountpoint_not_empty(user: Home) -> None:
     user.refused("mount", user.mountpoint, names="not empty")
 
 
-def test_mounted_already(user: Home) -> None:
+def test_mountpoint_is_mounted_already(user: Home) -> None:
     with user.mounted():
         ran = user.run("mount", "--cache-dir", user.folder / "other", user.mountpoint, check=False)
         assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
@@ -41,13 +41,13 @@ def test_mounted_already(user: Home) -> None:
         assert os.listdir(user.mountpoint) == []
 
 
-def test_a_stale_mount_is_freed_and_used(user: Home) -> None:
+def test_a_new_mount_takes_the_place_of_a_dead_one(user: Home) -> None:
     with user.mounted() as first:
         os.stat(user.mountpoint)  # its attributes are cached from here on
         helper = [int(pid) for pid in os.listdir("/proc") if pid.isdigit() and _is_helper_of(first.pid, pid)]
         for pid in [*helper, first.pid]:
             os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not alive(first.pid), "the daemon ended")
+        wait_until(lambda: not alive(first.pid), "the daemon has ended")
         with pytest.raises(OSError, match=r"not connected|connection abort"):
             os.listdir(user.mountpoint)
         doctor = user.run("doctor", check=False)
@@ -79,14 +79,14 @@ def _is_helper_of(daemon: int, pid: str) -> bool:
 # -- the machine ---------------------------------------------------------------------------------------------
 
 
-def machine(script: str) -> tuple[str, ...]:
-    """Runs a command where `script` has changed what is mounted, for that command alone."""
+def in_namespace_after(script: str) -> tuple[str, ...]:
+    """A wrapper for a command. It runs `script` and then the command, in a mount namespace of their own."""
     return ("unshare", "--mount", "--propagation", "private", "sh", "-c", script + ' && exec "$@"', "sh")
 
 
 @as_root
 def test_no_dev_fuse(user: Home) -> None:
-    hidden = machine("mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3")
+    hidden = in_namespace_after("mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3")
     user.refused("mount", user.mountpoint, names="/dev/fuse is missing", wrapper=hidden)
     doctor = subprocess.run(
         [*hidden, sys.executable, "-m", "ipfsfuse", "doctor"], env=user.env, capture_output=True, text=True
@@ -99,7 +99,7 @@ def test_no_dev_fuse(user: Home) -> None:
 def test_no_fusermount3(user: Home) -> None:
     empty = user.folder / "not-a-program"
     empty.touch(0o644)
-    hidden = machine(f"mount --bind {empty} $(readlink -f $(command -v fusermount3))")
+    hidden = in_namespace_after(f"mount --bind {empty} $(readlink -f $(command -v fusermount3))")
     for folder in (user.folder, user.mountpoint):
         os.chown(folder, NOBODY, NOBODY)
     wrapper = [*hidden, *command_of(NOBODY)]
@@ -110,9 +110,9 @@ def test_no_fusermount3(user: Home) -> None:
 
 
 def test_kubo_without_a_repository(user: Home) -> None:
-    told = user.refused("mount", "--from", "kubo", user.mountpoint, names=user.env["IPFS_PATH"])
-    assert "set IPFS_PATH" in told
-    assert "kubo+http://" in told
+    line = user.refused("mount", "--from", "kubo", user.mountpoint, names=user.env["IPFS_PATH"])
+    assert "set IPFS_PATH" in line
+    assert "kubo+http://" in line
 
 
 # -- the cache folder ----------------------------------------------------------------------------------------
@@ -151,19 +151,19 @@ def test_a_cache_folder_that_is_a_file(user: Home) -> None:
 def test_a_cache_folder_on_a_read_only_disk(user: Home) -> None:
     disk = user.folder / "disk"
     disk.mkdir()
-    ro = machine(f"mount -t tmpfs -o ro none {disk}")
+    ro = in_namespace_after(f"mount -t tmpfs -o ro none {disk}")
     user.refused("mount", "--cache-dir", disk / "cache", user.mountpoint, names=disk / "cache", wrapper=ro)
 
 
 @pytest.mark.parametrize("option", ["--cache-dir", "--library", "--record", "--header-file"])
-def test_nothing_of_the_daemon_below_its_own_mount(user: Home, option: str) -> None:
+def test_files_of_the_daemon_below_its_mountpoint_are_refused(user: Home, option: str) -> None:
     below = user.mountpoint / "below"
     line = user.refused("mount", option, below, user.mountpoint, names=below, code=2)
     assert "below the mountpoint" in line
     assert list(user.mountpoint.iterdir()) == []
 
 
-def test_a_car_below_its_own_mount(user: Home) -> None:
+def test_a_car_below_the_mountpoint_is_refused(user: Home) -> None:
     (user.mountpoint / "x.car").touch()
     user.refused(
         "mount", "--from", user.mountpoint / "x.car", user.mountpoint, names="below the mountpoint", code=2
@@ -182,8 +182,8 @@ exec {real} "$@"
 
 @as_root
 @pytest.mark.parametrize("swap", ["ln -s {victim} {parent}", "cp -a {parent}.before {parent}"])
-def test_a_parent_that_is_replaced_while_root_mounts_leads_nowhere(user: Home, swap: str) -> None:
-    """fusermount3 resolves the path again: here it is made to find another folder there."""
+def test_root_mounts_nothing_if_a_parent_folder_is_replaced_meanwhile(user: Home, swap: str) -> None:
+    """fusermount3 resolves the path a second time. Here it finds another folder then."""
     parent, victim, tools = user.folder / "parent", user.folder / "victim", user.folder / "tools"
     for each in (parent / "ipfs", victim / "ipfs", tools):
         each.mkdir(parents=True)
@@ -210,11 +210,11 @@ def test_root_mounts_nothing_where_anyone_may_replace_the_path(user: Home) -> No
         pass
 
 
-# -- doctor says of a folder what mount does -----------------------------------------------------------------
+# -- doctor reports the folders that mount refuses -----------------------------------------------------------
 
 
-def test_doctor_refuses_the_folders_that_a_mount_refuses(user: Home) -> None:
-    """Each with what to do, and without changing anything."""
+def test_doctor_reports_the_folders_that_a_mount_refuses(user: Home) -> None:
+    """It says what to do about each folder, and changes nothing."""
     (user.store).mkdir(parents=True, mode=0o700)
     user.cache.chmod(0o700)
     (user.store / "photo").write_text("mine")

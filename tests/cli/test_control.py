@@ -1,4 +1,4 @@
-"""The control socket, both halves over a real socket."""
+"""The control socket: the server and the client, over a real socket."""
 
 import json
 import os
@@ -33,7 +33,7 @@ async def refuse_in_nursery(arguments: server.Arguments, progress: server.SendPr
 
 
 async def break_down(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
-    raise ZeroDivisionError("nobody thought of this")
+    raise ZeroDivisionError("unexpected")
 
 
 async def long(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
@@ -97,7 +97,7 @@ def test_several_commands_on_one_connection(running: Running) -> None:
 
 
 @pytest.mark.parametrize("command", ["refuse", "refuse_in_nursery"])
-def test_domain_errors_arrive_as_themselves(running: Running, command: str) -> None:
+def test_the_client_raises_the_error_that_the_command_raised(running: Running, command: str) -> None:
     with pytest.raises(errors.NotAllowed, match=r"^not this one$"):
         client.call(running.path, command)
 
@@ -112,14 +112,14 @@ def test_unknown_command_is_a_usage_error(running: Running) -> None:
 
 
 @pytest.mark.logs("a command of the control socket failed")
-def test_an_unexpected_failure_ends_one_command_alone(running: Running) -> None:
+def test_an_unexpected_error_ends_only_its_own_command(running: Running) -> None:
     with pytest.raises(errors.DaemonFailed, match="ZeroDivisionError"):
         client.call(running.path, "break_down")
     assert client.call(running.path, "echo")["got"] == {}
 
 
 @pytest.mark.parametrize("line", [b"", b"no json", b"[]", b'{"command": 3}', b"[" * 100_000, b"\xff\xfe"])
-def test_what_is_no_request_is_told_so(running: Running, line: bytes) -> None:
+def test_a_line_that_is_not_a_request_is_refused(running: Running, line: bytes) -> None:
     with client.Connection(running.path) as connection, connection.socket.makefile("rb") as replies:
         connection.socket.sendall(line + b"\n")
         reply = json.loads(replies.readline())
@@ -136,7 +136,7 @@ def test_an_endless_line_ends_the_connection(running: Running) -> None:
     assert client.call(running.path, "echo")["got"] == {}
 
 
-def test_closing_cancels_the_command(tmp_path: Path) -> None:
+def test_closing_the_connection_cancels_its_command(tmp_path: Path) -> None:
     started, cancelled = threading.Event(), threading.Event()
 
     async def wait(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
@@ -169,17 +169,17 @@ def test_holders_are_counted_until_the_last_has_gone(running: Running) -> None:
     assert running.server.holders == 0
 
 
-def test_only_the_owner_finds_it_open(running: Running) -> None:
+def test_only_the_owner_may_open_the_socket(running: Running) -> None:
     assert stat.S_IMODE(running.path.stat().st_mode) == 0o600
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_other_users_are_refused_whatever_the_folder_allows(
+def test_other_users_are_refused_even_if_they_can_connect(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     running.path.chmod(0o666)
     tmp_path.chmod(0o755)
-    monkeypatch.chdir(tmp_path)  # the folders above stay closed
+    monkeypatch.chdir(tmp_path)  # the other user may not enter the folders above
     with socket.socket(socket.AF_UNIX) as connection:
         os.seteuid(65534)
         try:
@@ -194,7 +194,7 @@ def test_other_users_are_refused_whatever_the_folder_allows(
     }
 
 
-def test_a_deep_folder_is_no_obstacle(tmp_path: Path) -> None:
+def test_the_path_of_the_socket_may_be_long(tmp_path: Path) -> None:
     folder = tmp_path / ("d" * 200) / ("e" * 200)
     folder.mkdir(parents=True)
     running = Running(folder / "control", COMMANDS)
@@ -204,7 +204,7 @@ def test_a_deep_folder_is_no_obstacle(tmp_path: Path) -> None:
         running.stop()
 
 
-def test_a_left_socket_is_replaced_and_removed_at_the_end(tmp_path: Path) -> None:
+def test_a_socket_without_a_server_is_replaced_and_removed_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "control"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(path))
@@ -216,13 +216,13 @@ def test_a_left_socket_is_replaced_and_removed_at_the_end(tmp_path: Path) -> Non
     assert not path.exists()
 
 
-def test_no_daemon_and_no_folder(tmp_path: Path) -> None:
+def test_a_command_without_a_daemon_says_how_to_mount(tmp_path: Path) -> None:
     for path in (tmp_path / "control", tmp_path / "none" / "control"):
         with pytest.raises(errors.DaemonFailed, match=r"no mount uses .*ipfsfuse mount"):
             client.call(path, "status")
 
 
-def test_a_folder_that_can_hold_no_socket(tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_the_socket_is_refused(tmp_path: Path) -> None:
     (tmp_path / "control").mkdir()
 
     async def main() -> None:
@@ -232,7 +232,7 @@ def test_a_folder_that_can_hold_no_socket(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_the_mount_ends_in_the_middle(tmp_path: Path) -> None:
+def test_a_mount_that_ends_during_a_command(tmp_path: Path) -> None:
     started = threading.Event()
 
     async def wait(arguments: server.Arguments, progress: server.SendProgress) -> Mapping[str, Any]:
@@ -248,8 +248,8 @@ def test_the_mount_ends_in_the_middle(tmp_path: Path) -> None:
 
 
 def test_a_mount_that_never_answers(tmp_path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as deaf:
-        deaf.bind(str(tmp_path / "control"))
-        deaf.listen()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "control"))
+        silent.listen()
         with pytest.raises(errors.DaemonFailed, match=r"did not answer `status` within 0\.1 s"):
             client.call(tmp_path / "control", "status", timeout=0.1)

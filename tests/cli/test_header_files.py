@@ -1,4 +1,4 @@
-"""`--header-file`: what a user sees of it."""
+"""`--header-file`, as a user sees it."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def file(user: Home) -> Path:
 
 
 @pytest.mark.parametrize("spelling", ["new", "old"])
-def test_the_source_gets_its_headers_and_the_old_spelling_is_told(
+def test_the_source_gets_its_headers_and_the_old_spelling_gives_a_warning(
     user: Home, file: Path, spelling: str
 ) -> None:
     with Server(BLOCKS) as server:
@@ -39,13 +39,13 @@ def test_the_source_gets_its_headers_and_the_old_spelling_is_told(
             user.run("unmount", user.mountpoint)
 
 
-def test_commands_without_a_mount_send_them_too(user: Home, file: Path, tmp_path: Path) -> None:
+def test_commands_without_a_mount_send_the_headers_too(user: Home, file: Path, tmp_path: Path) -> None:
     with Server(BLOCKS) as server:
-        there = ("--from", server.url, "--header-file", f"{server.url}={file}")
+        source = ("--from", server.url, "--header-file", f"{server.url}={file}")
         (user.folder / ".config" / "ipfsfuse").mkdir(parents=True)
         config = user.folder / ".config" / "ipfsfuse" / "config.toml"
         for by in ("arguments", "configuration"):
-            options = there if by == "arguments" else ()
+            options = source if by == "arguments" else ()
             if by == "configuration":
                 config.write_text(
                     f'from = "{server.url}"\n'
@@ -59,11 +59,11 @@ def test_commands_without_a_mount_send_them_too(user: Home, file: Path, tmp_path
             assert copy.read_bytes() == BLOCK
         assert len(server.asked) >= 8
         assert {ask.headers.get("authorization") for ask in server.asked} == {"Bearer s3cret"}
-    user.refused("cat", cids.text(CID), *there[:2], "--header-file", f"https://a.example={file}",
+    user.refused("cat", cids.text(CID), *source[:2], "--header-file", f"https://a.example={file}",
                  names="no source is there", code=2)  # fmt: skip
 
 
-def test_what_can_not_be_used_is_refused_in_one_line(user: Home, file: Path) -> None:
+def test_a_header_file_that_can_not_be_used_is_refused_in_one_line(user: Home, file: Path) -> None:
     mount = ("mount", "--from", "https://a.example", "--from", "https://b.example", "--header-file")
     user.refused(*mount, file, user.mountpoint, names=f"--header-file https://a.example={file}", code=2)
     user.refused(*mount, f"https://c.example={file}", user.mountpoint, names="no source is there", code=2)

@@ -1,4 +1,4 @@
-"""Who holds a mount, to its end."""
+"""The holders of a mount, until it ends."""
 
 import threading
 from pathlib import Path
@@ -9,7 +9,7 @@ from ipfsfuse import client, errors
 from tests.cli.test_control import Running
 
 
-def test_a_holder_that_comes_as_the_last_one_goes_is_not_lost(tmp_path: Path) -> None:
+def test_a_holder_that_arrives_as_the_last_one_leaves_keeps_the_mount(tmp_path: Path) -> None:
     running = Running(tmp_path / "control", {})
     with client.Connection(running.path) as first:
         first.ask("hold")

@@ -1,5 +1,5 @@
-"""Names and messages that came from outside, through the real output of each command and a real daemon's log:
-nothing that a terminal obeys, and no line that was forged."""
+"""Names and messages from outside, in the output of each command and in the log of a real daemon: they don't
+control the terminal, and forge no line."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ NAMES = [
     "\u202egnp.exe", "\u2066x\u2069", "a\u2028b\u2029c", "\x85next", "plain ünï 🦊",
 ]  # fmt: skip
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""All but the line end."""
+"""All characters that `printable` escapes, except the line end."""
 LOG_LINE = re.compile(rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d,\d\d\d [A-Z]+ [\w.]+: |{' ' * 4}")
 
 
@@ -39,16 +39,16 @@ def check(text: str, lines: int | None = None) -> None:
         assert text.count("\n") == lines, ascii(text)
 
 
-# -- the function --------------------------------------------------------------------------------------------
+# -- printable -----------------------------------------------------------------------------------------------
 
 
-def test_printable_escapes_what_a_terminal_obeys_and_nothing_else() -> None:
+def test_printable_escapes_control_characters_and_nothing_else() -> None:
     assert printable("plain ünï 🦊 \\ ~") == "plain ünï 🦊 \\ ~"
     assert printable("\x1b[31m\n\x7f\x9b\u202e\u2028\udcff") == "\\x1b[31m\\n\\x7f\\x9b\\u202e\\u2028\\xff"
 
 
 @given(st.text(st.characters(exclude_categories=[])))
-def test_what_is_printable_is_one_line_stays_as_it_is_and_can_be_encoded(text: str) -> None:
+def test_printable_text_is_one_line_can_be_encoded_and_is_escaped_once(text: str) -> None:
     once = printable(text)
     assert CONTROL.search(once) is None
     assert "\n" not in once
@@ -109,7 +109,7 @@ COMMANDS: list[list[str]] = [
 
 @pytest.mark.fuse
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_arguments_in_reasons(
+def test_arguments_in_error_messages(
     ipfsfuse: Ipfsfuse, home: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(home)
@@ -134,7 +134,7 @@ def test_a_traceback_that_was_asked_for(user: Home) -> None:
     [{"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}],
     ids=["ASCII", "UTF-8"],
 )
-def test_names_that_cannot_be_encoded_break_nothing(user: Home, locale: dict[str, str]) -> None:
+def test_names_that_can_not_be_encoded_are_escaped(user: Home, locale: dict[str, str]) -> None:
     user.env |= locale
     file = os.fsencode(user.folder) + b"/caf\xe9"
     Path(os.fsdecode(file)).write_text("x")
@@ -169,13 +169,13 @@ def test_a_name_in_the_bar_of_a_terminal(user: Home, monkeypatch: pytest.MonkeyP
 # -- a daemon, its sources and its log -----------------------------------------------------------------------
 
 
-SAID = f"no\n{FORGED}\r\x1b[31m\x9b2J\u202e\u2028 {'y' * 10}"
+MESSAGE = f"no\n{FORGED}\r\x1b[31m\x9b2J\u202e\u2028 {'y' * 10}"
 PAGE_TYPE = b"text/html; \x9b31m"
 
 
 class _Hostile(BaseHTTPRequestHandler):
-    """As an RPC API it fails with a message, as a gateway it sends a page whose type holds a control
-    character."""
+    """An RPC API that fails with a message, and a gateway that sends a page with a control character in its
+    type."""
 
     protocol_version = "HTTP/1.1"
 
@@ -183,11 +183,11 @@ class _Hostile(BaseHTTPRequestHandler):
         self._send(
             b"500 no",
             b"application/json",
-            json.dumps({"Message": SAID, "Code": 0}, ensure_ascii=False).encode(),
+            json.dumps({"Message": MESSAGE, "Code": 0}, ensure_ascii=False).encode(),
         )
 
     def do_GET(self) -> None:
-        self._send(b"200 OK", PAGE_TYPE, SAID.encode())
+        self._send(b"200 OK", PAGE_TYPE, MESSAGE.encode())
 
     def _send(self, status: bytes, kind: bytes, body: bytes) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -217,7 +217,7 @@ def hostile_server() -> Iterator[str]:
 
 
 @pytest.mark.fuse
-def test_what_sources_say_in_status_in_doctor_and_in_the_log(user: Home) -> None:
+def test_messages_of_sources_in_status_in_doctor_and_in_the_log(user: Home) -> None:
     tree = user.folder / "tree"
     tree.mkdir()
     for name in NAMES:
@@ -232,14 +232,14 @@ def test_what_sources_say_in_status_in_doctor_and_in_the_log(user: Home) -> None
         hostile_server() as url,
         user.mounted("--from", car, "--from", url, "--from", f"kubo+{url}", "--deadline", "1s") as mount,
     ):
-        assert set(os.listdir(mount.path / root)) == set(NAMES)  # who reads gets them as they are
+        assert set(os.listdir(mount.path / root)) == set(NAMES)  # a reader gets them as they are
         for path in (root, *NAMES), (missing,):
             with pytest.raises(OSError):
                 mount.path.joinpath(*path).read_bytes()
         check(user.run("ls").stdout)
         wait_until(
             lambda: "forged" in json.dumps(user.json("status", "--json")["pins"]),
-            "the node's message is shown",
+            "status shows the message of the node",
         )
         shown = user.run("status", check=False).stdout
         check(shown)
@@ -261,11 +261,11 @@ def test_a_traceback_in_the_log_forges_no_line(caplog: pytest.LogCaptureFixture)
         raise ExceptionGroup(f"one\n{FORGED}", [ValueError(f"two\x1b[31m\n{FORGED}\u2028{FORGED}")])
     except ExceptionGroup as exc:
         info = (type(exc), exc, exc.__traceback__)
-        record = logging.LogRecord("ipfsfuse.x", logging.ERROR, "x.py", 1, "failed: %s", (SAID,), info)
+        record = logging.LogRecord("ipfsfuse.x", logging.ERROR, "x.py", 1, "failed: %s", (MESSAGE,), info)
     text = formatter.format(record)
     check(text)
     first, *others = text.splitlines()
-    assert first.endswith(f"ERROR ipfsfuse.x: failed: {printable(SAID)}")
+    assert first.endswith(f"ERROR ipfsfuse.x: failed: {printable(MESSAGE)}")
     assert len(others) > 5
     assert [line for line in others if not line.startswith("    ")] == []
 
@@ -275,23 +275,23 @@ import logging, sys, threading, warnings
 from ipfsfuse.cli.logs import escape_the_log
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 escape_the_log()
-said = sys.argv[1]
+message = sys.argv[1]
 def fail():
-    raise ValueError(said)
+    raise ValueError(message)
 thread = threading.Thread(target=fail)
 thread.start()
 thread.join()
 class Finalized:
     def __del__(self):
-        raise ValueError(said)
+        raise ValueError(message)
 Finalized()
-warnings.warn(said)
+warnings.warn(message)
 """
 
 
-def test_what_python_itself_would_print_goes_through_the_log() -> None:
+def test_errors_that_python_itself_prints_go_through_the_log() -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", HOOKS, SAID], capture_output=True, text=True, timeout=PATIENCE
+        [sys.executable, "-c", HOOKS, MESSAGE], capture_output=True, text=True, timeout=PATIENCE
     )
     check(ran.stderr)
     assert ran.stderr.count("ValueError: no") == 2

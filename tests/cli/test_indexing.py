@@ -1,4 +1,4 @@
-"""CAR files without an index: a waiting user sees the progress of the index; damaged files are named."""
+"""CAR files without an index: the user sees how the index is built; damaged files are named."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_a_terminal_shows_the_index_being_built_once(user: Home, car: Path) -> N
         assert log.count(f"the index of good.car is built: {size} of {size}") == 1
 
 
-def test_the_foreground_logs_it(user: Home, car: Path) -> None:
+def test_a_mount_in_the_foreground_logs_that_the_index_is_built(user: Home, car: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -59,7 +59,7 @@ def test_the_foreground_logs_it(user: Home, car: Path) -> None:
     assert err.count("the index of good.car is built: ") == 1
 
 
-def test_a_damaged_car_is_used_as_far_as_it_goes_and_named(user: Home, car: Path) -> None:
+def test_a_damaged_car_is_used_up_to_the_damage_and_named_in_a_warning(user: Home, car: Path) -> None:
     cid = user.json("library", "--json")[0]["cid"]
     short = user.folder / "short.car"
     short.write_bytes(car.read_bytes()[:-100])

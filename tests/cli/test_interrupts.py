@@ -1,4 +1,4 @@
-"""Commands that are interrupted or terminated: nothing is left of what they had begun."""
+"""Commands that are interrupted or terminated leave nothing unfinished behind."""
 
 import os
 import select
@@ -17,14 +17,15 @@ from tests.mounting import PATIENCE, Home, wait_until
 both = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 
 
-def everything(folder: Path) -> dict[Path, bytes]:
+def files_below(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def ended(
+def run_and_end(
     user: Home, arguments: Sequence[str | Path], begun: str, number: signal.Signals, fed: bytes = b""
 ) -> None:
-    """Runs `ipfsfuse ARGUMENTS`, feeds it, and ends it once a file of the pattern `begun` is there."""
+    """Runs `ipfsfuse ARGUMENTS` with `fed` as its input, and sends it a signal once a file matches `begun`.
+    Checks that it ends silently."""
     command = [sys.executable, "-m", "ipfsfuse", *map(str, arguments)]
     with subprocess.Popen(
         command, env=user.env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -32,7 +33,7 @@ def ended(
         assert process.stdin
         process.stdin.write(fed)
         process.stdin.flush()
-        wait_until(lambda: any(user.folder.glob(begun)), "it has begun to write")
+        wait_until(lambda: any(user.folder.glob(begun)), "a file was begun")
         process.send_signal(number)
         assert process.wait(PATIENCE) == 128 + signal.SIGINT
         assert process.stderr
@@ -43,19 +44,20 @@ def ended(
 def test_an_add_that_is_ended_leaves_the_library_as_it_was(user: Home, number: signal.Signals) -> None:
     (user.folder / "first").write_bytes(os.urandom(100_000))
     user.add(user.folder / "first")
-    before = everything(user.library)
-    ended(user, ["add", "-"], "library/*.tmp", number, fed=os.urandom(20 << 20))  # whose end never comes
-    assert everything(user.library) == before
+    before = files_below(user.library)
+    # the input does not end
+    run_and_end(user, ["add", "-"], "library/*.tmp", number, fed=os.urandom(20 << 20))
+    assert files_below(user.library) == before
 
 
 @both
 def test_an_export_that_is_ended_leaves_no_file(user: Home, number: signal.Signals) -> None:
-    with socket.socket() as deaf:  # a gateway that never answers
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen()
-        gateway = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+    with socket.socket() as silent:  # a gateway that never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        gateway = f"http://127.0.0.1:{silent.getsockname()[1]}"
         made = user.folder / "made.car"
-        ended(
+        run_and_end(
             user,
             [
                 "export",
@@ -67,17 +69,17 @@ def test_an_export_that_is_ended_leaves_no_file(user: Home, number: signal.Signa
             ".made.car.*",
             number,
         )
-    assert not everything(user.folder)
+    assert not files_below(user.folder)
 
 
 @both
-def test_a_cat_ends_whose_reader_reads_nothing(user: Home, number: signal.Signals) -> None:
+def test_a_cat_whose_reader_reads_nothing_can_be_ended(user: Home, number: signal.Signals) -> None:
     (user.folder / "large").write_bytes(bytes(4 << 20))
     cid = user.add(user.folder / "large")
     command = [sys.executable, "-m", "ipfsfuse", "cat", cid]
     with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
-        select.select([process.stdout], [], [], PATIENCE)  # it writes, and soon waits for us
+        select.select([process.stdout], [], [], PATIENCE)  # it writes, and soon waits for its reader
         time.sleep(0.2)
         process.send_signal(number)
         assert process.wait(PATIENCE) == -number
@@ -92,7 +94,7 @@ def test_a_cat_ends_whose_reader_reads_nothing(user: Home, number: signal.Signal
         ("ipfsfuse_run", "argparse"), ("ipfsfuse_run", "ipfsfuse.errors"), ("ipfsfuse_run", "ipfsfuse_run.options"),
     ],
 )  # fmt: skip
-def test_ctrl_c_while_modules_are_imported_says_nothing(user: Home, program: str, module: str) -> None:
+def test_ctrl_c_while_modules_are_imported_prints_nothing(user: Home, program: str, module: str) -> None:
     code = f"""if True:
         import os, runpy, signal, sys
 
@@ -109,4 +111,4 @@ def test_ctrl_c_while_modules_are_imported_says_nothing(user: Home, program: str
         [sys.executable, "-c", code], env=user.env, capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.stdout, done.stderr) == ("interrupted\n", "")
-    assert done.returncode in (128 + signal.SIGINT, -signal.SIGINT)  # the same to a shell
+    assert done.returncode in (128 + signal.SIGINT, -signal.SIGINT)  # a shell sees the same

@@ -50,7 +50,7 @@ def listed(user: Home) -> dict[str, list[str]]:
     return {each["cid"]: each["paths"] for each in user.json("ls", "--json")["entries"]}
 
 
-def test_ls_names_what_is_staged_by_every_path_that_leads_to_it(user: Home, tree: Tree) -> None:
+def test_ls_lists_staged_files_with_all_their_paths(user: Home, tree: Tree) -> None:
     top = tree.mount.path / tree.root
     (top / "big").read_bytes()
     assert listed(user) == {tree.cid["big"]: [f"/ipfs/{tree.root}/big"]}
@@ -62,7 +62,7 @@ def test_ls_names_what_is_staged_by_every_path_that_leads_to_it(user: Home, tree
     assert first.endswith(f"/ipfs/{tree.root}/big")
     assert second == f"    also /ipfs/{tree.root}/sub/same"
     assert last.startswith("and ")
-    assert sum(tree.gateway.asked.values()) == asked  # nothing was fetched for it
+    assert sum(tree.gateway.asked.values()) == asked  # `ls` fetched nothing
 
 
 def test_ls_tree_shows_small_files_and_directories_too(user: Home, tree: Tree) -> None:
@@ -71,12 +71,12 @@ def test_ls_tree_shows_small_files_and_directories_too(user: Home, tree: Tree) -
         with open(top + name, "rb") as file:
             file.read()
     os.readlink(top + b"/link")
-    told = user.json("ls", "--tree", "--json")["tree"]
+    entries = user.json("ls", "--tree", "--json")["tree"]
     below = f"/ipfs/{tree.root}"
-    assert {each["path"]: (each["kind"], each["size"], each["complete"]) for each in told} == {
+    assert {each["path"]: (each["kind"], each["size"], each["complete"]) for each in entries} == {
         below: ("directory", None, True),
         f"{below}/big": ("file", SIZE, True),
-        f"{below}/link": ("symlink", told[2]["size"], True),
+        f"{below}/link": ("symlink", entries[2]["size"], True),
         f"{below}/small": ("file", 5, True),
         f"{below}/sub": ("directory", None, True),
         f"{below}/sub/deep\udcff\x1b": ("file", SIZE, True),
@@ -96,8 +96,8 @@ def test_names_are_known_after_a_restart(user: Home, tree: Tree) -> None:
         assert listed(user) == {tree.cid["big"]: [f"/ipfs/{tree.root}/big"]}
 
 
-def test_the_names_of_a_large_directory_as_far_as_it_is_here(user: Home) -> None:
-    """A HAMT of which a lookup has brought two nodes."""
+def test_ls_knows_the_names_in_the_fetched_part_of_a_large_directory(user: Home) -> None:
+    """A HAMT. A lookup has fetched two of its nodes."""
     dag = Dag()
     big = dag.file([os.urandom(1 << 18) for _ in range(2)])
     root = cids.text(shards(dag, big, [b"f%d" % number for number in range(600)]))
@@ -111,7 +111,7 @@ def test_the_names_of_a_large_directory_as_far_as_it_is_here(user: Home) -> None
         assert sum(served.asked.values()) == asked
 
 
-def test_pin_by_cid_and_path_by_a_path_in_the_mount_and_from_within_it(user: Home, tree: Tree) -> None:
+def test_pin_by_cid_and_path_by_a_path_in_the_mount_and_by_a_relative_path(user: Home, tree: Tree) -> None:
     top = tree.mount.path / tree.root
     (user.folder / "alias").symlink_to(top.parent)
     pinned = [
@@ -121,9 +121,9 @@ def test_pin_by_cid_and_path_by_a_path_in_the_mount_and_from_within_it(user: Hom
         )
     ]
     assert pinned == [tree.cid[name] for name in ("small", "big", "sub")]
-    told = user.json("pin", "ls", "--json")
-    assert told["pinned"] == pinned
-    assert told["paths"][tree.cid["sub"]] == [f"/ipfs/{tree.root}/sub"]
+    pins = user.json("pin", "ls", "--json")
+    assert pins["pinned"] == pinned
+    assert pins["paths"][tree.cid["sub"]] == [f"/ipfs/{tree.root}/sub"]
     assert f"{tree.cid['sub']}  /ipfs/{tree.root}/sub\n" in user.run("pin", "ls").stdout
     command = [sys.executable, "-m", "ipfsfuse", "unpin", "--json", "small"]
     env = {**user.env, "IPFSFUSE_CACHE_DIR": str(user.folder / "elsewhere")}
@@ -134,7 +134,7 @@ def test_pin_by_cid_and_path_by_a_path_in_the_mount_and_from_within_it(user: Hom
     user.refused_while_mounted("pin", f"{tree.root}/small/x", names="/small is not a directory")
 
 
-def test_of_many_those_that_can_be_done_are_done(user: Home, tree: Tree) -> None:
+def test_one_item_that_fails_does_not_stop_the_others(user: Home, tree: Tree) -> None:
     items = [f"{tree.root}/small", f"{tree.root}/none", tree.cid["big"]]
     done = user.run("prefetch", *items, "--json", check=False)
     first, failed, last = json.loads(done.stdout)
@@ -149,8 +149,8 @@ def test_of_many_those_that_can_be_done_are_done(user: Home, tree: Tree) -> None
     assert user.json("ls", "--json")["entries"] == []
 
 
-def test_a_path_is_found_in_a_mount_without_asking_it(user: Home, tree: Tree) -> None:
-    """The daemon is stopped: a question to the mount would not end."""
+def test_a_path_is_found_in_a_mount_without_a_call_to_the_mount(user: Home, tree: Tree) -> None:
+    """The daemon is stopped, so a call to the mount would not return."""
     (user.folder / "loop").symlink_to("loop")
     os.kill(tree.mount.pid, signal.SIGSTOP)
     try:

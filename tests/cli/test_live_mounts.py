@@ -17,8 +17,8 @@ pytestmark = pytest.mark.fuse
 
 
 def pid_at(user: Home, point: Path, *options: str | Path) -> int:
-    told: int = user.json("status", "--json", "--mount", point, *options)["pid"]
-    return told
+    pid: int = user.json("status", "--json", "--mount", point, *options)["pid"]
+    return pid
 
 
 def test_a_second_and_an_isolated_mount_are_found(user: Home) -> None:
@@ -54,20 +54,20 @@ def test_a_daemon_that_was_started_with_other_variables_is_found(user: Home) -> 
         assert pid_at(user, user.mountpoint) == mount.pid
 
 
-def test_what_a_killed_daemon_left_is_not_believed(user: Home) -> None:
+def test_the_entry_of_a_killed_daemon_is_ignored(user: Home) -> None:
     with user.mounted("--isolated") as mount:
         (entry,) = (user.runtime / "ipfsfuse").iterdir()
-        said = entry.read_text()
+        before = entry.read_text()
         os.kill(mount.pid, signal.SIGKILL)
         wait_until(lambda: not alive(mount.pid), "the daemon is dead")
-        assert entry.read_text() == said
+        assert entry.read_text() == before
         subprocess.run(["fusermount3", "-u", "-z", user.mountpoint], check=False, capture_output=True)
     user.refused("status", "--mount", user.mountpoint, names=f"{user.mountpoint} is not a mount of ipfsfuse")
     with user.mounted() as mount:
         assert pid_at(user, user.mountpoint) == mount.pid
 
 
-def test_the_entry_of_a_mount_that_is_ended_while_it_is_busy_goes_with_it(user: Home) -> None:
+def test_a_busy_mount_that_is_ended_removes_its_entry(user: Home) -> None:
     with user.mounted() as mount:
         assert list((user.runtime / "ipfsfuse").iterdir())
         with subprocess.Popen(["sleep", "600"], cwd=mount.path) as busy:
@@ -90,7 +90,7 @@ def test_the_entry_of_a_mount_that_is_ended_while_it_is_busy_goes_with_it(user: 
         None,
     ],
 )
-def test_a_damaged_entry_is_no_entry(user: Home, content: bytes | None) -> None:
+def test_a_damaged_entry_is_ignored(user: Home, content: bytes | None) -> None:
     with user.mounted() as mount:
         (entry,) = (user.runtime / "ipfsfuse").iterdir()
         entry.unlink()
@@ -98,7 +98,7 @@ def test_a_damaged_entry_is_no_entry(user: Home, content: bytes | None) -> None:
             os.mkfifo(entry)
         else:
             entry.write_bytes(content)
-        assert pid_at(user, user.mountpoint) == mount.pid  # by the cache folder
+        assert pid_at(user, user.mountpoint) == mount.pid  # found by its cache folder
     assert entry.exists()
 
 
@@ -119,7 +119,7 @@ def test_a_folder_that_others_may_enter_is_not_used(user: Home, monkeypatch: pyt
         assert not [name for name in os.listdir(user.folder) if ":" in name]
 
 
-def test_a_mount_whose_daemon_stands_still_is_found_without_asking_it(user: Home) -> None:
+def test_a_mount_whose_daemon_is_stopped_is_found_without_asking_it(user: Home) -> None:
     script = f"from ipfsfuse.cli import folders; print(folders.control(folders.last_daemon(None, {str(user.mountpoint)!r})))"
     with user.mounted("--isolated") as mount:
         os.kill(mount.pid, signal.SIGSTOP)

@@ -1,4 +1,4 @@
-"""The commands on a real mount, as a person types them."""
+"""The commands on a real mount, as a user types them."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def cid(user: Home) -> str:
 
 @pytest.fixture
 def car(user: Home, cid: str) -> Path:
-    """The same content in a CAR that a mount must stage nothing of."""
+    """The same content in a CAR file: a mount reads it in place."""
     user.run("export", cid, user.folder / "x.car")
     return user.folder / "x.car"
 
@@ -53,11 +53,11 @@ def test_mount_returns_when_the_mount_answers(user: Home, cid: str) -> None:
     assert os.listdir(user.mountpoint) == []
 
 
-def test_unmount_waits_for_the_daemon_and_a_next_mount_begins_at_once(user: Home, cid: str) -> None:
+def test_unmount_waits_for_the_daemon_and_the_next_mount_works_at_once(user: Home, cid: str) -> None:
     for _ in range(2):
-        told = user.json("mount", "--json", user.mountpoint)
+        made = user.json("mount", "--json", user.mountpoint)
         user.run("unmount", user.mountpoint)
-        assert not alive(told["pid"])
+        assert not alive(made["pid"])
         assert not fuse_mounts(user.folder)
 
 
@@ -69,7 +69,7 @@ def test_a_mount_right_after_fusermount3(user: Home, cid: str) -> None:
     user.run("unmount", user.mountpoint)
 
 
-def test_the_daemon_leaves_its_starter_alone(mounted: Mounted) -> None:
+def test_the_daemon_is_detached_from_the_process_that_started_it(mounted: Mounted) -> None:
     assert os.readlink(f"/proc/{mounted.pid}/cwd") == "/"
     assert os.getsid(mounted.pid) == mounted.pid
     assert os.readlink(f"/proc/{mounted.pid}/fd/0") == "/dev/null"
@@ -91,7 +91,9 @@ def test_a_long_log_is_put_aside(user: Home, cid: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGXCPU])
-def test_in_the_foreground_a_signal_ends_it_cleanly(user: Home, cid: str, number: signal.Signals) -> None:
+def test_a_signal_ends_a_mount_in_the_foreground_cleanly(
+    user: Home, cid: str, number: signal.Signals
+) -> None:
     command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
     with subprocess.Popen(
         command, env=user.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -108,7 +110,7 @@ def test_in_the_foreground_a_signal_ends_it_cleanly(user: Home, cid: str, number
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_mount_given_up_on_leaves_nothing(user: Home, number: signal.Signals) -> None:
+def test_a_mount_command_that_is_ended_early_leaves_no_daemon(user: Home, number: signal.Signals) -> None:
     os.mkfifo(user.folder / "never.car")  # opening it waits for a writer
     command = [sys.executable, "-m", "ipfsfuse", "mount", "--from", "never.car", str(user.mountpoint)]
     with subprocess.Popen(command, env=user.env, cwd=user.folder, stderr=subprocess.PIPE, text=True) as mount:
@@ -117,12 +119,12 @@ def test_a_mount_given_up_on_leaves_nothing(user: Home, number: signal.Signals) 
         mount.send_signal(number)
         assert mount.communicate(timeout=60)[1] == ""
     assert mount.returncode == (130 if number == signal.SIGINT else -number)
-    wait_until(lambda: not alive(daemon), "the daemon ended too")
+    wait_until(lambda: not alive(daemon), "the daemon has ended too")
     assert not fuse_mounts(user.folder)
 
 
 def _daemons(pid: int) -> list[int]:
-    """The children of a process that are daemons: while modules are imported, it may have others."""
+    """The children of a process that are daemons. While it imports modules, it may have other children."""
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with suppress(OSError):  # it has ended
@@ -131,7 +133,7 @@ def _daemons(pid: int) -> list[int]:
     return found
 
 
-def test_a_busy_mount_names_who_holds_it(user: Home, mounted: Mounted, cid: str) -> None:
+def test_unmount_names_the_process_that_holds_a_busy_mount(user: Home, mounted: Mounted, cid: str) -> None:
     file = mounted.path / cid / "hello.txt"
     script = "import sys; held = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
     with subprocess.Popen(
@@ -149,7 +151,7 @@ def test_a_busy_mount_names_who_holds_it(user: Home, mounted: Mounted, cid: str)
         holder.kill()
 
 
-def test_unmount_from_inside(user: Home, mounted: Mounted, cid: str) -> None:
+def test_unmount_from_inside_the_mount(user: Home, mounted: Mounted, cid: str) -> None:
     ran = user.run("unmount", "..", check=False, cwd=mounted.path / cid)
     assert (ran.returncode, ran.stderr) == (0, "")
 
@@ -165,8 +167,9 @@ def test_status(user: Home, mounted: Mounted, cid: str) -> None:
     assert (ran.returncode, ran.stderr.count("\n")) == (1, 1)
 
 
-def test_a_mount_says_what_it_asks_and_when_there_was_nobody_to_ask(user: Home, cid: str) -> None:
-    """In one line when it is mounted; in the log and in `status` when a read failed for that reason."""
+def test_a_mount_names_its_sources_and_says_when_none_could_be_asked(user: Home, cid: str) -> None:
+    """It names its sources in one line when it is mounted. After a read for which it had no source to ask, it
+    says so in the log and in `status`."""
     node = user.folder / "no-node"
     ran = user.run("mount", user.mountpoint)
     assert ran.stderr == (
@@ -176,14 +179,17 @@ def test_a_mount_says_what_it_asks_and_when_there_was_nobody_to_ask(user: Home, 
     assert user.json("status", "--json")["no_source_to_ask"] == ""
     with pytest.raises(OSError, match="timed out"):
         (user.mountpoint / cids.text(cids.make(cids.RAW, b"\x12\x20" + bytes(32)))).stat()
-    said = "no source could be asked for a block that is not here: the sources are library; name others with --from"
-    assert user.json("status", "--json")["no_source_to_ask"].startswith(said)
-    assert said in user.run("status").stdout
-    assert said in (user.cache / "ipfsfuse-cache" / "log").read_text()
+    message = (
+        "no source could be asked for a block that is not here: the sources are library; "
+        "name others with --from"
+    )
+    assert user.json("status", "--json")["no_source_to_ask"].startswith(message)
+    assert message in user.run("status").stdout
+    assert message in (user.cache / "ipfsfuse-cache" / "log").read_text()
     user.run("unmount", user.mountpoint)
 
 
-def test_an_offline_mount_names_a_node_elsewhere_that_it_does_not_ask(user: Home) -> None:
+def test_an_offline_mount_names_a_remote_node_that_it_does_not_ask(user: Home) -> None:
     node = user.folder / "no-node"
     node.mkdir()
     (node / "api").write_text("/ip4/192.0.2.1/tcp/5001\n")
@@ -193,10 +199,10 @@ def test_an_offline_mount_names_a_node_elsewhere_that_it_does_not_ask(user: Home
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="/etc/fuse.conf may not let ordinary users use --allow-other")
-def test_who_lets_others_in_is_told_what_they_see(user: Home, cid: str) -> None:
+def test_allow_other_gives_a_warning_of_what_other_users_can_read(user: Home, cid: str) -> None:
     ran = user.run("mount", "--allow-other", "--json", user.mountpoint)
-    told = json.loads(ran.stdout)
-    mount = Mounted(Path(told["mountpoint"]), told["pid"], Path(told["control"]), user)
+    made = json.loads(ran.stdout)
+    mount = Mounted(Path(made["mountpoint"]), made["pid"], Path(made["control"]), user)
     assert ran.stderr.startswith("ipfsfuse: --allow-other: every user of this machine can read ")
     assert ran.stderr.count("\n") == 1
     assert "the whole library" in mount.log()
@@ -212,15 +218,15 @@ def test_add_and_rm_are_seen_at_once(user: Home, mounted: Mounted, cid: str) -> 
     assert os.listdir(mounted.path) == [cid]
 
 
-def test_doctor_knows_the_mount(user: Home, mounted: Mounted) -> None:
+def test_doctor_names_the_daemon_of_the_mount(user: Home, mounted: Mounted) -> None:
     assert f"process {mounted.pid} serves {mounted.path}" in user.run("doctor").stdout
     assert {finding["state"] for finding in user.json("doctor", "--json")} <= {"ok", "note"}
 
 
 def test_doctor_asks_the_sources_it_is_given(user: Home, car: Path) -> None:
-    with socket.socket() as taken:  # a port of ours that nobody listens at
+    with socket.socket() as taken:  # no process listens at this port
         taken.bind(("127.0.0.1", 0))
-        nobody = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        closed = f"http://127.0.0.1:{taken.getsockname()[1]}"
         ran = user.run(
             "doctor",
             "--json",
@@ -229,17 +235,17 @@ def test_doctor_asks_the_sources_it_is_given(user: Home, car: Path) -> None:
             "--from",
             "library",
             "--from",
-            nobody,
+            closed,
             "--from",
             "x://y",
             check=False,
         )
     states = {finding["about"]: finding["state"] for finding in json.loads(ran.stdout)}
-    asked = user.run("doctor", "--from", "https://me:secret@127.0.0.1:1/", check=False)
-    assert "https://127.0.0.1:1/: " in asked.stdout
-    assert "secret" not in asked.stdout + asked.stderr
+    with_password = user.run("doctor", "--from", "https://me:secret@127.0.0.1:1/", check=False)
+    assert "https://127.0.0.1:1/: " in with_password.stdout
+    assert "secret" not in with_password.stdout + with_password.stderr
     assert ran.returncode == 1
-    assert (states[str(car)], states[nobody], states["x://y"]) == ("ok", "bad", "bad")
+    assert (states[str(car)], states[closed], states["x://y"]) == ("ok", "bad", "bad")
 
 
 def test_prefetch_ls_evict_pin_and_fsck(user: Home, mounted: Mounted, cid: str) -> None:
@@ -253,7 +259,7 @@ def test_prefetch_ls_evict_pin_and_fsck(user: Home, mounted: Mounted, cid: str) 
     assert user.run("fsck").returncode == 0
 
 
-def test_a_pin_of_what_is_read_in_place_has_lost_nothing_after_a_restart(
+def test_a_pin_of_content_that_is_read_in_place_is_whole_after_a_restart(
     user: Home, cid: str, car: Path
 ) -> None:
     with user.mounted("--from", car):
@@ -274,7 +280,7 @@ def test_export_from_a_car_and_back(user: Home, cid: str, car: Path) -> None:
         assert (mount.path / cid / "hello.txt").read_text() == "hello\n"
 
 
-def test_doctor_says_what_the_disk_makes_of_the_budget(user: Home) -> None:
+def test_doctor_says_how_the_disk_limits_the_budget(user: Home) -> None:
     with own_filesystem(user.cache, 30 << 20) as folder:
         folder.chmod(0o700)
         ran = user.run("doctor", "--reserve", "10MiB")
@@ -304,7 +310,7 @@ def test_export_to_standard_output(user: Home, cid: str, car: Path) -> None:
     user.refused("export", cid, "-", "--v2", names="--v2 needs a file", code=2)
 
 
-def test_no_car_goes_to_a_terminal(user: Home, cid: str) -> None:
+def test_export_does_not_write_a_car_to_a_terminal(user: Home, cid: str) -> None:
     leader, follower = pty.openpty()
     try:
         command = [sys.executable, "-m", "ipfsfuse", "export", cid, "-"]
@@ -318,7 +324,7 @@ def test_no_car_goes_to_a_terminal(user: Home, cid: str) -> None:
     assert "not for a terminal" in ran.stderr
 
 
-def test_an_export_whose_reader_goes_or_waits_ends(user: Home) -> None:
+def test_a_reader_that_closes_the_pipe_or_a_signal_ends_an_export(user: Home) -> None:
     (user.folder / "large").write_bytes(os.urandom(5_000_000))
     command = [sys.executable, "-m", "ipfsfuse", "export", user.add(user.folder / "large"), "-"]
     for number, code in ((None, 141), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)):

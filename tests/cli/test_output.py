@@ -1,4 +1,4 @@
-"""What people see of a mount and of its node, and what is left to be had when the node has gone."""
+"""What users see of a mount and its node, and what a mount still exports when its node is gone."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def test_a_node_and_its_pins_in_a_table(user: Home, kubo_node: Node) -> None:
         assert len((mount.path / cid / "large").read_bytes()) == 3_000_000
         shown = user.run("status").stdout
         listed = user.run("ls").stdout.splitlines()
-        asked = user.json("ls", "--json")
+        as_json = user.json("ls", "--json")
     heads, values = r"held  queued  batches  requests  folder +failing", r"\d+ .* /ipfsfuse/\S+ +-"
     assert re.search(rf"(?m)^pins:\n  node +{heads}\n  {re.escape(name)} +{values}$", shown)
     assert re.search(
@@ -37,17 +37,17 @@ def test_a_node_and_its_pins_in_a_table(user: Home, kubo_node: Node) -> None:
         r"-\n  library +good .* -$",
         shown,
     )
-    (large,) = asked["entries"]
+    (large,) = as_json["entries"]
     assert listed[0].startswith(f"{large['cid']}         whole    2.9 MiB")
     assert re.fullmatch(r"and \d+ small blocks \(files up to 64 KiB, directories, links\): \d+ B", listed[1])
-    assert asked["small"]["bytes"] > len("small\n")
+    assert as_json["small"]["bytes"] > len("small\n")
 
 
 def test_small_blocks_are_counted(user: Home, kubo_node: Node) -> None:
     cid = add_tree(kubo_node, user.folder / "tree")
     with user.mounted("--from", f"kubo+{kubo_node.api_url}") as mount:
         assert len((mount.path / cid / "dir" / "small").read_text()) == 6
-    with user.mounted("--from", f"kubo+{kubo_node.api_url}"):  # all that was kept is in the index by now
+    with user.mounted("--from", f"kubo+{kubo_node.api_url}"):  # all that was staged is in the index by now
         assert user.json("ls", "--json")["small"]["blocks"] == 3  # the root, dir, small
 
 
@@ -66,7 +66,7 @@ def test_a_mount_exports_what_it_has_when_its_node_is_gone(
     assert second.read_bytes() == first.read_bytes()
 
 
-def test_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_status_and_an_empty_listing(capsys: pytest.CaptureFixture[str]) -> None:
     console.status({"uptime": 2.5, "cache": {"budget": 1 << 30, "trouble": ""}, "pins": {}, "sources": []})
     console.ls({"entries": [], "small": {"blocks": 0, "bytes": 0}})
     assert (
@@ -76,8 +76,8 @@ def test_nothing_to_show(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_a_home_that_is_no_folder_is_named_only_where_it_is_needed(user: Home) -> None:
-    """System users have /dev/null."""
+def test_a_home_that_is_not_a_folder_is_an_error_only_where_it_is_needed(user: Home) -> None:
+    """The home of a system user is /dev/null."""
     (user.folder / "f").write_text("x")
     cid = user.add(user.folder / "f")
     user.env["HOME"] = os.devnull

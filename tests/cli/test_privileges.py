@@ -35,12 +35,12 @@ def status(pid: int, key: str) -> str:
 # -- confinement ---------------------------------------------------------------------------------------------
 
 
-def test_the_daemon_gives_up_new_privileges_and_says_so(user: Home) -> None:
+def test_the_daemon_gives_up_new_privileges_and_reports_that(user: Home) -> None:
     with user.mounted() as mount:
         assert status(mount.pid, "NoNewPrivs") == "1"
-        said = user.run("logs").stdout
-        assert "the daemon is confined by no_new_privs" in said
-        assert ("stays root" in said) == (os.getuid() == 0)
+        log = user.run("logs").stdout
+        assert "the daemon is confined by no_new_privs" in log
+        assert ("stays root" in log) == (os.getuid() == 0)
         found = {each["about"]: each["found"] for each in user.json("doctor", "--json")}
         assert "no_new_privs" in found["the daemon is confined"]
     with user.mounted("--unconfined") as mount:
@@ -51,7 +51,7 @@ DAC_OVERRIDE, DAC_READ_SEARCH, SYS_ADMIN = 1 << 1, 1 << 2, 1 << 21
 
 
 def capabilities(pid: int) -> set[int]:
-    """Of every thread, in all sets."""
+    """The capabilities of all threads, in all sets."""
     return {
         int(line.split()[1], 16)
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -61,10 +61,10 @@ def capabilities(pid: int) -> set[int]:
 
 
 @as_root
-@pytest.mark.parametrize("where", ["root's", "another's", "--passthrough", "--unconfined"])
-def test_a_daemon_that_stays_root_keeps_few_capabilities(user: Home, where: str) -> None:
-    """It reads a CAR file that is another's, writes a log in another's folder, unmounts, and may give the
-    kernel files to read where it was asked to."""
+@pytest.mark.parametrize("case", ["default", "log of another user", "--passthrough", "--unconfined"])
+def test_a_daemon_that_stays_root_keeps_few_capabilities(user: Home, case: str) -> None:
+    """It reads a CAR file of another user, writes a log in a folder of another user, and unmounts. With
+    `--passthrough` it may give the kernel files to read."""
     (user.folder / "in-car").write_bytes(data := os.urandom(100_000))
     cid = user.add(user.folder / "in-car")
     car = user.folder / "others.car"
@@ -73,29 +73,29 @@ def test_a_daemon_that_stays_root_keeps_few_capabilities(user: Home, where: str)
     os.chown(car, NOBODY, NOBODY)
     car.chmod(0o600)
     options, expected = ["--from", str(car)], DAC_READ_SEARCH
-    if where == "another's":
+    if case == "log of another user":
         logs = user.folder / "logs"
         logs.mkdir(mode=0o700)
         os.chown(logs, NOBODY, NOBODY)
         options += ["--log-file", str(logs / "log")]
         expected |= DAC_OVERRIDE
-    elif where == "--passthrough":
-        options.append(where)
+    elif case == "--passthrough":
+        options.append(case)
         expected |= SYS_ADMIN
-    elif where == "--unconfined":
-        options.append(where)
-    if where == "--passthrough" and user.run("mount", *options, user.mountpoint, check=False).returncode:
+    elif case == "--unconfined":
+        options.append(case)
+    if case == "--passthrough" and user.run("mount", *options, user.mountpoint, check=False).returncode:
         pytest.skip("this machine has no FUSE passthrough")
-    if where == "--passthrough":
+    if case == "--passthrough":
         user.run("unmount", user.mountpoint)
     with user.mounted(*options) as mount:
         assert (mount.path / cid).read_bytes() == data
-        if where == "--unconfined":
+        if case == "--unconfined":
             assert max(capabilities(mount.pid)) > SYS_ADMIN
             return
         held = capabilities(mount.pid)
         assert held - {0} == {expected}, [f"{each:x}" for each in held]
-        if where == "another's":
+        if case == "log of another user":
             assert "capabilities (kept: dac_read_search, dac_override)" in (logs / "log").read_text()
     assert not os.path.ismount(user.mountpoint)
 
@@ -112,7 +112,7 @@ with lock_folder(cache) as folder:
     for name in ("staging", "packs"):
         (folder.path / name).mkdir(exist_ok=True)
     process.confine(MountConfig(mountpoint=point, cache_dir=cache, library=library), folder, [], [])
-    (folder.path / "staging" / "x").write_text("x")  # its own
+    (folder.path / "staging" / "x").write_text("x")  # its own file
     (folder.path / "staging" / "x").replace(folder.path / "packs" / "x")
     sorted(library.iterdir())
     Path("/etc/hosts").read_text()
@@ -128,7 +128,7 @@ with lock_folder(cache) as folder:
     refused("writes nothing into the library", (library / "new").write_text, "x")
     refused("lists no home", os.listdir, secret.parent)
     refused("lists no secrets of services", os.listdir, "/run")
-    refused("reads no disk", open, "/dev/full", "rb")  # nor any other device
+    refused("reads no disk", open, "/dev/full", "rb")  # or another device
     refused("starts no program", subprocess.run, ["/bin/true"])
     with socket.socket() as listener:
         refused("listens nowhere", listener.bind, ("127.0.0.1", 0))
@@ -142,7 +142,7 @@ with lock_folder(cache) as folder:
 
 @needs_landlock
 @pytest.mark.parametrize("cache", ["cache", "."], ids=["a folder", "the home folder"])
-def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -> None:
+def test_a_confined_daemon_reaches_only_its_own_files(user: Home, cache: str) -> None:
     secret = user.folder / "home" / ".ssh" / "id"
     secret.parent.mkdir(parents=True)
     secret.write_text("secret")
@@ -164,8 +164,8 @@ def test_a_confined_daemon_reaches_its_own_files_alone(user: Home, cache: str) -
 
 
 def test_a_confined_mount_follows_links_to_other_places(user: Home) -> None:
-    """The cache, the library, a CAR file and the configuration lie elsewhere and are reached by links; the
-    configuration is replaced, and the log is moved away, while the mount runs."""
+    """Links lead to the cache, the library, a CAR file and the configuration. The configuration is replaced,
+    and the log is moved away, while the mount runs."""
     away = user.folder.with_name("away")
     for name in ("cache", "library", "cars", "dotfiles", "logs"):
         (away / name).mkdir(parents=True, mode=0o700)
@@ -182,7 +182,7 @@ def test_a_confined_mount_follows_links_to_other_places(user: Home) -> None:
     config.write_text('budget = "64MiB"\n')
     log = away / "logs" / "mount.log"
     options = ["--from", "library", "--from", "link.car", "--log-file", str(log)]
-    told = json.loads(user.run("mount", "--json", *options, user.mountpoint, cwd=user.folder).stdout)
+    made = json.loads(user.run("mount", "--json", *options, user.mountpoint, cwd=user.folder).stdout)
     try:
         assert (user.mountpoint / carried).read_bytes() == in_car
         (user.folder / "later").write_bytes(later := os.urandom(100_000))
@@ -190,7 +190,7 @@ def test_a_confined_mount_follows_links_to_other_places(user: Home) -> None:
         (away / "dotfiles" / "new").write_text('budget = "32MiB"\n')
         (away / "dotfiles" / "new").replace(away / "dotfiles" / "ipfsfuse.toml")
         log.rename(away / "logs" / "mount.log.1")
-        os.kill(told["pid"], signal.SIGHUP)
+        os.kill(made["pid"], signal.SIGHUP)
         wait_until(lambda: user.json("status", "--json")["cache"]["budget"] == 32 << 20, "the new budget")
         assert "opened anew" in log.read_text()
     finally:
@@ -198,7 +198,7 @@ def test_a_confined_mount_follows_links_to_other_places(user: Home) -> None:
 
 
 def test_a_confined_mount_reads_a_repository_whose_blocks_lie_elsewhere(user: Home) -> None:
-    """No node runs: what is read comes from the repository's files."""
+    """No node runs, so the content comes from the files of the repository."""
     block = os.urandom(1000)
     cid = cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(block).digest())
     name = cids.multihash_base32(cid)
@@ -229,7 +229,7 @@ def test_a_confined_mount_reads_certificates_and_headers_elsewhere(user: Home) -
     (folder / "headers").chmod(0o600)
     (user.folder / "headers").symlink_to(folder / "headers")
     blocks = raw_blocks(3, 1)
-    with Server(blocks, tls=authority.vouch("IP:127.0.0.1")) as server:
+    with Server(blocks, tls=authority.server_context("IP:127.0.0.1")) as server:
         headers = f"{server.url}={user.folder / 'headers'}"
         with user.mounted("--from", server.url, "--header-file", headers) as mount:
             for cid, block in blocks.items():
@@ -238,37 +238,37 @@ def test_a_confined_mount_reads_certificates_and_headers_elsewhere(user: Home) -
 
 
 @needs_landlock
-def test_a_log_in_a_home_folder_opens_no_home_folder(user: Home) -> None:
-    """The file alone is written, and the log says what that means."""
+def test_a_log_in_a_home_folder_gives_no_access_to_the_folder(user: Home) -> None:
+    """The daemon may write the log file only, and the log says what follows from that."""
     log = user.folder / "mount.log"
     with user.mounted("--log-file", log) as mount:
         assert f"--log-file {log}: a confined daemon may not write all of {user.folder}" in log.read_text()
         log.rename(user.folder / "moved.log")
         os.kill(mount.pid, signal.SIGHUP)
         moved = user.folder / "moved.log"
-        wait_until(lambda: "the log can't be opened anew" in moved.read_text(), "the complaint")
+        wait_until(lambda: "the log can't be opened anew" in moved.read_text(), "the error is logged")
         assert not log.exists()
 
 
 @needs_landlock
-def test_a_library_that_was_made_anew_is_said_in_one_line(user: Home) -> None:
-    """Landlock knows folders by their inodes: the new one is not the one that was allowed."""
+def test_a_library_that_was_made_anew_is_reported_in_one_line(user: Home) -> None:
+    """Landlock allows a folder by its inode, so it does not allow the new folder."""
     with user.mounted() as mount:
         shutil.rmtree(user.library)
         (user.folder / "f").write_text("hello\n")
         cid = user.add(user.folder / "f")
         with pytest.raises(OSError):
             (mount.path / cid).read_text()
-        [said] = [line for line in mount.log().splitlines() if "made anew" in line]
-        assert f"the library {user.library} can't be read" in said
-        assert "mount again" in said
+        [error] = [line for line in mount.log().splitlines() if "made anew" in line]
+        assert f"the library {user.library} can't be read" in error
+        assert "mount again" in error
         assert "Traceback" not in mount.log()
     with user.mounted() as mount:
         assert (mount.path / cid).read_text() == "hello\n"
 
 
-def test_the_shell_that_unmounts_for_a_daemon_unmounts_no_other_living_mount(tmp_path: Path) -> None:
-    """It is not confined, and root's may unmount anything."""
+def test_the_shell_that_unmounts_for_a_daemon_unmounts_no_other_live_mount(tmp_path: Path) -> None:
+    """The shell is not confined, and a shell of root may unmount anything."""
     program = tmp_path / "program"
     program.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\n')
     program.chmod(0o755)
@@ -287,7 +287,7 @@ def test_the_shell_that_unmounts_for_a_daemon_unmounts_no_other_living_mount(tmp
 
 
 def open_to_all() -> str:
-    """A script that lets every user reach this Python and this checkout, for this mount namespace alone."""
+    """A script that lets every user reach this Python and this checkout, in this mount namespace only."""
     script = "set -e; "
     for path in {Path(sys.base_prefix).resolve(), Path(sys.prefix), TOP}:
         closed = [each for each in reversed(path.parents) if not os.stat(each).st_mode & 0o001]
@@ -324,7 +324,7 @@ def test_root_mounts_and_goes_on_as_another_user(user: Home, tmp_path: Path) -> 
     while grep -qs '^State:.[^Z]' /proc/$pid/status; do sleep 0.05; done
     grep -c {point} /proc/self/mountinfo || echo unmounted
     run mount --user {NOBODY} {point} 2>/dev/null
-    if [ -e /etc/mtab ]  # where fusermount3 looks whose mount it is
+    if [ -e /etc/mtab ]  # fusermount3 reads there whose mount it is
     then nobody {sys.executable} -m ipfsfuse unmount {point} && echo by its user
     else run unmount {point} && echo by root
     fi
@@ -332,22 +332,22 @@ def test_root_mounts_and_goes_on_as_another_user(user: Home, tmp_path: Path) -> 
     command = ["unshare", "--mount", "--propagation", "private", "bash", "-c", script]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
-    said = done.stdout.split("\n")
-    assert said[:4] == [
+    lines = done.stdout.split("\n")
+    assert lines[:4] == [
         "Uid:\t" + "\t".join([str(NOBODY)] * 4),
         "Gid:\t" + "\t".join([str(NOBODY)] * 4),
-        said[2],
+        lines[2],
         "CapEff:\t0000000000000000",
     ]
-    assert said[4] == "hello"
-    assert said[6:] == [
+    assert lines[4] == "hello"
+    assert lines[6:] == [
         "root may not enter", str(NOBODY), f"user_id={NOBODY}", "1", "0", "unmounted",
         "by its user" if os.path.exists("/etc/mtab") else "by root", "",
     ]  # fmt: skip
 
 
 @as_root
-def test_users_that_are_not_there_and_others_that_are_not_root(user: Home) -> None:
+def test_the_option_user_needs_an_existing_user_and_root(user: Home) -> None:
     user.refused("mount", "--user", "no-such-user", user.mountpoint, names="has no such user", code=2)
     wrapper = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     wrapper += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
@@ -374,7 +374,7 @@ def user_namespaces() -> bool:
 @pytest.mark.skipif(not user_namespaces(), reason="this machine has no user namespaces for this user")
 @pytest.mark.parametrize("hide", ["", HIDE], ids=["with fusermount3", "without fusermount3"])
 def test_a_user_namespace(user: Home, hide: str) -> None:
-    """What a rootless container is made of: root inside, an ordinary user outside."""
+    """As in a rootless container: root inside, an ordinary user outside."""
     (user.folder / "f").write_text("hello\n")
     cid = user.add(user.folder / "f")
     run = f"{sys.executable} -m ipfsfuse"
@@ -393,7 +393,7 @@ def test_a_user_namespace(user: Home, hide: str) -> None:
 
 @as_root
 def test_the_first_process_of_a_container_ends_while_it_starts(user: Home, tmp_path: Path) -> None:
-    """The kernel drops a signal to it that it has no handler for."""
+    """The kernel drops signals for which the first process has no handler."""
     (tmp_path / "trio.py").write_text("import time\ntime.sleep(20)\n")  # a start that takes long
     env = user.env | {"PYTHONPATH": f"{tmp_path}:{user.env['PYTHONPATH']}"}
     mount = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", user.mountpoint]
@@ -439,5 +439,5 @@ def test_a_daemon_whose_shells_were_killed_still_ends(user: Home) -> None:
         for pid in shells:
             os.kill(int(pid), signal.SIGKILL)
         os.kill(mount.pid, signal.SIGTERM)
-        wait_until(lambda: not alive(mount.pid), "the daemon ended")
-        wait_until(lambda: not os.path.ismount(mount.path), "it was unmounted")
+        wait_until(lambda: not alive(mount.pid), "the daemon has ended")
+        wait_until(lambda: not os.path.ismount(mount.path), "the mount is gone")

@@ -1,4 +1,4 @@
-"""Progress: a bar where a person looks, plain lines elsewhere."""
+"""Progress: a bar on a terminal, plain lines elsewhere."""
 
 import os
 import pty
@@ -19,7 +19,7 @@ with ProgressBar("fetching") as show:
 """
 
 
-def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_in_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(console, "PLAIN_SECONDS", 0.0)
     with ProgressBar("fetching") as show:
         show(3 << 20, 1 << 30)
@@ -27,7 +27,7 @@ def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert capsys.readouterr() == ("", "fetching: 3.0 MiB of 1.0 GiB\nfetching: 7 blocks\n")
 
 
-def test_quick_work_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBar("fetching") as show:
         show(1)
     assert capsys.readouterr() == ("", "")

@@ -18,25 +18,25 @@ def lines(out: io.StringIO) -> list[tuple[Cid, str]]:
     return [(cids.parse(line["cid"]), line["use"]) for line in map(json.loads, out.getvalue().splitlines())]
 
 
-def test_each_use_is_told_once() -> None:
+def test_each_use_is_recorded_once() -> None:
     out = io.StringIO()
-    told = record.UseRecord(out)
+    record_use = record.UseRecord(out)
     for ahead in (True, True, False, False, True):
-        told(number(1), ahead)
-    told(number(2), False)
-    told(number(2), True)
+        record_use(number(1), ahead)
+    record_use(number(2), False)
+    record_use(number(2), True)
     assert lines(out) == [(number(1), "ahead"), (number(1), "read"), (number(2), "read")]
 
 
-def test_of_many_uses_none_is_missing_and_few_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_uses_are_recorded_and_few_are_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "MIN_USES_KEPT", 100)
     out = io.StringIO()
-    told = record.UseRecord(out)
+    record_use = record.UseRecord(out)
     for _ in range(2):
         for index in range(1000):
-            told(number(index), False)
-            told(number(max(0, index - 99)), False)
-    assert len(told._seen) + len(told._before) <= 200
+            record_use(number(index), False)
+            record_use(number(max(0, index - 99)), False)
+    assert len(record_use._seen) + len(record_use._before) <= 200
     found = lines(out)
     assert len(found) <= 2 * 1000 + 1
     assert {cid for cid, _use in found} == {number(index) for index in range(1000)}

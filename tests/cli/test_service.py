@@ -34,7 +34,7 @@ UNITS = TOP / "packaging" / "systemd"
 def service(
     user: Home, *options: str, watchdog: float = 1.0
 ) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket]]:
-    """A mount in the foreground, as systemd starts it, and the socket that it tells how it does."""
+    """A mount in the foreground, as systemd starts it, and the socket to which it reports its state."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(user.folder / "notify"))
         manager.settimeout(PATIENCE)
@@ -64,16 +64,16 @@ def until(manager: socket.socket, line: str) -> list[str]:
 
 
 @pytest.mark.fuse
-def test_the_service_manager_is_told_ready_alive_reloading_and_stopping(user: Home) -> None:
+def test_a_mount_reports_ready_alive_reloading_and_stopping_to_systemd(user: Home) -> None:
     with service(user) as (process, manager):
         assert "WATCHDOG=1" not in until(manager, "READY=1")
         assert os.path.ismount(user.mountpoint)
         for _ in range(2):
             assert any(line.startswith("STATUS=status: up") for line in until(manager, "WATCHDOG=1"))
         process.send_signal(signal.SIGHUP)
-        told = until(manager, "RELOADING=1")
-        told += until(manager, "READY=1")
-        assert any(line.startswith("MONOTONIC_USEC=") for line in told)
+        lines = until(manager, "RELOADING=1")
+        lines += until(manager, "READY=1")
+        assert any(line.startswith("MONOTONIC_USEC=") for line in lines)
         process.terminate()
         until(manager, "STOPPING=1")
 
@@ -95,7 +95,7 @@ def test_sighup_reads_the_budget_again_and_a_broken_file_changes_nothing(user: H
         process.send_signal(signal.SIGHUP)
         wait_until(lambda: budget() == 32 << 20, "the new budget")
         user.run("budget", "48MiB")
-        process.send_signal(signal.SIGHUP)  # of a log rotation: the file has not changed
+        process.send_signal(signal.SIGHUP)  # as a log rotation sends it: the file has not changed
         assert any(line == "READY=1" for line in until(manager, "READY=1"))
         assert budget() == 48 << 20
         file.write_text('budget = "64MiB"\n')  # as at the start
@@ -107,20 +107,22 @@ def test_sighup_reads_the_budget_again_and_a_broken_file_changes_nothing(user: H
         file.write_text('budget = "32MiB"\nfrom = "library"\n')
         process.send_signal(signal.SIGHUP)
         later = "a new value of from holds from the next mount on"
-        wait_until(lambda: later in (user.folder / "log").read_text(), "the reload says what it leaves")
+        wait_until(
+            lambda: later in (user.folder / "log").read_text(), "the log names the setting that can't change"
+        )
         file.write_text("bugdet = 1\n")
         process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "did you mean budget" in (user.folder / "log").read_text(), "the complaint")
-        file.write_text(f"budget = {'1' * 5000}\n")  # which Python's reader of TOML fails on
+        wait_until(lambda: "did you mean budget" in (user.folder / "log").read_text(), "the error is logged")
+        file.write_text(f"budget = {'1' * 5000}\n")  # Python's TOML parser fails on it
         process.send_signal(signal.SIGHUP)
-        wait_until(lambda: "is not TOML" in (user.folder / "log").read_text(), "the next complaint")
+        wait_until(lambda: "is not TOML" in (user.folder / "log").read_text(), "the next error is logged")
         file.unlink()
         assert budget() == 32 << 20
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not here")
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
 @pytest.mark.parametrize("unit", sorted(str(path.relative_to(UNITS)) for path in UNITS.rglob("*.*")))
-def test_systemd_takes_the_units(tmp_path: Path, unit: str) -> None:
+def test_systemd_accepts_the_units(tmp_path: Path, unit: str) -> None:
     folder = tmp_path / Path(unit).parent
     folder.mkdir(exist_ok=True)
     for path in (UNITS / unit).parent.glob("*.*"):
@@ -134,9 +136,10 @@ def test_systemd_takes_the_units(tmp_path: Path, unit: str) -> None:
     assert (done.returncode, about) == (0, [])
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not here")
-def test_systemd_finds_the_unit_not_exposed(tmp_path: Path) -> None:
-    """What is left open a mount needs: root's mount, seen outside, over the network (systemd calls 5 `medium`)."""
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not installed")
+def test_systemd_rates_the_exposure_of_the_unit_as_low(tmp_path: Path) -> None:
+    """The mount needs what the unit leaves open: root, a mount that others see, and the network. systemd
+    calls 5 `medium`."""
     unit = (UNITS / "ipfsfuse@.service").read_text().replace("/usr/bin/ipfsfuse", "/bin/true")
     (tmp_path / "ipfsfuse@x.service").write_text(unit)
     command = ["systemd-analyze", "security", "--offline=true", "--threshold=52", "--no-pager"]
@@ -144,7 +147,7 @@ def test_systemd_finds_the_unit_not_exposed(tmp_path: Path) -> None:
         [*command, tmp_path / "ipfsfuse@x.service"], capture_output=True, text=True, check=False
     )
     if "unrecognized option" in done.stderr:
-        pytest.skip("this systemd-analyze looks at running units alone")
+        pytest.skip("this systemd-analyze can only examine running units")
     assert done.returncode == 0, done.stdout[-300:] + done.stderr
     assert "Overall exposure level" in done.stdout
 
@@ -189,7 +192,7 @@ def test_metrics_of_a_mountpoint_that_is_not_utf_8(user: Home) -> None:
 
 
 def assert_prometheus(text: str) -> None:
-    """Prometheus' format 0.0.4 has no other types: the node exporter refuses a file with one."""
+    """Prometheus' format 0.0.4 has no other types, and the node exporter refuses a file with another type."""
     types = set(re.findall("^# TYPE \\S+ (.*)$", text, re.MULTILINE))
     assert types == {"counter", "gauge", "histogram"}
     assert "# EOF" not in text
@@ -199,7 +202,7 @@ def assert_prometheus(text: str) -> None:
 @pytest.mark.fuse
 @contextmanager
 def listening(user: Home, **options: Any) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
-    """`metrics --listen` at a free port: its URL."""
+    """Runs `metrics --listen` at a free port. Yields its URL and its process."""
     command = [sys.executable, "-m", "ipfsfuse", "metrics", "--listen", "127.0.0.1:0"]
     started: dict[str, Any] = {"env": user.env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **started, **options) as server:
@@ -211,7 +214,7 @@ def listening(user: Home, **options: Any) -> Iterator[tuple[str, "subprocess.Pop
 
 
 def test_clients_of_metrics_do_no_harm(user: Home) -> None:
-    """No mount is needed to say so."""
+    """This needs no mount."""
     with listening(user) as (url, server):
         port = int(url.split(":")[2].partition("/")[0])
 
@@ -221,8 +224,8 @@ def test_clients_of_metrics_do_no_harm(user: Home) -> None:
                 return client.makefile("rb").read()
 
         silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(200)]
-        wait_until(lambda: threads(server) < 50, "the oldest make room")
-        for client in silent:  # they go away while they are answered
+        wait_until(lambda: threads(server) < 50, "the oldest connections are closed")
+        for client in silent:  # they close the connection while they are answered
             with suppress(OSError):
                 client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -248,7 +251,7 @@ def threads(process: "subprocess.Popen[bytes]") -> int:
 
 
 def test_metrics_over_http(user: Home) -> None:
-    """Started as a script starts it with `&`: Ctrl-C at the terminal is not for it, SIGTERM ends it."""
+    """It runs as if a script started it with `&`: it ignores Ctrl-C at the terminal, and SIGTERM ends it."""
     ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     with user.mounted(), listening(user, preexec_fn=ignored) as (url, server):
         try:
@@ -257,8 +260,8 @@ def test_metrics_over_http(user: Home) -> None:
                 "application/openmetrics-text; version=0.0.1,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
                 "application/openmetrics-text; version=abc",
             ):
-                asked = urllib.request.Request(url, headers={"Accept": accept})
-                with urllib.request.urlopen(asked) as answer:
+                request = urllib.request.Request(url, headers={"Accept": accept})
+                with urllib.request.urlopen(request) as answer:
                     assert answer.headers["Content-Type"].startswith("application/openmetrics-text")
                     assert answer.read().endswith(b"# EOF\n")
             with urllib.request.urlopen(url) as answer:
@@ -296,8 +299,8 @@ def test_status_watch_is_a_live_view(user: Home) -> None:
 @pytest.mark.fuse
 def test_doctor_asks_the_running_mount(user: Home) -> None:
     def running() -> list[dict[str, str]]:
-        told = [each for each in user.json("doctor", "--json") if each["about"] == "running mount"]
-        return [each for each in told if each["found"].startswith(f"{user.mountpoint}: ")]
+        findings = [each for each in user.json("doctor", "--json") if each["about"] == "running mount"]
+        return [each for each in findings if each["found"].startswith(f"{user.mountpoint}: ")]
 
     assert running() == []
     with user.mounted("--from", "library"):
@@ -325,8 +328,8 @@ def test_doctor_names_a_mount_that_hangs(user: Home) -> None:
 
 @pytest.mark.fuse
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount.fuse3"), reason="needs root and mount.fuse3")
-def test_mount_8_mounts_and_fstab_would(user: Home) -> None:
-    """By the real mount(8), which calls mount.fuse3, which looks for `ipfsfuse` in PATH."""
+def test_mount_8_mounts_as_it_does_for_fstab(user: Home) -> None:
+    """Calls the real mount(8). It calls mount.fuse3, and that looks for `ipfsfuse` in PATH."""
     (user.folder / "f").write_text("hello")
     cid = user.add(user.folder / "f")
     bin_folder = user.folder / "bin"
@@ -354,16 +357,16 @@ def test_mount_8_mounts_and_fstab_would(user: Home) -> None:
 
 
 @pytest.mark.fuse
-def test_logs_are_found_where_the_mount_logs(user: Home) -> None:
+def test_logs_shows_and_follows_the_file_that_the_mount_logs_to(user: Home) -> None:
     log = user.folder / "logs" / "my.log"
     log.parent.mkdir()
     with user.mounted("--log-file", log, "--log-format", "json", "--from", "library") as mount:
         assert user.json("logs", "--json")["log"] == str(log)
-        with open(log, "a") as out:  # as a longer log
+        with open(log, "a") as out:  # so that the older file has one more line
             out.write('{"message": "the last of the older file"}\n')
         log.rename(f"{log}.1")
         os.kill(mount.pid, signal.SIGHUP)
-        wait_until(lambda: log.exists() and log.stat().st_size, "the new file")
+        wait_until(lambda: log.exists() and log.stat().st_size, "the new log file")
         lines = user.run("logs", "-n", "500").stdout.splitlines()
         assert json.loads(lines[0])["level"] == "info"
         assert '{"message": "the last of the older file"}' in lines
@@ -382,7 +385,7 @@ def test_logs_are_found_where_the_mount_logs(user: Home) -> None:
 
 @pytest.mark.fuse
 def test_a_log_that_can_not_be_written_is_refused(user: Home) -> None:
-    """Without a word the mount had no log at all."""
+    """Once, such a mount was made without a log, and did not say so."""
     user.refused(
         "mount", "--log-file", user.folder / "none" / "log", user.mountpoint, names="No such", code=2
     )
@@ -404,8 +407,8 @@ def test_a_mount_in_the_foreground_with_a_log_file_answers_on_standard_output(us
     with subprocess.Popen([*command, user.mountpoint], env=user.env, stdout=subprocess.PIPE) as daemon:
         assert daemon.stdout is not None
         try:
-            told = json.loads(daemon.stdout.readline())
-            assert (told["pid"], told["mountpoint"]) == (daemon.pid, str(user.mountpoint))
+            made = json.loads(daemon.stdout.readline())
+            assert (made["pid"], made["mountpoint"]) == (daemon.pid, str(user.mountpoint))
             assert user.mountpoint.is_mount()
             assert "mounted at" in log.read_text()
             assert "control" not in log.read_text()
@@ -442,7 +445,7 @@ WRITES = """if True:
     if len(sys.argv) > 1:
         log.move(Path(sys.argv[1]), 1 << 20, Path("none"), needed=True)
     for number in range(300):
-        logging.info("%d %s", number, "x" * 9000)  # the last one that begins is written in part
+        logging.info("%d %s", number, "x" * 9000)  # the pipe is full in the middle of one of them
     os.write(3, b"done")
     sys.stdin.readline()
     logging.info("the %s", "last")
@@ -450,30 +453,31 @@ WRITES = """if True:
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_log_that_nobody_reads_holds_nothing_up_and_says_what_is_lost(user: Home, named: bool) -> None:
-    """A pipe at standard error held the mount up; one named by --log-file lost messages, and halves of them."""
+def test_a_log_pipe_without_a_reader_blocks_nothing_and_counts_what_is_lost(user: Home, named: bool) -> None:
+    """Once, a pipe at standard error blocked the mount. A pipe named by --log-file lost messages and parts of
+    messages."""
     fifo = user.folder / "fifo"
     os.mkfifo(fifo)
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     os.set_blocking(reader, True)
-    said, say = os.pipe()
+    reading, writing = os.pipe()
     with subprocess.Popen(
         ["bash", "-c", 'exec "$@" 3>&1 2>"$FIFO"', "bash", sys.executable, "-c", WRITES, *[str(fifo)] * named],
         env={**user.env, "FIFO": "/dev/null" if named else str(fifo)},
-        stdin=subprocess.PIPE, stdout=say,
+        stdin=subprocess.PIPE, stdout=writing,
     ) as process, open(reader, encoding="utf-8") as log:  # fmt: skip
         assert process.stdin is not None
         try:
-            assert select.select([said], [], [], PATIENCE)[0], "it waits for a reader"
-            # what came is read, then there is room
+            assert select.select([reading], [], [], PATIENCE)[0], "the process waits for a reader of its log"
+            # reads what has arrived, so that there is room again
             lines = [log.readline()]
             process.stdin.write(b"\n")
             process.stdin.close()
             lines += log.readlines()
         finally:
             process.kill()
-            os.close(said)
-            os.close(say)
+            os.close(reading)
+            os.close(writing)
     *kept, lost, last = lines
     assert [line.split(": ")[1] for line in kept] == [
         f"{number} {'x' * 9000}\n" for number in range(len(kept))
@@ -496,7 +500,7 @@ def test_logs_that_are_followed_lose_no_line_when_they_are_rotated(user: Home) -
             log.write_text("the first of the new file\n")
             assert following.stdout.readline() == "the last of the older file\n"
             assert following.stdout.readline() == "the first of the new file\n"
-            log.write_text("it began again\n")  # in place, as where it can't be moved away
+            log.write_text("it began again\n")  # in place, as if it could not be moved away
             assert following.stdout.readline() == "it began again\n"
         finally:
             following.terminate()
@@ -510,7 +514,7 @@ def test_journal_lines_have_priorities(user: Home) -> None:
         [*command, "--from", "library", user.mountpoint], env=user.env, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            wait_until(lambda: os.path.ismount(user.mountpoint), "the mount")
+            wait_until(lambda: os.path.ismount(user.mountpoint), "it is mounted")
             with pytest.raises(OSError, match="timed out"):
                 (user.mountpoint / cids.text(cids.make(cids.RAW, b"\x12\x20" + bytes(32)))).stat()
         finally:

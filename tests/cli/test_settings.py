@@ -26,7 +26,7 @@ Write = Callable[[str], Path]
 
 @pytest.fixture
 def write(home: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes the user's configuration file. The system's is in the test's folder."""
+    """Writes the user's configuration file. The system's file is in the test's folder."""
     monkeypatch.setattr(settings, "SYSTEM_CONFIG", home / "system.toml")
     path = home / ".config/ipfsfuse/config.toml"
     path.parent.mkdir(parents=True)
@@ -43,7 +43,7 @@ def config(*words: str) -> MountConfig:
     return mounting.config(parser.parse(["mount", *words]))
 
 
-def test_arguments_go_before_the_environment_and_that_before_files(
+def test_arguments_override_variables_and_variables_override_files(
     write: Write, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (home / "system.toml").write_text('budget = "1MiB"\ndeadline = "1s"\nreserve = "1MiB"\npins = "none"\n')
@@ -57,7 +57,7 @@ def test_arguments_go_before_the_environment_and_that_before_files(
 def test_every_option_of_a_mount_can_be_set(
     write: Write, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the template's own examples, in a file and by a variable."""
+    """Uses the examples of the template, in a file and as variables."""
     known = {
         each.removeprefix("--")
         for action in parser.build().commands["mount"]._actions
@@ -107,7 +107,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "named"), WRONG, ids=[text[:40] for text, _named in WRONG[:-1]] + ["bytes"])
-def test_what_is_wrong_in_a_file_is_one_line(ipfsfuse: Ipfsfuse, write: Write, text: str, named: str) -> None:
+def test_an_error_in_a_configuration_file_is_one_line(
+    ipfsfuse: Ipfsfuse, write: Write, text: str, named: str
+) -> None:
     path = write("")
     path.write_bytes(text.encode(errors="surrogateescape"))
     ran = ipfsfuse("mount", "m")
@@ -142,18 +144,18 @@ def test_a_named_mount(write: Write, home: Path) -> None:
     assert config("other").budget == 1 << 20
 
 
-def test_config_tells_where_each_value_comes_from(
+def test_config_shows_where_each_value_comes_from(
     ipfsfuse: Ipfsfuse, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write('budget = "1MiB"\n[mount.media]\nmountpoint = "/media"\nreserve = 0\n')
     monkeypatch.setenv("IPFSFUSE_PINS", "none")
     monkeypatch.setenv("IPFSFUSE_MAX_FETCH", "3MiB")
-    told = json.loads(ipfsfuse("config", "media", "--deadline", "3s", "--json").out)
-    origins = {name: each["origin"] for name, each in told["settings"].items()}
-    assert told["settings"]["budget"]["value"] == 1 << 20
+    as_json = json.loads(ipfsfuse("config", "media", "--deadline", "3s", "--json").out)
+    origins = {name: each["origin"] for name, each in as_json["settings"].items()}
+    assert as_json["settings"]["budget"]["value"] == 1 << 20
     assert (origins["budget"], origins["reserve"]) == (str(path), f"{path} [mount.media]")
     assert (origins["pins"], origins["deadline"], origins["dns"]) == ("IPFSFUSE_PINS", "argument", "built in")
-    assert told["mounts"] == {"media": "/media"}
+    assert as_json["mounts"] == {"media": "/media"}
     shown = ipfsfuse("config", "media").out
     for line in (
         "budget +1MiB",
@@ -177,7 +179,7 @@ def test_config_init_writes_a_file_that_changes_nothing(ipfsfuse: Ipfsfuse, home
     assert config("m") == before
     assert (home / ".config/ipfsfuse/config.toml").stat().st_mode & 0o777 == 0o600
     text = (home / ".config/ipfsfuse/config.toml").read_text()
-    for key in ("from", "router"):  # what a user without a node and a gateway takes the # away from
+    for key in ("from", "router"):  # a user without a node and a gateway removes the # before these
         text = text.replace(f"#{key} = ", f"{key} = ", 1)
     (home / ".config/ipfsfuse/config.toml").write_text(text)
     made = config("m")
@@ -215,7 +217,7 @@ def test_every_argument_has_a_help_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["mount", "--bugdet", "3", "m"], "--bugdet is not an option of mount: did you mean --budget?"),
         (["ls", "--frob=3"], "--frob is not an option of ls: `ipfsfuse help ls` lists them"),
@@ -227,19 +229,19 @@ def test_every_argument_has_a_help_text() -> None:
     ],
 )
 def test_a_typing_error_gets_a_suggestion(
-    ipfsfuse: Ipfsfuse, write: Write, words: list[str], said: str
+    ipfsfuse: Ipfsfuse, write: Write, words: list[str], message: str
 ) -> None:
     write('[mount.media]\nmountpoint = "/media"\n')
     ran = ipfsfuse(*words)
-    assert (ran.code, ran.err) == (2, f"ipfsfuse: {said}\n")
+    assert (ran.code, ran.err) == (2, f"ipfsfuse: {message}\n")
 
 
-def test_help_explains_a_command_and_lists_them_all(ipfsfuse: Ipfsfuse) -> None:
+def test_help_explains_a_command_and_lists_all_commands(ipfsfuse: Ipfsfuse) -> None:
     assert ipfsfuse("help", "mount").out.startswith("usage: ipfsfuse mount")
     listed = ipfsfuse("help").out
     assert [name for name in parser.build().commands if f"\n    {name}" not in listed] == []
-    told = json.loads(ipfsfuse("help", "mount", "--json").out)
-    assert (told["command"], told["help"].splitlines()) == (
+    as_json = json.loads(ipfsfuse("help", "mount", "--json").out)
+    assert (as_json["command"], as_json["help"].splitlines()) == (
         "mount",
         ipfsfuse("help", "mount").out.splitlines(),
     )
@@ -249,7 +251,7 @@ def test_help_explains_a_command_and_lists_them_all(ipfsfuse: Ipfsfuse) -> None:
 
 
 @pytest.mark.fuse
-def test_owner_and_mask_as_shown(user: Home) -> None:
+def test_the_mount_shows_the_owner_and_the_mask_that_it_was_given(user: Home) -> None:
     (user.folder / "f").write_text("x")
     cid = user.add(user.folder / "f")
     with user.mounted("--uid", "1234", "--gid", "4321", "--umask", "027") as mount:
@@ -265,24 +267,24 @@ def test_a_smaller_budget_evicts_at_once(user: Home) -> None:
     user.run("export", cid, user.folder / "f.car")
     with user.mounted("--from", "library", "--budget", "64MiB") as mount:
         user.run("prefetch", cid)
-        told = user.json("budget", "3MiB", "--json")
-        assert told["budget"] == 3 << 20
-        assert told["used"] <= 3 << 20
+        cache = user.json("budget", "3MiB", "--json")
+        assert cache["budget"] == 3 << 20
+        assert cache["used"] <= 3 << 20
         assert os.statvfs(mount.path).f_blocks == (3 << 20) // 4096
         assert user.json("status", "--json")["cache"]["budget"] == 3 << 20
 
 
 @pytest.mark.fuse
-def test_mounts_lists_who_since_when_and_whether_they_answer(user: Home) -> None:
+def test_mounts_lists_the_daemon_its_start_and_whether_it_answers(user: Home) -> None:
     with user.mounted() as mount:
-        [told] = [each for each in user.json("mounts", "--json") if each["mountpoint"] == str(mount.path)]
-        assert (told["pid"], told["answers"], told["control"]) == (mount.pid, True, str(mount.control))
-        assert told["since"].startswith("20")
+        [listed] = [each for each in user.json("mounts", "--json") if each["mountpoint"] == str(mount.path)]
+        assert (listed["pid"], listed["answers"], listed["control"]) == (mount.pid, True, str(mount.control))
+        assert listed["since"].startswith("20")
         assert str(mount.path) in user.run("mounts").stdout
         for entry in (user.runtime / "ipfsfuse").iterdir():
-            entry.unlink()  # as of another user's mount, it is not known who serves it
-        [told] = [each for each in user.json("mounts", "--json") if each["mountpoint"] == str(mount.path)]
-        assert (told["pid"], told["answers"], told["since"]) == (None, None, None)
+            entry.unlink()  # as for a mount of another user, the daemon is not known
+        [listed] = [each for each in user.json("mounts", "--json") if each["mountpoint"] == str(mount.path)]
+        assert (listed["pid"], listed["answers"], listed["since"]) == (None, None, None)
 
 
 @pytest.mark.fuse
@@ -293,7 +295,7 @@ def test_logs_shows_the_last_lines(user: Home) -> None:
 
 
 @pytest.mark.fuse
-def test_a_log_in_a_file_of_its_own_as_json(user: Home) -> None:
+def test_a_log_file_in_json(user: Home) -> None:
     log = user.folder / "mount.log"
     with user.mounted("--log-file", log, "--log-format", "json") as mount:
         lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -305,9 +307,9 @@ def test_a_log_in_a_file_of_its_own_as_json(user: Home) -> None:
 
 
 @pytest.mark.fuse
-@pytest.mark.skipif(os.geteuid() != 0, reason="a mount namespace of the test's own needs root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a mount namespace")
 def test_all_named_mounts_at_once(user: Home) -> None:
-    """In a mount namespace of its own: `unmount --all` ends every mount of this user that it sees."""
+    """In a mount namespace of its own, because `unmount --all` ends every mount of this user that it sees."""
     folder = user.folder / ".config/ipfsfuse"
     folder.mkdir(parents=True)
     points = [user.folder / name for name in ("one", "two")]
@@ -336,7 +338,7 @@ def test_all_named_mounts_at_once(user: Home) -> None:
 
 
 @pytest.mark.fuse
-def test_bwlimit_bounds_what_is_fetched(user: Home) -> None:
+def test_bwlimit_limits_the_rate_of_fetching(user: Home) -> None:
     dag = Dag()
     file = dag.file([os.urandom(256 << 10) for _ in range(12)])
     seconds = {}

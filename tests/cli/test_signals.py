@@ -1,5 +1,5 @@
-"""What signals do to a mount, and its log: real daemons, and one in the foreground of a terminal that hangs
-up."""
+"""What signals do to a mount and its log: with real daemons, and with a mount in the foreground of a terminal
+that hangs up."""
 
 import json
 import os
@@ -41,29 +41,29 @@ def test_a_daemon_outlives_every_stray_signal(user: Home, cid: str) -> None:
             os.kill(mount.pid, number)
             assert mount.status()["pid"] == mount.pid, number
             reads(mount, cid)
-        wait_until(lambda: "this log was opened anew" in mount.log(), "SIGHUP was heeded")
+        wait_until(lambda: "this log was opened anew" in mount.log(), "the log was opened anew")
         (status,) = [line for line in mount.log().splitlines() if "status: up" in line]
         assert "library good, " in status
         assert "no trouble" in status
 
 
 @pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGXCPU, signal.SIGTERM])
-def test_what_ends_a_process_unmounts_a_daemon_though_a_file_is_open(
+def test_a_signal_that_ends_the_daemon_unmounts_though_a_file_is_open(
     user: Home, cid: str, number: signal.Signals
 ) -> None:
     with user.mounted() as mount:
         file = os.open(mount.path / cid / "hello.txt", os.O_RDONLY)
         os.kill(mount.pid, number)
-        wait_until(lambda: not alive(mount.pid), "the daemon ended")
+        wait_until(lambda: not alive(mount.pid), "the daemon has ended")
         assert not fuse_mounts(user.folder)
         assert f"{number.name}: unmounting" in mount.log()
-        with suppress(OSError):  # there is nobody to be told any more
+        with suppress(OSError):  # the daemon is gone, so close may fail
             os.close(file)
 
 
-def test_where_no_process_can_be_started_a_signal_ends_the_mount_all_the_same(user: Home, cid: str) -> None:
+def test_a_signal_ends_a_mount_though_fusermount3_is_gone(user: Home, cid: str) -> None:
     if os.geteuid() != 0:
-        pytest.skip("takes fusermount3 away from a daemon of its own")
+        pytest.skip("only root unmounts without fusermount3")
     tools = user.folder / "tools"
     tools.mkdir()
     (tools / "fusermount3").symlink_to(
@@ -74,7 +74,7 @@ def test_where_no_process_can_be_started_a_signal_ends_the_mount_all_the_same(us
         reads(mount, cid)
         (tools / "fusermount3").unlink()
         os.kill(mount.pid, signal.SIGTERM)
-        wait_until(lambda: not alive(mount.pid), "the daemon ended")
+        wait_until(lambda: not alive(mount.pid), "the daemon has ended")
         wait_until(lambda: not fuse_mounts(user.folder), "the helper has unmounted it")
         assert "Traceback" not in mount.log()
 
@@ -89,7 +89,7 @@ os.execv(sys.executable, [sys.executable, "-m", "ipfsfuse", "mount", "--foregrou
 
 @contextmanager
 def in_the_foreground(user: Home, how: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A mount in the foreground of a terminal of its own, and our end of that."""
+    """A mount in the foreground of a terminal of its own, and the other end of the terminal."""
     leader, follower = pty.openpty()
     command = [sys.executable, "-c", TERMINAL, how, str(user.mountpoint)]
     with subprocess.Popen(
@@ -110,7 +110,7 @@ def in_the_foreground(user: Home, how: str) -> Iterator[tuple[subprocess.Popen[s
             daemon.terminate()
 
 
-def test_a_terminal_that_hangs_up_unmounts_what_runs_in_its_foreground(user: Home, cid: str) -> None:
+def test_a_terminal_that_hangs_up_ends_the_mount_in_its_foreground(user: Home, cid: str) -> None:
     with in_the_foreground(user, "plain") as (daemon, terminal):
         assert os.listdir(user.mountpoint) == [cid]
         os.close(terminal)
@@ -118,12 +118,12 @@ def test_a_terminal_that_hangs_up_unmounts_what_runs_in_its_foreground(user: Hom
         assert fuse_mounts(user.folder) == []
 
 
-def test_under_nohup_it_stays(user: Home, cid: str) -> None:
+def test_a_mount_under_nohup_outlives_its_terminal(user: Home, cid: str) -> None:
     absent = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
     with in_the_foreground(user, "nohup") as (daemon, terminal):
         os.close(terminal)
         with pytest.raises(OSError, match="timed out"):
-            os.stat(user.mountpoint / absent)  # logged on standard error, which nothing can be written to
+            os.stat(user.mountpoint / absent)  # this is logged, but standard error can't be written
         daemon.send_signal(signal.SIGHUP)
         assert user.json("status", "--json")["pid"] == daemon.pid
         assert os.listdir(user.mountpoint) == [cid]
@@ -153,13 +153,13 @@ def test_the_log_goes_on_in_a_new_file_after_sighup(user: Home, cid: str) -> Non
         log = user.store / "log"
         log.rename(user.cache / "moved-away")
         os.kill(mount.pid, signal.SIGHUP)
-        wait_until(log.exists, "there is a log again")
-        wait_until(lambda: "opened anew" in log.read_text(), "it is written to")
+        wait_until(log.exists, "a new log exists")
+        wait_until(lambda: "opened anew" in log.read_text(), "the new log is written")
         assert os.readlink(f"/proc/{mount.pid}/fd/2") == str(log)
 
 
 def one_more_line(mount: Mounted) -> int:
-    """Has the daemon log a line; the bytes of its log then."""
+    """Makes the daemon log a line. Returns the size of its log after that."""
     before = os.stat(f"/proc/{mount.pid}/fd/2").st_size
     os.kill(mount.pid, signal.SIGUSR1)
     for _ in range(1000):
@@ -216,7 +216,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_mount_that_is_ended_before_it_answers_ends_as_any_other(user: Home) -> None:
+def test_a_mount_that_is_ended_before_it_answers_ends_cleanly(user: Home) -> None:
     command = [sys.executable, "-c", ENDED_EARLY, "mount", "--foreground", str(user.mountpoint)]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
@@ -253,7 +253,7 @@ def test_a_signal_that_comes_as_the_receiver_is_made_is_not_lost(user: Home) -> 
     assert not fuse_mounts(user.folder)
 
 
-def test_in_the_foreground_a_second_signal_changes_nothing(user: Home, cid: str) -> None:
+def test_further_signals_change_nothing_in_the_foreground(user: Home, cid: str) -> None:
     """An open file keeps the mount for half a second after the first signal."""
     command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", str(user.mountpoint)]
     with subprocess.Popen(
@@ -274,7 +274,7 @@ def test_in_the_foreground_a_second_signal_changes_nothing(user: Home, cid: str)
     assert not fuse_mounts(user.folder)
 
 
-def test_a_mount_that_goes_while_a_request_is_read_ends_as_any_other(user: Home) -> None:
+def test_a_mount_that_is_unmounted_while_a_request_is_read_ends_cleanly(user: Home) -> None:
     library = user.folder / "aborted_read.so"
     source = Path(__file__).parents[1] / "fuse" / "aborted_read.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-o", library, source, "-ldl"], check=True)
@@ -306,7 +306,7 @@ def test_a_mount_needs_no_standard_streams(user: Home, cid: str, closed: str) ->
         user.run("unmount", user.mountpoint)
 
 
-def test_what_goes_to_a_closed_standard_error_goes_nowhere_else(user: Home) -> None:
+def test_messages_to_a_closed_standard_error_go_nowhere_else(user: Home) -> None:
     command = [sys.executable, "-m", "ipfsfuse", "status", "--json"]
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
     done = subprocess.run(shell, env=user.env, stdout=subprocess.PIPE, timeout=PATIENCE)

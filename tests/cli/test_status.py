@@ -1,4 +1,4 @@
-"""`status` as a page in a real browser, as a live view, and in colours; and what `history` remembers."""
+"""`status` as a page in a real browser, as a live view, and in colours; and the counters of `history`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ HOSTILE = b"<img src=x onerror=alert(1)>\x1b[31m\xe2\x80\xae"
 
 
 @pytest.fixture
-def read(user: Home) -> Iterator[tuple[Mounted, str]]:
+def mount_and_root(user: Home) -> Iterator[tuple[Mounted, str]]:
     """A mount in which a file was read twice, and the CID of its directory."""
     dag = Dag()
     file = dag.file([os.urandom(256 << 10) for _ in range(3)]), 3 << 18
@@ -42,7 +42,8 @@ def read(user: Home) -> Iterator[tuple[Mounted, str]]:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         # a reader has its bytes before they are staged
         wait_until(
-            lambda: [each["complete"] for each in user.json("ls", "--json")["entries"]] == [True], "staged"
+            lambda: [each["complete"] for each in user.json("ls", "--json")["entries"]] == [True],
+            "the file is staged",
         )
         yield mount, cids.text(root)
 
@@ -61,9 +62,9 @@ def browser() -> Iterator[Any]:
 
 
 def test_the_page_shows_cache_sources_and_hit_rate_in_a_browser(
-    user: Home, read: tuple[Mounted, str], browser: Any, tmp_path: Path
+    user: Home, mount_and_root: tuple[Mounted, str], browser: Any, tmp_path: Path
 ) -> None:
-    mount, root = read
+    mount, root = mount_and_root
     file = tmp_path / "page.html"
     assert f"wrote {file}" in user.run("status", "--html", file).stdout
     for width, scheme in ((1200, "light"), (360, "dark")):
@@ -88,14 +89,16 @@ def test_the_page_shows_cache_sources_and_hit_rate_in_a_browser(
         page.close()
 
 
-def test_the_page_goes_to_standard_output_or_says_why_not(user: Home, read: tuple[Mounted, str]) -> None:
+def test_the_page_is_written_to_standard_output_or_a_file(
+    user: Home, mount_and_root: tuple[Mounted, str]
+) -> None:
     assert user.run("status", "--html", "-").stdout.startswith("<!DOCTYPE html>")
     user.refused_while_mounted("status", "--html", "/proc/none/x", names="/proc/none/x can't be written")
     assert user.json("status", "--html", user.folder / "p", "--json")["written"] == str(user.folder / "p")
 
 
 def test_the_hit_rate_is_drawn_over_time() -> None:
-    """By the height of the points: 0 is at the bottom, 1 at the top."""
+    """The height of a point is the rate: 0 is at the bottom, 1 at the top."""
     samples = [
         {"time": f"2026-01-01T00:0{minute}:00+00:00", "hits": hits, "misses": misses, "evictions": 0}
         for minute, (hits, misses) in enumerate([(0, 0), (0, 10), (10, 10), (10, 10), (15, 15)])
@@ -111,8 +114,8 @@ def test_the_hit_rate_is_drawn_over_time() -> None:
     assert "Nothing was asked" in status._hit_rate(samples[:1] * 2)
 
 
-def test_history_tells_what_was_counted_and_when(read: tuple[Mounted, str]) -> None:
-    mount, _root = read
+def test_history_has_counters_and_their_times(mount_and_root: tuple[Mounted, str]) -> None:
+    mount, _root = mount_and_root
     samples = client.call(mount.control, "history")["samples"]
     assert (samples[0]["hits"], samples[0]["misses"]) == (0, 0)
     assert samples[-1]["misses"] > 0
@@ -120,8 +123,10 @@ def test_history_tells_what_was_counted_and_when(read: tuple[Mounted, str]) -> N
     assert all(re.fullmatch(r"20\d\d-\d\d-\d\dT[\d:]{8}\+00:00", each["time"]) for each in samples)
 
 
-def test_the_live_view_shows_who_reads_what(user: Home, read: tuple[Mounted, str]) -> None:
-    mount, root = read
+def test_the_live_view_shows_which_process_reads_which_file(
+    user: Home, mount_and_root: tuple[Mounted, str]
+) -> None:
+    mount, root = mount_and_root
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (40, 240))
     path = os.fsencode(mount.path) + b"/" + root.encode() + b"/unread"
@@ -144,21 +149,23 @@ def test_the_live_view_shows_who_reads_what(user: Home, read: tuple[Mounted, str
     assert b"Traceback" not in shown
 
 
-def test_without_a_terminal_the_live_view_is_json_or_refused(user: Home, read: tuple[Mounted, str]) -> None:
+def test_without_a_terminal_the_live_view_is_json_or_refused(
+    user: Home, mount_and_root: tuple[Mounted, str]
+) -> None:
     user.refused_while_mounted("status", "--watch", names="--watch needs a terminal", code=2)
     command = [sys.executable, "-m", "ipfsfuse", "status", "--watch", "--json"]
     with subprocess.Popen(command, env=user.env, stdout=subprocess.PIPE) as watching:
         assert watching.stdout is not None
-        told = json.loads(watching.stdout.readline())
-        watching.stdout.close()  # nobody reads any more: it ends
+        first = json.loads(watching.stdout.readline())
+        watching.stdout.close()  # it ends, because its output has no reader
         assert watching.wait(PATIENCE) == 141
-    assert (told["health"], told["reading"]) == ("healthy", [])
+    assert (first["health"], first["reading"]) == ("healthy", [])
 
 
 @pytest.mark.parametrize(
     ("variables", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
 )
-def test_colours_in_a_terminal_unless_they_are_not_wanted(
+def test_a_terminal_gets_colours_unless_they_are_switched_off(
     user: Home, variables: dict[str, str], coloured: bool
 ) -> None:
     shown = in_terminal(user, {"TERM": "xterm", **variables}, 200, "doctor")
@@ -168,14 +175,16 @@ def test_colours_in_a_terminal_unless_they_are_not_wanted(
     assert failed.startswith("\x1b[31mipfsfuse:\x1b[0m " if coloured else "ipfsfuse: no mount uses")
 
 
-def test_a_narrow_terminal_gets_a_line_for_each_value(user: Home, read: tuple[Mounted, str]) -> None:
+def test_a_narrow_terminal_gets_a_line_for_each_value(
+    user: Home, mount_and_root: tuple[Mounted, str]
+) -> None:
     narrow = in_terminal(user, {"TERM": "dumb"}, 60, "status")
     assert re.search(r"(?m)^    state: good\r?$", narrow)
     assert re.search(r"(?m)^  name +state  requests", in_terminal(user, {"TERM": "dumb"}, 400, "status"))
 
 
 def in_terminal(user: Home, variables: dict[str, str], columns: int, *arguments: str) -> str:
-    """What a command shows in a terminal so wide, on standard output and error."""
+    """The output of a command, standard output and error, in a terminal of so many columns."""
     leader, follower = pty.openpty()
     termios.tcsetwinsize(follower, (24, columns))
     command = [sys.executable, "-m", "ipfsfuse", *arguments]

@@ -1,4 +1,4 @@
-"""Who holds a mount, found by links alone; and what is refused to be unmounted."""
+"""`unmount` finds the processes that hold a mount by their links in /proc, and refuses other mounts."""
 
 import mmap
 import os
@@ -49,23 +49,23 @@ def test_each_way_of_holding_is_found(holder: subprocess.Popen[bytes], folder: P
     assert found[holder.pid].command.startswith(sys.executable)
 
 
-def test_a_longer_name_beside_it_is_no_use(folder: Path, tmp_path: Path) -> None:
-    beside = tmp_path / (folder.name + "er")
-    beside.mkdir()
+def test_a_process_in_a_folder_with_a_longer_name_is_not_a_holder(folder: Path, tmp_path: Path) -> None:
+    longer = tmp_path / (folder.name + "er")
+    longer.mkdir()
     with subprocess.Popen(
         [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"],
-        cwd=beside,
+        cwd=longer,
         stdin=-1,
         stdout=-1,
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert [each.pid for each in holders(beside)] == [process.pid]
+        assert [each.pid for each in holders(longer)] == [process.pid]
         assert not list(holders(folder))
         process.kill()
 
 
-def test_what_is_no_mount_is_refused_by_name(ipfsfuse: Ipfsfuse, tmp_path: Path) -> None:
+def test_unmount_refuses_a_path_that_is_not_a_mount_of_ipfsfuse(ipfsfuse: Ipfsfuse, tmp_path: Path) -> None:
     assert ipfsfuse("unmount", tmp_path) == (1, "", f"ipfsfuse: nothing is mounted at {tmp_path}\n")
     assert ipfsfuse("unmount", tmp_path / "none") == (
         1,

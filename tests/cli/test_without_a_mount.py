@@ -48,7 +48,7 @@ def test_get_uses_the_mount_of_the_cache_folder(user: Home, tree: tuple[Path, st
 
 @pytest.mark.fuse
 def test_get_does_not_follow_symlinks_out_of_the_mount(user: Home) -> None:
-    """What lies there is a file of this machine, and nobody has verified it."""
+    """Such a link leads to a file of this machine, and that is not verified content."""
     folder = user.folder / "hostile"
     folder.mkdir()
     (user.folder / "secret").write_text("a file of this machine\n")
@@ -68,7 +68,7 @@ def test_get_does_not_follow_symlinks_out_of_the_mount(user: Home) -> None:
 
 
 @pytest.mark.fuse
-def test_get_leaves_no_half_of_a_file(user: Home) -> None:
+def test_get_leaves_no_part_of_a_file(user: Home) -> None:
     (user.folder / "large").write_bytes(content := os.urandom(6 << 20))
     cid = user.add(user.folder / "large")
     [pack] = user.library.glob("*.car")
@@ -80,7 +80,7 @@ def test_get_leaves_no_half_of_a_file(user: Home) -> None:
 
 
 @pytest.mark.fuse
-def test_get_copies_a_tree_that_is_deeper_than_python_can_call(user: Home) -> None:
+def test_get_copies_a_tree_that_is_deeper_than_python_can_recurse(user: Home) -> None:
     names = "/".join("d" * 1200)
     subprocess.run(["mkdir", "-p", user.folder / "deep" / names], check=True)
     try:
@@ -97,9 +97,7 @@ def test_get_copies_a_tree_that_is_deeper_than_python_can_call(user: Home) -> No
 
 
 @pytest.mark.fuse
-def test_sources_of_a_configuration_do_not_keep_get_from_the_mount(
-    user: Home, tree: tuple[Path, str]
-) -> None:
+def test_get_uses_the_mount_though_sources_are_configured(user: Home, tree: tuple[Path, str]) -> None:
     folder, cid = tree
     user.run("export", cid, user.folder / "tree.car")
     user.run("rm", cid)
@@ -111,7 +109,7 @@ def test_sources_of_a_configuration_do_not_keep_get_from_the_mount(
 
 
 @pytest.mark.fuse
-def test_pin_takes_many_and_pin_ls_lists_them(user: Home) -> None:
+def test_pin_takes_many_cids_and_pin_ls_lists_them(user: Home) -> None:
     cids = []
     for number in range(2):
         (user.folder / "f").write_text(str(number))
@@ -145,7 +143,7 @@ def test_man_pages_have_every_option(tmp_path: Path, module: str) -> None:
     assert [each for each in sorted(options) if each not in text] == []
 
 
-def test_json_of_every_command_tells_of_failures_too(user: Home, tree: tuple[Path, str]) -> None:
+def test_every_command_reports_failures_in_json_too(user: Home, tree: tuple[Path, str]) -> None:
     folder, cid = tree
     failing = [
         ["status"], ["rm", CID], ["unmount", str(user.folder)], ["mount", "x", "--budget", "0"], ["cat", f"{cid}/none"],
@@ -155,8 +153,8 @@ def test_json_of_every_command_tells_of_failures_too(user: Home, tree: tuple[Pat
     assert [name for name, each in commands.items() if "--json" not in each._option_string_actions] == []
     for command in failing:
         done = user.run(*command, "--json", check=False)
-        told = json.loads(done.stdout)
-        assert (told["code"], f"ipfsfuse: {told['error']}\n") == (done.returncode, done.stderr)
+        answer = json.loads(done.stdout)
+        assert (answer["code"], f"ipfsfuse: {answer['error']}\n") == (done.returncode, done.stderr)
     (user.folder / "f").write_text("x")
     assert [each["name"] for each in user.json("add", "--json", user.folder / "f")] == ["f"]
     assert user.json("export", cid, user.folder / "x.car", "--json")["exported"] == cid
@@ -176,7 +174,7 @@ def test_json_of_every_command_tells_of_failures_too(user: Home, tree: tuple[Pat
 
 @pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
 @pytest.mark.parametrize("added", [253_402_300_799, 0])
-def test_a_time_at_the_end_of_all_days_is_shown_in_every_zone(user: Home, zone: str, added: float) -> None:
+def test_the_first_and_the_last_time_are_shown_in_every_zone(user: Home, zone: str, added: float) -> None:
     (user.folder / "f").write_text("x")
     cid = user.add(user.folder / "f")
     [root] = (user.library / "roots").iterdir()
@@ -199,7 +197,7 @@ def test_names_are_bytes_in_every_locale(user: Home) -> None:
 
 @pytest.mark.fuse
 def test_paths_are_bytes_in_a_locale_that_is_not_utf8(user: Home) -> None:
-    """They were decoded by the locale, and encoded as UTF-8: the names in IPFS were not found."""
+    """Once, paths were decoded by the locale and encoded as UTF-8, so names in IPFS were not found."""
     folder = user.folder / "names"
     folder.mkdir()
     (folder / "é").write_text("x")
@@ -207,11 +205,11 @@ def test_paths_are_bytes_in_a_locale_that_is_not_utf8(user: Home) -> None:
     locale = user.folder / "locales" / "en_US.ISO-8859-1"
     locale.parent.mkdir()
     if subprocess.run(["localedef", "-i", "en_US", "-f", "ISO-8859-1", locale], check=False).returncode:
-        pytest.skip("makes a locale by localedef, with Debian's package locales")
+        pytest.skip("needs localedef and the sources of locales (Debian's package locales)")
     user.env |= {"LC_ALL": locale.name, "LOCPATH": str(locale.parent), "PYTHONUTF8": "0"}
     encoding = "import sys; print(sys.getfilesystemencoding())"
-    told = subprocess.run([sys.executable, "-c", encoding], env=user.env, capture_output=True, check=True)
-    assert told.stdout == b"iso8859-1\n"
+    ran = subprocess.run([sys.executable, "-c", encoding], env=user.env, capture_output=True, check=True)
+    assert ran.stdout == b"iso8859-1\n"
     assert user.run("cat", f"{cid}/é").stdout == "x"
     user.run("get", f"{cid}/é", "-o", user.folder / "ö")
     assert (user.folder / "ö").read_text() == "x"
@@ -223,7 +221,7 @@ def test_paths_are_bytes_in_a_locale_that_is_not_utf8(user: Home) -> None:
         user.run("prefetch", mount.path / cid / "é")
 
 
-def test_add_as_fingers_type_it(user: Home) -> None:
+def test_add_accepts_the_options_of_ipfs_add(user: Home) -> None:
     (user.folder / "d").mkdir()
     (user.folder / "d" / "f").write_text("x")
     plain = user.run("add", user.folder / "d").stdout.split()[1::3]

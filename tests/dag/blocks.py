@@ -1,4 +1,4 @@
-"""Blocks for the tests of the reading side, made by hand, and a driver for walks."""
+"""Blocks for the tests of reading, made by hand, and a driver for walks."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 
 
 def fixtures(pattern: str) -> list[Path]:
-    """The conformance files that match; where there are none, the test that asked is skipped."""
+    """The conformance files that match. Skips the test if there are none."""
     found = sorted(FIXTURES.glob(pattern))
     if not found:
         pytest.skip(f"no conformance fixtures at {FIXTURES}")
@@ -35,7 +35,7 @@ def identity(block: bytes, codec: int = RAW) -> Cid:
 
 
 class Blocks:
-    """A heap of blocks, which counts what is asked of it."""
+    """A heap of blocks that records which blocks are asked for."""
 
     def __init__(self) -> None:
         self.by_hash: dict[bytes, bytes] = {}
@@ -54,11 +54,11 @@ class Blocks:
         return [cid for batch in self.asked for cid in batch]
 
     def drive(self, walk: Walk[T]) -> T:
-        """Runs a walk to its end; what it asks for must be new in its batch, and never an identity CID."""
+        """Runs a walk to its end. It must not ask for an identity CID, or twice for a CID in a batch."""
         try:
             wanted: Sequence[Cid] = next(walk)
             while True:
-                assert len(set(wanted)) == len(wanted), "a walk that asks twice"
+                assert len(set(wanted)) == len(wanted), "the walk asks for a block twice"
                 assert all(cids.inline_block(cid) is None for cid in wanted)
                 if wanted:
                     self.asked.append(list(wanted))
@@ -67,7 +67,7 @@ class Blocks:
             return done.value  # type: ignore[no-any-return]  # typeshed has Any here
 
     def load_car(self, path: Path) -> list[Cid]:
-        """Reads a CARv1 that is known to be good; its blocks' CIDs in order."""
+        """Reads a CARv1 that is known to be good. Returns the CIDs of its blocks, in order."""
         data = path.read_bytes()
         size, at = varint.get(data, 0)
         at += size
@@ -93,7 +93,7 @@ class Blocks:
     def file_node(
         self, children: Sequence[tuple[Cid, int]], inline: bytes = b"", total: int | None = None
     ) -> Cid:
-        """An interior node over (CID, content size) pairs, which says `total` bytes."""
+        """An interior node over (CID, content size) pairs. It states `total` bytes."""
         sizes = [size for _, size in children]
         message = UnixFS(
             Type.FILE, inline or None, sum(sizes) + len(inline) if total is None else total, sizes
@@ -103,7 +103,7 @@ class Blocks:
         )
 
     def balanced(self, chunks: Sequence[bytes], width: int, raw: bool) -> Cid:
-        """A file as importers make it: all leaves at one height."""
+        """A file as importers make it: all leaves have the same height."""
         level = [(self.leaf(chunk, raw), len(chunk)) for chunk in chunks]
         while len(level) > 1:
             groups = [level[at : at + width] for at in range(0, len(level), width)]
@@ -114,7 +114,7 @@ class Blocks:
         return self.put(dagpb.encode(links, unixfs.encode(UnixFS(Type.DIRECTORY))))
 
     def trie(self, names: Sequence[bytes], width: int = 256) -> Cid:
-        """A HAMT of empty files, by the rules, built from the top."""
+        """A valid HAMT of empty files, built from the top."""
         target = self.leaf(b"")
         return self._trie_node([(hamt.hash64(name), Link(target, name, 1)) for name in names], width, 0)
 
@@ -134,7 +134,7 @@ class Blocks:
 
 
 def shard(width: int, indexes: Sequence[int], links: Sequence[Link], hash_type: int = 0x22) -> bytes:
-    """One HAMT node's block."""
+    """The block of one HAMT node."""
     bits = sum(1 << index for index in indexes)
     field = bits.to_bytes((bits.bit_length() + 7) // 8, "big")
     return dagpb.encode(
@@ -147,7 +147,7 @@ def chunks_of(data: bytes, size: int) -> list[bytes]:
 
 
 def pseudo_random(size: int) -> bytes:
-    """The same bytes every time, no two pieces of them equal."""
+    """The same bytes every time. No two pieces of them are equal."""
     return b"".join(hashlib.sha256(b"%d" % at).digest() for at in range(size // 32 + 1))[:size]
 
 

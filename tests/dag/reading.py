@@ -1,4 +1,4 @@
-"""How the tests read: nodes, listings and ranges of a heap of blocks, as the layers above do."""
+"""Reads nodes, listings and ranges of a heap of blocks, as the layers above `dag` do."""
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import directory_pages, file_layout, traversal
@@ -17,7 +17,7 @@ def directory(heap: Blocks, cid: Cid) -> Directory | Shard:
 
 
 def pages(heap: Blocks, here: Directory | Shard, after: int = 0) -> list[Page]:
-    """All pages, which must be as the contract says."""
+    """All pages of a directory. Checks that cookies grow, and that only the last page may be empty."""
     found: list[Page] = []
     while not found or not found[-1].end:
         page = heap.drive(directory_pages.entries(here, after))
@@ -41,7 +41,7 @@ def file(heap: Blocks, cid: Cid) -> File:
 
 
 def read(heap: Blocks, root: File, offset: int, size: int) -> bytes:
-    """Reads as the layers above do: sure at once where something taken for a leaf is none."""
+    """Reads as the layers above do: again with `sure`, if a block was taken for a leaf and is not one."""
     try:
         return read_range(heap, root, offset, size, False)
     except NotALeaf:

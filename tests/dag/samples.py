@@ -1,4 +1,4 @@
-"""One valid block of every kind, and where they stand: what the tests damage and the fuzzer begins with."""
+"""One valid block of every kind. The tests damage them, and the fuzzer begins with them."""
 
 from ipfsfuse.dag import dagpb, unixfs
 from ipfsfuse.dag.cid import RAW, Cid

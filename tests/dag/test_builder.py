@@ -1,5 +1,5 @@
-"""What the importer builds, the reader reads: contents, shapes, names. (That the CIDs are Kubo's:
-tests/adding.)"""
+"""The reader reads what the builder builds: contents, shapes and names. (tests/importer compares the CIDs
+with Kubo's.)"""
 
 from dataclasses import replace
 from typing import TypeVar
@@ -34,7 +34,7 @@ PROFILES = [
 
 
 class Store:
-    """A sink that keeps everything, and demands children before parents."""
+    """A sink that verifies and keeps all blocks."""
 
     def __init__(self) -> None:
         self.blocks: dict[bytes, bytes] = {}
@@ -50,7 +50,7 @@ class Store:
         return nodes.parse(cid, self.get(cid))
 
     def run(self, steps: Walk[T]) -> T:
-        """Answers a walk."""
+        """Runs a walk to its end."""
         try:
             wanted = next(steps)
             while True:
@@ -75,8 +75,8 @@ class Store:
         return file_builder.finish(stored)
 
     def content(self, cid: Cid, links: int) -> tuple[bytes, int]:
-        """(content, height) of a file whose leaves all lie at one depth, below nodes of at most `links`
-        children."""
+        """(content, height) of a file. Checks that all leaves have the same depth, and that no node has more
+        than `links` children."""
         node = self.node(cid)
         assert isinstance(node, File)
         if not node.children:
@@ -97,7 +97,7 @@ class Store:
         return b"".join(data for data, _height in below), below[0][1] + 1
 
     def tsize(self, cid: Cid) -> int:
-        """What a link to `cid` should claim."""
+        """The size that a link to `cid` should claim."""
         node = self.node(cid)
         children = node.children if isinstance(node, File) else []
         return len(self.get(cid)) + sum(self.tsize(child.cid) for child in children)
@@ -125,7 +125,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size
 @given(
     st.dictionaries(NAMES.filter(lambda name: name not in (b".", b"..")), st.binary(max_size=10), max_size=60)
 )
-def test_every_name_is_found_and_no_other(files: dict[bytes, bytes]) -> None:
+def test_every_name_is_found_and_another_name_is_not(files: dict[bytes, bytes]) -> None:
     for profile in PROFILES:
         store = Store()
         children = [(name, store.file(profile, data)) for name, data in files.items()]
@@ -187,8 +187,8 @@ def test_attributes_are_read_back(mode: int | None, mtime: int | None) -> None:
     assert (link.target, link.meta) == (b"target", nodes.Meta(None, mtime))
 
 
-def test_names_that_can_not_be_told_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hamt, "hash64", lambda _name: 77)  # 64 bits in common are not found in a lifetime
+def test_names_with_the_same_hash_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hamt, "hash64", lambda _name: 77)  # finding 64 equal bits would take too long
     store = Store()
     leaf = store.file(SMALL, b"x")
     with pytest.raises(Unsupported, match="have the same hash"):

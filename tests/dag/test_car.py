@@ -1,5 +1,5 @@
-"""CAR framing: every fixture is read as its name promises; what is written is read back; nothing else is
-believed."""
+"""CAR framing: every fixture is read or refused as its name says, written CARs are read back, and damaged
+CARs are refused."""
 
 import hashlib
 import random
@@ -29,9 +29,7 @@ INVALID = {
     "badsectionlength": "the CAR section at 0 would have 216830324832 bytes",
     "sample-corrupt-pragma": "cut short",
 }
-need_fixtures = pytest.mark.skipif(
-    not FIXTURES.is_dir(), reason="the conformance fixtures are not beside the project"
-)
+need_fixtures = pytest.mark.skipif(not FIXTURES.is_dir(), reason="no conformance fixtures")
 
 Blocks = list[tuple[Cid, bytes]]
 
@@ -42,7 +40,7 @@ def fixture(name: str) -> bytes:
 
 
 def read(data: bytes, step: int = 1 << 20) -> tuple[tuple[Cid, ...] | None, Blocks]:
-    """Roots and blocks of a whole stream that comes in pieces of `step` bytes."""
+    """The roots and the blocks of a whole stream that arrives in pieces of `step` bytes."""
     parser = StreamParser()
     blocks = [pair for start in range(0, len(data), step) for pair in parser.feed(data[start : start + step])]
     parser.finish()
@@ -59,15 +57,13 @@ def write(roots: list[Cid], blocks: list[bytes]) -> bytes:
     )
 
 
-def frame(data: bytes, before: int = 0, behind: bytes = b"") -> bytes:
-    header = car.V2Header(
-        car.V2_BYTES + before, len(data), car.V2_BYTES + before + len(data) if behind else 0
-    )
-    return car.encode_v2(header) + bytes(before) + data + behind
+def frame(data: bytes, before: int = 0, index: bytes = b"") -> bytes:
+    header = car.V2Header(car.V2_BYTES + before, len(data), car.V2_BYTES + before + len(data) if index else 0)
+    return car.encode_v2(header) + bytes(before) + data + index
 
 
 @need_fixtures
-def test_every_fixture_has_its_row() -> None:
+def test_every_fixture_is_listed_in_this_file() -> None:
     assert {path.stem for path in FIXTURES.rglob("*.car")} == set(VALID) | set(INVALID)
 
 
@@ -91,16 +87,16 @@ def test_an_invalid_fixture_gives_the_error_of_its_name(name: str, step: int) ->
 
 
 @given(st.lists(st.binary(max_size=300)), st.lists(st.binary(max_size=40), max_size=30), st.integers(1, 50))
-def test_what_is_written_is_read_back(blocks: list[bytes], roots: list[bytes], step: int) -> None:
+def test_a_car_that_was_written_is_read_back(blocks: list[bytes], roots: list[bytes], step: int) -> None:
     named = [raw(root) for root in roots]
     assert read(write(named, blocks), step) == (tuple(named), [(raw(block), block) for block in blocks])
 
 
 @given(st.lists(st.binary(max_size=300)), st.integers(0, 200), st.binary(max_size=60), st.integers(1, 50))
 def test_version_2_with_padding_is_read_back(
-    blocks: list[bytes], before: int, behind: bytes, step: int
+    blocks: list[bytes], before: int, index: bytes, step: int
 ) -> None:
-    roots, found = read(frame(write([], blocks), before, behind), step)
+    roots, found = read(frame(write([], blocks), before, index), step)
     assert roots == ()
     assert found == [(raw(block), block) for block in blocks]
 
@@ -136,7 +132,7 @@ def test_headers_of_many_roots_and_all_kinds_of_cids() -> None:
         (b"\xbf", "not a CAR"),
     ],
 )
-def test_a_header_that_lies_is_refused(body: bytes, message: str) -> None:
+def test_a_malformed_header_is_refused(body: bytes, message: str) -> None:
     with pytest.raises(Malformed, match=message):
         car.decode_header(bytes([len(body)]) + body)
 
@@ -151,35 +147,35 @@ def test_a_header_that_lies_is_refused(body: bytes, message: str) -> None:
         (car.V2Header(51, 100, 1 << 63), "puts its index"),
     ],
 )
-def test_a_frame_that_lies_is_refused(header: car.V2Header, message: str) -> None:
+def test_a_frame_with_wrong_offsets_is_refused(header: car.V2Header, message: str) -> None:
     with pytest.raises(Malformed, match=message):
         car.decode_v2(car.encode_v2(header))
 
 
 @pytest.mark.parametrize("cut", [0, 1, 10, 17, 19, 40, 60, -1])
-def test_a_stream_that_ends_inside_something_is_cut_short(cut: int) -> None:
+def test_a_stream_that_ends_too_early_is_refused_as_cut_short(cut: int) -> None:
     with pytest.raises(Malformed, match="cut short"):
         read(write([], [b"some block", bytes(300)])[:cut])
 
 
 def test_data_that_ends_inside_a_section_is_refused() -> None:
     whole = frame(write([], [bytes(300)]))
-    lying = bytearray(whole)
-    lying[len(car.PRAGMA) + 24 : len(car.PRAGMA) + 32] = (200).to_bytes(8, "little")
+    damaged = bytearray(whole)
+    damaged[len(car.PRAGMA) + 24 : len(car.PRAGMA) + 32] = (200).to_bytes(8, "little")
     with pytest.raises(Malformed, match="ends inside a section"):
-        read(bytes(lying))
+        read(bytes(damaged))
 
 
 @settings(max_examples=300)
 @given(st.binary(max_size=400), st.integers(1, 400))
-def test_noise_ends_in_blocks_or_a_domain_error(noise: bytes, step: int) -> None:
+def test_random_bytes_give_blocks_or_an_error_of_ours(noise: bytes, step: int) -> None:
     try:
         read(noise, step)
     except IpfsFuseError:
         pass
 
 
-def test_mutations_and_prefixes_end_in_blocks_or_a_domain_error() -> None:
+def test_mutations_and_prefixes_give_blocks_or_an_error_of_ours() -> None:
     whole = frame(write([raw(b"root")], [b"a", b"", bytes(200)]), 5, b"index")
     chance = random.Random(7)
     for _ in range(20_000):
@@ -194,7 +190,7 @@ def test_mutations_and_prefixes_end_in_blocks_or_a_domain_error() -> None:
 
 @pytest.mark.parametrize("step", [1, 7, 1 << 20])
 @pytest.mark.parametrize("padding", [1, 5, 5000])
-def test_a_stream_that_ends_in_zeros_is_whole(padding: int, step: int) -> None:
+def test_zeros_at_the_end_of_a_stream_are_accepted(padding: int, step: int) -> None:
     data = write([], [b"one", b"two"]) + bytes(padding)
     for stream in (data, frame(data), frame(data, 9, b"an index")):
         assert read(stream, step) == ((), [(raw(b"one"), b"one"), (raw(b"two"), b"two")])
@@ -202,7 +198,7 @@ def test_a_stream_that_ends_in_zeros_is_whole(padding: int, step: int) -> None:
         read(data + b"\1", step)
 
 
-def test_the_header_of_a_stream_is_bounded() -> None:
+def test_the_header_of_a_stream_has_a_limit() -> None:
     few, many = (
         [raw(b"%d" % number) for number in range(1500)],
         [raw(b"%d" % number) for number in range(1700)],
@@ -211,4 +207,4 @@ def test_the_header_of_a_stream_is_bounded() -> None:
     assert read(write(few, [b"one"]))[0] == tuple(few)
     with pytest.raises(Malformed, match="its header would have"):
         list(StreamParser().feed(car.encode_header(many)[:100]))
-    assert car.decode_header(car.encode_header(many)) == tuple(many), "that of a file may be larger"
+    assert car.decode_header(car.encode_header(many)) == tuple(many), "the header of a file may be larger"

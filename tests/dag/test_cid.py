@@ -14,7 +14,7 @@ from tests.dag.blocks import cid_of, identity
 V0 = "QmdfTbBqBPQ7VNxZEYEj14VmRuZBkqFbiwReogJgS1zR1n"  # the dag-pb block of no bytes
 V0_AS_V1 = "bafybeihdwdcefgh4dqkjv67uzcmw7ojee6xedzdetojuzjevtenxquvyku"
 SAMPLE = b"Decentralize everything!!!"
-SAMPLES = {  # of go-multibase's own tests
+SAMPLES = {  # from the tests of go-multibase
     "base2": "00100010001100101011000110110010101101110011101000111001001100001011011000110100101111010011001010010"
     "000001100101011101100110010101110010011110010111010001101000011010010110111001100111001000010010000100100001",
     "base16": "f446563656e7472616c697a652065766572797468696e67212121",
@@ -46,18 +46,18 @@ def spell(cid: bytes, base: str) -> str:
 
 @pytest.mark.parametrize("base", [*BASES, "base256emoji"])
 def test_version_1_is_read_in_every_multibase(base: str) -> None:
-    """But `identity`, whose prefix is NUL, which neither a file name nor an argument can hold."""
+    """Except `identity`: its prefix is NUL, and a file name or an argument can't hold that."""
     for cid in (cid_of(b"x"), cid_of(b"y", RAW), identity(b"z"), cids.make(0x0129, b"\x13\x40" + bytes(64))):
         assert cids.parse(spell(cid, base)) == cid
 
 
 @pytest.mark.parametrize("base", SAMPLES)
-def test_the_multibases_spell_as_those_of_go_do(base: str) -> None:
+def test_multibases_spell_as_in_go(base: str) -> None:
     assert cids._decode_text(SAMPLES[base]) == SAMPLE
     assert spell(SAMPLE, base) == SAMPLES[base]
 
 
-def test_version_0_and_its_version_1_are_one_thing() -> None:
+def test_version_0_and_version_1_of_a_cid_have_one_canonical_form() -> None:
     cid = cids.parse(V0)
     assert cid[:2] == b"\x12\x20"
     assert cids.text(cid) == V0
@@ -68,7 +68,7 @@ def test_version_0_and_its_version_1_are_one_thing() -> None:
     cids.verify(cid, b"")
 
 
-NO_CIDS = [
+NOT_CIDS = [
     "",
     "b",
     "Qm",
@@ -79,7 +79,7 @@ NO_CIDS = [
     "🚀",
     "x" * 5000,
     V0[:-1],
-    V0[:-1] + "0",  # no digit of base58
+    V0[:-1] + "0",  # not a digit of base58
     V0 + "a",
     "z" + V0,  # version 0 has no multibase
     multibase.encode(cids.parse(V0), "base32"),
@@ -99,8 +99,8 @@ NO_CIDS = [
 ]
 
 
-@pytest.mark.parametrize("text", NO_CIDS, ids=range(len(NO_CIDS)))
-def test_what_is_no_cid_is_refused_in_one_line_that_names_it(text: str) -> None:
+@pytest.mark.parametrize("text", NOT_CIDS, ids=range(len(NOT_CIDS)))
+def test_text_that_is_not_a_cid_is_refused_in_one_line_that_shows_it(text: str) -> None:
     with pytest.raises(NotACid) as refused:
         cids.parse(text)
     message = str(refused.value)
@@ -113,7 +113,7 @@ def test_what_is_no_cid_is_refused_in_one_line_that_names_it(text: str) -> None:
     st.text(max_size=80)
     | st.builds(str.__add__, st.sampled_from("01789fFbBcCvVtThkKzZmMuUp🚀R\0"), st.text(max_size=120))
 )
-def test_any_text_is_a_cid_or_none(text: str) -> None:
+def test_any_text_is_a_cid_or_refused(text: str) -> None:
     try:
         assert cids.decode(cids.parse(text)) == cids.parse(text)
     except NotACid:
@@ -121,7 +121,7 @@ def test_any_text_is_a_cid_or_none(text: str) -> None:
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_a_cid_or_none_and_a_prefix_reads_as_the_whole(data: bytes) -> None:
+def test_any_bytes_are_a_cid_or_refused_and_decode_prefix_agrees(data: bytes) -> None:
     try:
         cid = cids.decode(data)
     except NotACid:
@@ -148,7 +148,7 @@ def test_a_block_is_checked_against_its_cid() -> None:
         cids.verify(Cid(b"\x01\x55\xd5\x01\x10" + bytes(16)), b"")
 
 
-def test_what_an_identity_cid_carries() -> None:
+def test_an_identity_cid_carries_its_block() -> None:
     assert cids.inline_block(identity(b"abc")) == b"abc"
     assert cids.inline_block(identity(b"")) == b""
     assert cids.inline_block(cid_of(b"abc")) is None

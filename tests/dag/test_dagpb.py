@@ -20,7 +20,7 @@ TSIZE = field(3, 7)
 
 
 def test_every_fixture_decodes_and_encodes_to_its_own_cid() -> None:
-    """But for those with links that leave out a field: `encode` writes all fields."""
+    """Except fixtures whose links leave out a field, because `encode` writes all fields."""
     whole = 0
     for path in fixtures("codec-fixtures/dag-pb/*.dag-pb"):
         block, cid = path.read_bytes(), cids.parse(path.name.split(".")[1])
@@ -80,12 +80,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("block", REFUSED.values(), ids=REFUSED.keys())
-def test_what_breaks_a_rule_is_refused(block: bytes) -> None:
+def test_a_node_that_breaks_a_rule_is_refused(block: bytes) -> None:
     with pytest.raises(Malformed):
         dagpb.decode(block)
 
 
-def test_data_may_stand_first_and_lengths_may_be_padded_as_go_codec_dagpb_has_it() -> None:
+def test_data_may_come_first_and_lengths_may_be_padded_as_in_go_codec_dagpb() -> None:
     assert dagpb.decode(field(1, b"d") + field(2, HASH + NAME + TSIZE)) == PBNode(
         [Link(CID, b"name", 7)], b"d"
     )

@@ -32,7 +32,7 @@ def test_an_empty_directory_is_one_empty_page() -> None:
         assert heap.drive(directory_pages.entries(directory(heap, root), 0)) == Page([], True)
 
 
-def test_what_no_file_system_holds_is_counted_and_left_out_and_a_page_is_never_empty() -> None:
+def test_names_that_no_file_system_can_hold_are_counted_and_left_out() -> None:
     heap = Blocks()
     bad = [b"", b".", b"..", b"a/b", b"a\0", b"x" * 256]
     links = [
@@ -71,12 +71,12 @@ def test_a_hamt_is_listed_in_trie_order_and_resumes_at_every_cookie(width: int) 
     here = directory(heap, heap.trie(wanted, width))
     found = pages(heap, here)
     assert names(found) == wanted
-    everything = [entry for page in found for entry in page.entries]
-    for at in range(0, len(everything), 37):
-        rest = pages(heap, here, everything[at].cookie)
-        assert [entry for page in rest for entry in page.entries] == everything[at + 1 :]
-        between = pages(heap, here, everything[at].cookie - 1)
-        assert between[0].entries[0] == everything[at]
+    all_entries = [entry for page in found for entry in page.entries]
+    for at in range(0, len(all_entries), 37):
+        rest = pages(heap, here, all_entries[at].cookie)
+        assert [entry for page in rest for entry in page.entries] == all_entries[at + 1 :]
+        between = pages(heap, here, all_entries[at].cookie - 1)
+        assert between[0].entries[0] == all_entries[at]
     assert pages(heap, here, 2**63 - 1)[0].entries == []
 
 
@@ -93,7 +93,7 @@ def test_a_hamt_lists_each_name_once_from_any_cookie(wanted: list[bytes], width:
     assert names(pages(heap, here, after)) == [name for name in held if hamt.hash64(name) >> 1 > after]
 
 
-def test_a_large_hamt_costs_few_round_trips_and_no_node_twice_in_a_page() -> None:
+def test_a_listing_of_a_large_hamt_takes_few_round_trips_and_fetches_few_nodes_twice() -> None:
     heap = Blocks()
     wanted = [b"%06d.jpg" % number for number in range(30_000)]
     here = directory(heap, heap.trie(wanted))
@@ -106,8 +106,8 @@ def test_a_large_hamt_costs_few_round_trips_and_no_node_twice_in_a_page() -> Non
     assert len(heap.fetched) <= 1.1 * nodes_below
 
 
-def test_a_deep_hamt_costs_little_more_than_its_nodes() -> None:
-    """Three levels of 16 slots: nodes that hold nodes only are opened a few at a time."""
+def test_a_listing_of_a_deep_hamt_fetches_few_nodes_twice() -> None:
+    """The trie is 16 wide, so its upper levels hold only nodes. These are opened a few at a time."""
     heap = Blocks()
     wanted = [b"%06d.jpg" % number for number in range(20_000)]
     here = directory(heap, heap.trie(wanted, 16))
@@ -116,12 +116,12 @@ def test_a_deep_hamt_costs_little_more_than_its_nodes() -> None:
 
 
 def test_names_whose_hashes_agree_in_63_bits_have_one_cookie() -> None:
-    """Such a pair can't be found by trying; the listing's own rule is tested on entries made by hand."""
+    """Such a pair can't be found by trying, so the rule is tested with entries made by hand."""
     pair = [DirectoryEntry(b"a", A, 1, 5), DirectoryEntry(b"b", A, 1, 5), DirectoryEntry(b"c", A, 1, 6)]
     assert [entry.name for entry in directory_pages._distinct(pair)] == [b"a", b"", b"c"]
 
 
-def test_the_hamt_of_go_lists_a_thousand_names() -> None:
+def test_a_hamt_of_go_unixfs_lists_its_thousand_names() -> None:
     (path,) = fixtures("gateway-conformance/*hamt*.car")
     heap = Blocks()
     here = directory(heap, heap.load_car(path)[0])

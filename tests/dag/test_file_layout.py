@@ -1,4 +1,4 @@
-"""Which leaves hold a range of a file, at which cost, and what happens where nodes lie."""
+"""Which leaves hold a range of a file, how many blocks that costs, and how wrong sizes in nodes are found."""
 
 from array import array
 
@@ -29,10 +29,10 @@ def test_a_file_in_one_block_is_its_own_leaf() -> None:
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_a_balanced_file_costs_each_leaf_once_and_each_node_above_it_once(raw: bool) -> None:
+def test_reading_a_balanced_file_fetches_each_block_once(raw: bool) -> None:
     heap = Blocks()
     data = pseudo_random(23 * MIB + 5)
-    cid = heap.balanced(chunks_of(data, MIB), 5, raw)  # three levels, the last branch with one leaf alone
+    cid = heap.balanced(chunks_of(data, MIB), 5, raw)  # three levels; the last branch has a single leaf
     root = file(heap, cid)
     for offset, size in [(0, 1), (7 * MIB - 1, 2), (23 * MIB + 2, 100), (11 * MIB, 3 * MIB)]:
         heap.asked.clear()
@@ -44,7 +44,7 @@ def test_a_balanced_file_costs_each_leaf_once_and_each_node_above_it_once(raw: b
     assert len(heap.fetched) == 24 + 5  # leaves, and nodes below the root
 
 
-def test_nodes_of_one_level_are_fetched_side_by_side() -> None:
+def test_nodes_of_one_level_are_fetched_in_one_batch() -> None:
     heap = Blocks()
     data = pseudo_random(24 * MIB)
     root = file(heap, heap.balanced(chunks_of(data, MIB), 6, True))
@@ -66,7 +66,7 @@ def test_tiny_chunks_are_read_after_one_wrong_guess() -> None:
 
 
 @given(st.data())
-def test_any_tree_reads_right_in_any_range(tree: st.DataObject) -> None:
+def test_any_range_of_any_tree_is_read_correctly(tree: st.DataObject) -> None:
     heap = Blocks()
     content = bytearray()
 
@@ -93,30 +93,30 @@ def test_any_tree_reads_right_in_any_range(tree: st.DataObject) -> None:
     assert read(heap, root, offset, length) == content[offset : offset + length]
 
 
-def lying(heap: Blocks, child: Cid, says: int) -> File:
-    return file(heap, heap.file_node([(child, says), (heap.leaf(b"tail"), 4)]))
+def with_stated_size(heap: Blocks, child: Cid, stated: int) -> File:
+    return file(heap, heap.file_node([(child, stated), (heap.leaf(b"tail"), 4)]))
 
 
-def test_a_node_that_lies_about_a_child_shows_where_it_isread_range() -> None:
+def test_a_wrong_size_of_a_child_is_an_error_only_where_the_child_is_read() -> None:
     heap = Blocks()
     inner = heap.file_node([(heap.leaf(b"abc"), 3), (heap.leaf(b"de"), 2)])
     for child in (inner, heap.leaf(b"abcde"), heap.leaf(b"abcde", False)):
-        assert read(heap, lying(heap, child, 5), 0, 9) == b"abcdetail"
-        for says in (1, 4, 6, 2 * MIB):
-            root = lying(heap, child, says)
+        assert read(heap, with_stated_size(heap, child, 5), 0, 9) == b"abcdetail"
+        for stated in (1, 4, 6, 2 * MIB):
+            root = with_stated_size(heap, child, stated)
             with pytest.raises(Malformed, match="parent states"):
                 read(heap, root, 0, 1)
-            assert read(heap, root, says, 4) == b"tail"  # and nothing else is hurt
+            assert read(heap, root, stated, 4) == b"tail"  # the rest can be read
 
 
-def test_a_child_that_is_no_file_is_malformed() -> None:
+def test_a_child_that_is_not_a_file_is_malformed() -> None:
     heap = Blocks()
-    root = lying(heap, heap.directory([Link(heap.leaf(b"x"), b"n", 1)]), 3 * MIB)
+    root = with_stated_size(heap, heap.directory([Link(heap.leaf(b"x"), b"n", 1)]), 3 * MIB)
     with pytest.raises(Malformed, match="not a file node"):
         read(heap, root, 0, 1)
 
 
-def test_a_file_of_2_to_the_62_bytes_costs_what_isread_range() -> None:
+def test_a_file_of_2_to_the_62_bytes_costs_only_what_is_read() -> None:
     heap = Blocks()
     node, size = heap.leaf(pseudo_random(MIB)), MIB
     while size < 1 << 62:
@@ -125,12 +125,12 @@ def test_a_file_of_2_to_the_62_bytes_costs_what_isread_range() -> None:
     assert root.size == 1 << 62
     assert read(heap, root, (1 << 61) + 5, 10) == pseudo_random(MIB)[5:15]
     assert len(heap.fetched) <= 43
-    lie = heap.file_node([(heap.leaf(b"x"), 1 << 62)])
+    wrong = heap.file_node([(heap.leaf(b"x"), 1 << 62)])
     with pytest.raises(Malformed, match="a leaf can't have"):
-        read(heap, file(heap, lie), 1 << 61, 1)
+        read(heap, file(heap, wrong), 1 << 61, 1)
 
 
-def test_a_block_that_is_named_a_billion_times_costs_what_isread_range() -> None:
+def test_a_block_that_is_linked_a_billion_times_costs_only_what_is_read() -> None:
     heap = Blocks()
     node, size = heap.leaf(b"0123456789abcdef"), 16
     for _ in range(3):
@@ -144,7 +144,7 @@ def test_a_block_that_is_named_a_billion_times_costs_what_isread_range() -> None
     assert found[0] == Leaf(found[0].cid, 0, 16)
 
 
-def test_a_file_without_a_bottom_is_malformed() -> None:
+def test_a_file_with_too_many_levels_is_malformed() -> None:
     heap = Blocks()
     node = heap.leaf(b"x", False)
     for _ in range(file_layout.MAX_HEIGHT):
@@ -155,7 +155,7 @@ def test_a_file_without_a_bottom_is_malformed() -> None:
         heap.drive(file_layout.leaves(root, 0, 1, sure=True))
 
 
-def test_a_walk_gives_what_it_has_when_it_has_opened_enough() -> None:
+def test_a_walk_returns_the_leaves_found_so_far_when_it_has_opened_enough_nodes() -> None:
     heap = Blocks()
     chains = []
     for number in range(200):
@@ -170,7 +170,7 @@ def test_a_walk_gives_what_it_has_when_it_has_opened_enough() -> None:
     assert read_range(heap, root, 0, 600, True) == b"".join(b"%03d" % number for number in range(200))
 
 
-def test_children_of_no_bytes_are_never_asked_for() -> None:
+def test_children_of_0_bytes_are_never_fetched() -> None:
     heap = Blocks()
     nowhere = cid_of(b"nowhere")
     root = file(
@@ -183,7 +183,7 @@ def test_children_of_no_bytes_are_never_asked_for() -> None:
     assert nowhere not in heap.fetched
 
 
-def test_children_of_another_codec_are_refused_as_leaves() -> None:
+def test_a_child_of_another_codec_is_taken_for_a_leaf() -> None:
     child = cid_of(b"x", 0x71)
     links = Links(child)
     links.add(0, len(child), 0, 0, 0)
@@ -191,8 +191,8 @@ def test_children_of_another_codec_are_refused_as_leaves() -> None:
     assert Blocks().drive(file_layout.leaves(root, 0, 1)) == [Leaf(child, 0, 1)]
 
 
-def test_a_trickle_tree_reads_right() -> None:
-    """Leaves first, then ever deeper branches, as `ipfs add --trickle` lays a file out."""
+def test_a_trickle_tree_is_read_correctly() -> None:
+    """Leaves come first, and then deeper and deeper branches, as in a file of `ipfs add --trickle`."""
     heap = Blocks()
     data = pseudo_random(9 * MIB + 17)
     pieces = chunks_of(data, MIB // 2)
@@ -214,20 +214,20 @@ def test_a_trickle_tree_reads_right() -> None:
         assert read(heap, root, offset, MIB) == data[offset : offset + MIB]
 
 
-def test_a_node_that_has_more_than_its_parent_states_reads_the_same_by_every_walk() -> None:
-    """Its own bytes were taken for all of it by a walk that did not look at it."""
+def test_a_node_that_is_larger_than_its_parent_states_is_an_error_by_every_walk() -> None:
+    """Once, a walk that did not open such a node took its inline bytes for all of its content."""
     heap = Blocks()
     inner = heap.file_node([(heap.leaf(b"de"), 2)], inline=b"abc")
     for sure in (False, True):
-        assert read_range(heap, lying(heap, inner, 5), 0, 9, True) == b"abcdetail"
-        assert read(heap, lying(heap, inner, 5), 0, 9) == b"abcdetail"
-        root = lying(heap, inner, 3)
+        assert read_range(heap, with_stated_size(heap, inner, 5), 0, 9, True) == b"abcdetail"
+        assert read(heap, with_stated_size(heap, inner, 5), 0, 9) == b"abcdetail"
+        root = with_stated_size(heap, inner, 3)
         with pytest.raises(Malformed, match="has 5 bytes, but its parent states 3"):
             read_range(heap, root, 0, 1, True) if sure else read(heap, root, 0, 1)
         assert read(heap, root, 3, 4) == b"tail"
 
 
-def test_a_root_with_bytes_of_its_own_and_children_is_read_without_looking_at_them() -> None:
+def test_a_root_with_inline_bytes_and_a_child_is_read_with_two_fetches() -> None:
     heap = Blocks()
     root = file(heap, heap.file_node([(heap.leaf(b"de"), 2)], inline=b"abc"))
     heap.asked.clear()
@@ -243,7 +243,7 @@ def test_a_root_with_bytes_of_its_own_and_children_is_read_without_looking_at_th
         UnixFS(Type.FILE, b"abc", 8, [5]),
     ],
 )
-def test_a_leaf_whose_numbers_contradict_each_other_is_malformed_by_every_walk(message: UnixFS) -> None:
+def test_a_leaf_whose_sizes_contradict_each_other_is_malformed_by_every_walk(message: UnixFS) -> None:
     heap = Blocks()
     leaf = heap.put(dagpb.encode([], encode(message)))
     root = file(heap, heap.file_node([(leaf, 3), (heap.leaf(b"tail"), 4)]))

@@ -1,8 +1,8 @@
-"""Blocks of 2 MiB made to cost time or memory: what refusing or reading one may cost, and tries made to have
-no end.
+"""Hostile blocks of 2 MiB: how much time and memory it may cost to read or to refuse one. Hostile HAMTs: they
+seem to have no end.
 
-Time is counted in executed lines, so that the machine's speed plays no part: at about 40 ns a line, LINES is
-480 ms. Counting is slow, so it is done on a model: blocks and limits a SCALE smaller.
+Time is counted in executed lines, so that it does not depend on the speed of the machine. A line takes about
+40 ns, so LINES is 480 ms. Counting is slow, so blocks and limits are smaller by the factor SCALE.
 """
 
 import sys
@@ -143,15 +143,15 @@ def test_a_directory_of_2_mib_is_read_in_full() -> None:
 
 
 def endless(levels: int, bottom: Cid, prefix: bytes = b"%X") -> tuple[Blocks, Cid]:
-    """A trie 8 wide whose every slot leads to the same node, and so on for `levels` levels."""
+    """A trie 8 wide with `levels` levels. All slots of a node lead to the same node."""
     heap, cid = Blocks(), bottom
     for _ in range(levels):
         cid = heap.put(shard(8, range(8), [Link(cid, prefix % index, 1) for index in range(8)]))
     return heap, cid
 
 
-def test_a_trie_made_of_one_node_over_and_over_ends_at_its_first_entry() -> None:
-    """Its 8**20 places hold one entry, which its hash allows at one of them at most."""
+def test_a_trie_that_repeats_one_node_is_refused_at_its_first_entry() -> None:
+    """The same entry is at 8**20 places, but its hash allows at most one of them."""
     bottom = shard(8, [0], [Link(cid_of(b"a", RAW), b"0name", 1)])
     heap, root = endless(20, cid_of(bottom))
     heap.put(bottom)
@@ -161,7 +161,7 @@ def test_a_trie_made_of_one_node_over_and_over_ends_at_its_first_entry() -> None
 
 
 @pytest.mark.parametrize("levels", [21, 22, 30])
-def test_a_trie_without_entries_ends_where_its_hash_does(levels: int) -> None:
+def test_a_trie_without_entries_is_refused_after_few_fetches(levels: int) -> None:
     bottom = shard(8, [], [])
     heap, root = endless(levels, cid_of(bottom))
     heap.put(bottom)
@@ -172,9 +172,8 @@ def test_a_trie_without_entries_ends_where_its_hash_does(levels: int) -> None:
     assert len(heap.fetched) < 200
 
 
-def test_a_page_is_bounded_where_every_entry_is_true() -> None:
-    """Nodes 1024 wide that are full: what is opened ahead of a page is cut off, and comes with the next
-    one."""
+def test_a_page_of_a_valid_hamt_has_a_limit() -> None:
+    """Full nodes, 1024 wide. Nodes that were opened ahead and don't fit in a page come with the next page."""
     heap = Blocks()
     names: dict[int, list[bytes]] = {}
     for number in range(150_000):

@@ -1,4 +1,4 @@
-"""What a real Kubo node writes, in every layout that it knows, reads right."""
+"""Files and directories that a real Kubo node writes, in every layout that it has, are read correctly."""
 
 import os
 from pathlib import Path
@@ -51,7 +51,7 @@ def test_a_file_in_every_layout(kubo_node: Kubo, tmp_path: Path, layout: str) ->
 
 
 def test_a_file_of_one_block_that_kubo_appended_to(kubo_node: Kubo, tmp_path: Path) -> None:
-    """Its root has bytes of its own and children. Kubo gives what was appended alone."""
+    """Its root has inline bytes and children. Kubo itself returns only the appended bytes."""
     first, then = DATA[:20_000], DATA[20_000:400_000]
     (tmp_path / "then").write_bytes(then)
     kubo_node.cmd("files", "cp", f"/ipfs/{kubo_node.add(first, '--raw-leaves=false')}", "/appended")

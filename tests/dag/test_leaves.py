@@ -1,4 +1,4 @@
-"""The content of leaves, and its proof when the block is gone."""
+"""The content of leaves, and how it is verified when the block is gone."""
 
 import hashlib
 
@@ -71,13 +71,13 @@ OTHER = {
 
 
 @pytest.mark.parametrize("block", OTHER.values(), ids=OTHER.keys())
-def test_other_forms_are_read_and_are_no_canonical_ones(block: bytes) -> None:
+def test_other_forms_are_read_but_are_not_canonical(block: bytes) -> None:
     assert file_layout.block_content(cid_of(block), block).data == b"abc"
     assert not file_layout.is_canonical(cid_of(block), block)
     assert not file_layout.proves(cid_of(block), b"abc")
 
 
-def test_an_interior_node_holds_its_inline_bytes_and_is_no_canonical_leaf() -> None:
+def test_an_interior_node_holds_its_inline_bytes_and_is_not_a_canonical_leaf() -> None:
     heap = Blocks()
     cid = heap.file_node([(heap.leaf(b"xyz"), 3)], inline=b"abc")
     assert file_layout.block_content(cid, heap.block(cid)) == (b"abc", 6, True)
@@ -92,7 +92,7 @@ def test_an_interior_node_holds_its_inline_bytes_and_is_no_canonical_leaf() -> N
 
 
 @pytest.mark.parametrize("raw", [True, False])
-def test_a_leaf_of_another_size_than_its_parent_says_is_malformed(raw: bool) -> None:
+def test_a_leaf_of_another_size_than_its_parent_states_is_malformed(raw: bool) -> None:
     heap = Blocks()
     cid = heap.leaf(b"abc", raw)
     assert file_layout.leaf_content(Leaf(cid, 0, 3), heap.block(cid)) == b"abc"
@@ -100,7 +100,7 @@ def test_a_leaf_of_another_size_than_its_parent_says_is_malformed(raw: bool) -> 
         file_layout.leaf_content(Leaf(cid, 0, 4), heap.block(cid))
 
 
-def test_what_is_no_part_of_a_file_is_refused() -> None:
+def test_a_block_that_is_not_part_of_a_file_is_refused() -> None:
     heap = Blocks()
     directory = heap.directory([Link(heap.leaf(b"x"), b"n", 1)])
     with pytest.raises(Malformed, match="directory"):
@@ -113,7 +113,7 @@ def test_what_is_no_part_of_a_file_is_refused() -> None:
 
 
 @given(st.binary(max_size=40))
-def test_any_block_is_content_or_refused_and_canonical_ones_are_proved(block: bytes) -> None:
+def test_any_block_has_content_or_is_refused_and_canonical_content_is_proved(block: bytes) -> None:
     cid = cid_of(block)
     try:
         found = file_layout.block_content(cid, block).data

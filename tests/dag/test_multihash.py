@@ -1,4 +1,4 @@
-"""Every hash function that is allowed, by published vectors, and the bounds of boxo's verifcid."""
+"""Every allowed hash function, with published vectors, and the limits of boxo's verifcid."""
 
 import pytest
 
@@ -11,7 +11,7 @@ BLAKE3 = (
     "04e0bb39f30b1a3feb89f536c93be15055482df748674b00d26e5a75777702e9791074b7511b59d31c71c62f5a745689fa6c9497f68bdf1061fe07f518d410c0"
     "b0c27f41b3cf083f8a7fdc67a877e21790515762a754a45dcb8a356722698a7af5ed2bb608983d5aa75d4d61691ef132efe8631ce0afc15553a08fffc60ee936"
 )
-VECTORS = [  # multihashes, for the most part those of go-multihash's own tests
+VECTORS = [  # multihashes, most of them from the tests of go-multihash
     (b"foo", "0003666f6f"),
     (b"", "0000"),
     (b"foo", "11140beec7b5ea3f0fdbc95d0dd47f3c5bc275da8a33"),
@@ -73,7 +73,7 @@ def verify(multihash: bytes, block: bytes | memoryview) -> None:
 
 
 @pytest.mark.parametrize(("data", "multihash"), VECTORS, ids=[vector[1][:10] for vector in VECTORS])
-def test_what_each_function_proves_and_refuses(data: bytes, multihash: str) -> None:
+def test_each_function_accepts_its_block_and_refuses_another(data: bytes, multihash: str) -> None:
     wanted = bytes.fromhex(multihash)
     verify(wanted, data)
     verify(wanted, memoryview(data))
@@ -114,7 +114,7 @@ def test_digests_of_20_to_128_bytes_are_allowed(code: int) -> None:
             verify(multihash(code, size), b"")
 
 
-def test_a_digest_longer_than_its_function_gives_matches_nothing() -> None:
+def test_a_digest_that_is_longer_than_its_function_gives_matches_no_block() -> None:
     with pytest.raises(WrongBlock):
         verify(
             varint.put(0x11) + b"\x15" + bytes.fromhex("0beec7b5ea3f0fdbc95d0dd47f3c5bc275da8a33") + b"\0",
@@ -130,7 +130,7 @@ def test_other_functions_are_refused_by_name(code: int) -> None:
         multihashes.check_allowed(multihash(code, 32))
 
 
-def test_every_blake2_size_that_is_allowed_gives_that_size() -> None:
+def test_every_blake2_function_of_at_least_20_bytes_is_allowed() -> None:
     for code in [*range(0xB214, 0xB241), *range(0xB254, 0xB261)]:
         multihashes.check_allowed(multihash(code, 20))
 
@@ -157,6 +157,6 @@ def test_identity_carries_up_to_128_bytes() -> None:
         b"\xff" * 10,
     ],
 )
-def test_what_is_no_multihash_is_refused(data: bytes) -> None:
+def test_bytes_that_are_not_a_multihash_are_refused(data: bytes) -> None:
     with pytest.raises(NotACid):
         multihashes.split(data)

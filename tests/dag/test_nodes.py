@@ -1,4 +1,4 @@
-"""What blocks mean: every UnixFS type, and every rule that a node can break."""
+"""The nodes that blocks parse to: every UnixFS type, and every rule that a node can break."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def parse(data: bytes) -> nodes.Node:
     return nodes.parse(cid_of(data), data)
 
 
-def test_a_raw_block_is_a_file_that_holds_itself() -> None:
+def test_a_raw_block_is_a_file_whose_content_is_the_block() -> None:
     assert nodes.parse(A, b"a") == File(A, 1, 1)
 
 
@@ -35,7 +35,7 @@ def test_a_file_has_its_inline_bytes_and_then_its_children(kind: Type) -> None:
     assert found == File(cid_of(data), 113, 3, found.children, NO_META)
 
 
-def test_a_file_without_filesize_has_what_it_holds() -> None:
+def test_a_file_without_filesize_has_the_size_of_its_data() -> None:
     assert parse(block(UnixFS(Type.FILE, b"xyz"))) == File(cid_of(block(UnixFS(Type.FILE, b"xyz"))), 3, 3)
 
 
@@ -45,7 +45,7 @@ def test_mode_is_masked_and_time_kept_to_the_nanosecond() -> None:
     assert parse(block(UnixFS(Type.FILE, mode=0))).meta == Meta(0, None)
 
 
-def test_of_two_entries_with_one_name_the_first_counts() -> None:
+def test_the_first_of_two_entries_with_one_name_counts() -> None:
     found = parse(block(UnixFS(Type.DIRECTORY), Link(A, b"n", 1), Link(B, b"n", 2), Link(B, b"m", 3)))
     assert isinstance(found, Directory)
     assert [found.find(name) for name in (b"n", b"m", b"o")] == [Link(A, b"n", 1), Link(B, b"m", 3), None]
@@ -84,13 +84,13 @@ def test_a_bit_field_may_keep_its_leading_zeros() -> None:
 
 MALFORMED = {
     "no UnixFS data": dagpb.encode([], None),
-    "data that is no UnixFS": dagpb.encode([], b"\xff"),
+    "data that is not UnixFS": dagpb.encode([], b"\xff"),
     "more sizes than links": block(UnixFS(Type.FILE, None, 1, [1])),
     "more links than sizes": block(UnixFS(Type.FILE, None, 0), Link(A, b"", 1)),
     "a file's link with a name": block(UnixFS(Type.FILE, None, 1, [1]), Link(A, b"n", 1)),
     "a filesize too small": block(UnixFS(Type.FILE, b"xy", 1)),
     "a filesize too large": block(UnixFS(Type.FILE, b"xy", 3)),
-    "a filesize that forgets the inline bytes": block(UnixFS(Type.FILE, b"xy", 1, [1]), Link(A, b"", 1)),
+    "a filesize without the inline bytes": block(UnixFS(Type.FILE, b"xy", 1, [1]), Link(A, b"", 1)),
     "a file of 2**63 bytes": block(UnixFS(Type.FILE, None, 1 << 63, [1 << 63]), Link(A, b"", 1)),
     "sizes that overflow 64 bits": block(
         UnixFS(Type.FILE, None, 0, [1 << 63, 1 << 63]), Link(A, b"", 1), Link(A, b"", 1)
@@ -99,8 +99,8 @@ MALFORMED = {
     "a symlink without data": block(UnixFS(Type.SYMLINK)),
     "a symlink with NUL": block(UnixFS(Type.SYMLINK, b"a\0b")),
     "a symlink of 1 MiB": block(UnixFS(Type.SYMLINK, b"x" * (1 << 20))),
-    "a HAMT of another hash": shard(256, [3], [Link(A, b"03n", 1)], hash_type=0x12),
-    "a HAMT of no hash": block(UnixFS(Type.HAMT_SHARD, b"\x08", fanout=256), Link(A, b"03n", 1)),
+    "a HAMT of another hash type": shard(256, [3], [Link(A, b"03n", 1)], hash_type=0x12),
+    "a HAMT without a hash type": block(UnixFS(Type.HAMT_SHARD, b"\x08", fanout=256), Link(A, b"03n", 1)),
     "a HAMT without fanout": block(UnixFS(Type.HAMT_SHARD, b"\x08", hash_type=0x22), Link(A, b"03n", 1)),
     "a HAMT 4 wide": shard(4, [3], [Link(A, b"3n", 1)]),
     "a HAMT 2048 wide": shard(2048, [3], [Link(A, b"003n", 1)]),
@@ -120,7 +120,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED.keys())
-def test_what_breaks_a_rule_is_refused_by_name(data: bytes) -> None:
+def test_a_node_that_breaks_a_rule_is_refused_by_its_cid(data: bytes) -> None:
     with pytest.raises(Malformed, match=r"^bafy"):
         parse(data)
 
@@ -134,17 +134,17 @@ def test_what_breaks_a_rule_is_refused_by_name(data: bytes) -> None:
         (0x99, "0x99"),
     ],
 )
-def test_other_codecs_are_named(codec: int, name: str) -> None:
+def test_other_codecs_are_refused_by_name(codec: int, name: str) -> None:
     with pytest.raises(Unsupported, match=name):
         nodes.parse(make_cid(codec, A[2:]), b"a")
 
 
-def test_metadata_is_not_shown_as_kubos_mount_and_gateway_do_not() -> None:
+def test_metadata_nodes_are_refused_as_by_the_mount_and_gateway_of_kubo() -> None:
     with pytest.raises(Unsupported, match="Metadata"):
         parse(block(UnixFS(Type.METADATA, b""), Link(A, b"", 1)))
 
 
-def test_what_an_identity_cid_carries_is_a_node_like_any_other() -> None:
+def test_the_block_in_an_identity_cid_is_a_node_like_any_other() -> None:
     assert nodes.parse(identity(b"hello"), b"hello").cid == identity(b"hello")
     data = block(UnixFS(Type.FILE, b"hi", 2))
     found = nodes.parse(identity(data, 0x70), data)
@@ -152,7 +152,7 @@ def test_what_an_identity_cid_carries_is_a_node_like_any_other() -> None:
     assert found.size == 2
 
 
-def test_every_block_of_the_gateway_fixtures_is_what_it_should_be() -> None:
+def test_blocks_of_the_gateway_fixtures_have_the_expected_types() -> None:
     kinds: dict[str, set[type]] = {}
     for path in fixtures("gateway-conformance/*.car"):
         heap = Blocks()

@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Paths as users write them."""
 
 import pytest
 from hypothesis import given
@@ -37,7 +37,7 @@ def test_a_root_alone_is_a_path(text: str) -> None:
 
 def test_names_are_bytes() -> None:
     assert path.parse(ROOT + "/é").names == ("é".encode(),)
-    assert path.parse(ROOT + "/\udcff").names == (b"\xff",)  # as Python hands on an argument that is no UTF-8
+    assert path.parse(ROOT + "/\udcff").names == (b"\xff",)  # as Python passes an argument that is not UTF-8
     assert path.parse(f"ipfs://{ROOT}/%FF%25").names == (b"\xff%",)
     assert path.parse(ROOT + "/%41").names == (b"%41",)
     assert path.parse(ROOT + "/a:b?c#d").names == (b"a:b?c#d",)
@@ -46,7 +46,7 @@ def test_names_are_bytes() -> None:
     )
 
 
-def test_it_prints_as_it_is_read() -> None:
+def test_a_printed_path_can_be_parsed_again() -> None:
     assert str(AB) == f"/ipfs/{ROOT}/a/b c"
     assert path.parse(str(AB)) == AB
 
@@ -78,7 +78,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("text", "error", "words"), REFUSED)
-def test_what_is_no_path_is_refused_in_one_line(text: str, error: type[IpfsFuseError], words: str) -> None:
+def test_text_that_is_not_a_path_is_refused_in_one_line(
+    text: str, error: type[IpfsFuseError], words: str
+) -> None:
     with pytest.raises(error, match=words) as refused:
         path.parse(text)
     assert "\n" not in str(refused.value)
@@ -87,7 +89,7 @@ def test_what_is_no_path_is_refused_in_one_line(text: str, error: type[IpfsFuseE
 @pytest.mark.parametrize(
     "text", ["/ipns/docs.ipfs.tech", "ipns://docs.ipfs.tech", "ipns/k51", "//ipns/k51/a"]
 )
-def test_an_ipns_name_in_place_of_a_cid_is_called_one(text: str) -> None:
+def test_an_ipns_name_in_place_of_a_cid_is_refused_as_an_ipns_name(text: str) -> None:
     for read in (path.parse, path.cid_alone):
         with pytest.raises(UsageError, match="IPNS names are not resolved here; ask `ipfs resolve"):
             read(text)
@@ -98,7 +100,7 @@ def test_an_ipns_name_in_place_of_a_cid_is_called_one(text: str) -> None:
     | st.text(max_size=60).map(f"/ipfs/{ROOT}/".__add__)
     | st.text(alphabet="%./az2EF0\0?#", max_size=30).map(f"ipfs://{ROOT}/".__add__)
 )
-def test_any_text_is_a_path_that_leaves_nothing_or_refused(text: str) -> None:
+def test_any_text_is_refused_or_a_path_of_names_that_can_be_held(text: str) -> None:
     try:
         found = path.parse(text)
     except IpfsFuseError:
@@ -112,5 +114,5 @@ def test_names_that_can_be_held(name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [b"", b".", b"..", b"a/b", b"/", b"a\0", b"a" * 256])
-def test_names_that_cannot(name: bytes) -> None:
+def test_names_that_can_not_be_held(name: bytes) -> None:
     assert not path.can_hold(name)

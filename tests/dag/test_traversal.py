@@ -59,7 +59,9 @@ def test_a_hamt_of_any_width_is_followed_along_one_path(width: int) -> None:
     st.sampled_from([8, 16, 256, 1024]),
     st.binary(min_size=1, max_size=8),
 )
-def test_a_hamt_holds_the_names_put_in_and_no_other(names: list[bytes], width: int, other: bytes) -> None:
+def test_a_lookup_in_a_hamt_finds_its_names_and_no_other(
+    names: list[bytes], width: int, other: bytes
+) -> None:
     names = [name for name in names if path.can_hold(name)]
     heap = Blocks()
     here = directory(heap, heap.trie(names, width))
@@ -68,9 +70,8 @@ def test_a_hamt_holds_the_names_put_in_and_no_other(names: list[bytes], width: i
         assert (link is not None) == (name in names)
 
 
-def test_the_hash_is_that_of_go() -> None:
-    """A real directory of go-unixfs, names found where it put them, tells that hash and bit order are
-    right."""
+def test_names_are_hashed_as_in_go() -> None:
+    """Lookups find all names in a real directory of go-unixfs, so the hash and the bit order are right."""
     (path,) = fixtures("gateway-conformance/*hamt*.car")
     heap = Blocks()
     root = heap.load_car(path)[0]
@@ -82,7 +83,7 @@ def test_the_hash_is_that_of_go() -> None:
 
 
 def deep(width: int, levels: int, name: bytes) -> tuple[Blocks, Cid]:
-    """A HAMT of one entry at the end of a path of `levels` nodes that its hash gives."""
+    """A HAMT with one entry below `levels` nodes, at the places that its hash gives."""
     heap, key, level = Blocks(), hamt.hash64(name), width.bit_length() - 1
     link = Link(A, name, 1)
     for depth in reversed(range(levels)):
@@ -111,7 +112,7 @@ def first_prefix(name: bytes) -> tuple[int, bytes]:
     return index, b"%02X" % index
 
 
-def test_what_stands_in_a_hamt_and_is_no_part_of_one_is_malformed() -> None:
+def test_other_nodes_and_misplaced_entries_in_a_hamt_are_malformed() -> None:
     heap = Blocks()
     index, prefix = first_prefix(b"name")
     misplaced = (index + 1) % 256
@@ -131,7 +132,7 @@ def test_what_stands_in_a_hamt_and_is_no_part_of_one_is_malformed() -> None:
     assert heap.drive(traversal.child(here, b"name")) is None
     with pytest.raises(Malformed, match="at a place"):
         heap.drive(directory_pages.entries(here, 0))
-    # right for the root, wrong below it
+    # at the right place in the root, but not below it
     below = heap.put(shard(256, [index], [Link(A, prefix + b"name", 1)]))
     here = directory(heap, heap.put(shard(256, [index], [Link(below, prefix, 1)])))
     second = hamt.hash64(b"name") >> 48 & 255
@@ -186,7 +187,7 @@ def test_a_directory_in_an_identity_cid() -> None:
     assert heap.fetched == [A]
 
 
-def test_all_blocks_come_once_parents_first_and_children_in_their_order() -> None:
+def test_a_block_walk_gives_each_block_once_with_parents_before_children() -> None:
     below = {b"root": [b"a", b"b", b"a"], b"a": [b"c", b"d"], b"b": [b"d", b"e"]}
     names = {cid_of(name): name for name in (b"root", b"a", b"b", b"c", b"d", b"e")}
     walk = traversal.BlockWalk([cid_of(b"root")], 0)
@@ -208,7 +209,7 @@ def test_some_blocks_of_a_walk_are_taken_and_put_back() -> None:
     assert [cid for cid, _state in walk] == [cids[5], *cids[1:5]]
 
 
-def test_a_walk_leaves_out_bytes_in_a_cid_but_no_node_in_one() -> None:
+def test_a_walk_skips_identity_cids_of_bytes_but_not_those_of_nodes() -> None:
     node = identity(dagpb.encode([Link(A, b"f", 1)], unixfs.encode(UnixFS(Type.DIRECTORY))), 0x70)
     walk = traversal.BlockWalk([identity(b"bytes"), node, A], None)
     assert [cid for cid, _state in walk] == [node, A]

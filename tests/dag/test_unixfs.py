@@ -39,7 +39,7 @@ def test_the_data_of_a_view_is_not_copied() -> None:
     assert data == b"content"
 
 
-def test_read_as_protobuf_demands() -> None:
+def test_messages_are_read_as_protobuf_requires() -> None:
     sizes = field(4, b"\x05\x80\x01")  # packed
     message = (
         field(3, 9)
@@ -74,7 +74,7 @@ def test_times_are_nanoseconds_that_count_forward(seconds: int, nanos: int | Non
     assert unixfs.encode(UnixFS(Type.FILE, mtime=total)) == stamp(seconds, nanos)
 
 
-def test_nanoseconds_of_0_which_should_be_left_out_are_accepted() -> None:
+def test_nanoseconds_of_0_are_accepted_though_they_should_be_left_out() -> None:
     """The current JavaScript importer (ipfs-unixfs) writes them."""
     assert unixfs.decode(stamp(1, 0)).mtime == 10**9
 
@@ -100,21 +100,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED.values(), ids=REFUSED.keys())
-def test_what_breaks_a_rule_is_refused(message: bytes) -> None:
+def test_a_message_that_breaks_a_rule_is_refused(message: bytes) -> None:
     with pytest.raises(Malformed):
         unixfs.decode(message)
 
 
 @given(MESSAGES, st.data())
-def test_reads_what_googles_protobuf_reads_from_damaged_messages(
-    message: UnixFS, more: st.DataObject
-) -> None:
+def test_damaged_messages_are_read_as_by_googles_protobuf(message: UnixFS, more: st.DataObject) -> None:
     wire = bytearray(unixfs.encode(message))
     for _ in range(more.draw(st.integers(0, 2))):
         wire[more.draw(st.integers(0, len(wire) - 1))] = more.draw(st.integers(0, 255))
     try:
         found = unixfs.decode(bytes(wire))
-    except Malformed:  # stricter: groups, times out of range
+    except Malformed:  # `unixfs` is stricter: it refuses groups, and times out of range
         return
     other = message_class("Data")()
     other.ParseFromString(bytes(wire))

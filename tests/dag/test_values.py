@@ -55,7 +55,7 @@ def test_a_dag_cbor_block_shows_as_directories_and_files() -> None:
     assert nodes.children(nodes.parse(cid, block)) == [CHILD, CHILD]
     inside = next(link.cid for link in nodes.parse(cid, block).links if link.name == b"list")  # type: ignore[union-attr]
     assert cids.block_of(inside) == cid
-    assert cids.parse(cids.text(inside)) == inside  # it is a name that the mount takes
+    assert cids.parse(cids.text(inside)) == inside  # the mount accepts this text as a name
     assert nodes.children(nodes.parse(inside, block)) == []
 
 
@@ -97,7 +97,7 @@ MALFORMED_CBOR = {
     "text that is not UTF-8": b"\x61\xff",
     "an indefinite list": b"\x9f\x01\xff",
     "another tag": b"\xc1\x01",
-    "a link without its zero": b"\xd8\x2a\x43\x01\x01\x02",
+    "a link without its zero byte": b"\xd8\x2a\x43\x01\x01\x02",
     "a link that is not a CID": b"\xd8\x2a\x43\x00\x01\x02",
     "not a number": b"\xfb\x7f\xf8\0\0\0\0\0\0",
     "a short float": b"\xfa\x3f\x80\0\0",
@@ -142,7 +142,7 @@ def test_malformed_dag_json_is_refused_by_name(text: str) -> None:
         nodes.parse(cid_of(b"\xff", cids.DAG_JSON), b"\xff")
 
 
-def test_what_is_too_deep_or_too_much_is_not_shown_but_its_links_are_known() -> None:
+def test_a_block_that_is_too_deep_or_too_large_is_refused_but_its_links_are_known() -> None:
     deep = b"\x81" * (values.MAX_NESTING + 1) + LINK
     much = b"\x9a" + struct.pack(">I", values.MAX_VALUES) + b"\x00" * values.MAX_VALUES
     for block, why in ((deep, "129 deep"), (much, "131073 values")):
@@ -170,8 +170,8 @@ def test_names_that_no_file_system_can_hold_are_left_out() -> None:
     assert stop.value.value is None
 
 
-def test_a_value_that_ipfsfuse_does_not_name_is_not_a_cid() -> None:
-    """Content and people can spell such a CID too."""
+def test_a_cid_of_a_value_that_ipfsfuse_does_not_make_is_refused() -> None:
+    """Content and users can write such a CID."""
     block = b"\x82\x01\x02"
     with pytest.raises(Malformed, match="3 values"):
         nodes.parse(cids.value(cid_of(block), 3), block)
@@ -182,7 +182,7 @@ def test_a_value_that_ipfsfuse_does_not_name_is_not_a_cid() -> None:
         nodes.parse(Cid(cids.make(cids.VALUE, b"\x00\x00")), block)
 
 
-def test_flipped_bytes_are_refused_or_shown_and_nothing_else() -> None:
+def test_changed_bytes_are_refused_or_shown() -> None:
     chance = random.Random(7)
     whole = {"a": [1, "two", b"three", None, 4.5, {"b": {"c": [True, False]}}], "link": b"x"}
     cbor = libipld.encode_dag_cbor(whole)[:-2] + LINK

@@ -1,7 +1,7 @@
-/* Many callers at once: a thread for each name FOLDER/s0000 and on, which looks it up once.
+/* Many callers at once: each of COUNT threads looks up one of the names FOLDER/s0000, FOLDER/s0001 and so on.
  *
  * usage: crowd FOLDER COUNT
- * Prints "begun" when all threads run. In the end prints for each the seconds that its call took and its errno.
+ * Prints "begun" when all threads run. In the end prints the seconds that each call took, and its errno.
  */
 #define _GNU_SOURCE
 #include <errno.h>

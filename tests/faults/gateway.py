@@ -1,4 +1,4 @@
-"""A small trustless gateway of real blocks, on loopback, that can be told to stall, to lie and to refuse."""
+"""A small trustless gateway of real blocks, on loopback. It can stall, send wrong bytes, and refuse."""
 
 import errno
 from collections import Counter
@@ -29,16 +29,16 @@ def blocks_of(path: Path) -> dict[bytes, bytes]:
 
 
 class Gateway(HttpAnswering):
-    """Serves `format=raw` alone (a CAR is refused with 406, as the specification allows)."""
+    """Serves only `format=raw`. It refuses a CAR with 406, as the specification allows."""
 
     def __init__(self, blocks: dict[bytes, bytes]) -> None:
         super().__init__()
         self.blocks = blocks
         self.asked: Counter[str] = Counter()
         self.stalled: set[str] = set()
-        """CIDs whose answer never comes while the server lives."""
+        """CIDs that are not answered while the server runs."""
         self.lying: set[str] = set()
-        """CIDs that are answered with other bytes."""
+        """CIDs that are answered with wrong bytes."""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path, _, query = request.path.partition("?")
@@ -68,7 +68,7 @@ def mounted(home: Home, dag: Dag, *options: str) -> Iterator[tuple[Gateway, Moun
 
 
 def errno_of(path: Path) -> str:
-    """What reading or listing `path` fails with."""
+    """The name of the errno with which a read of `path` fails."""
     with pytest.raises(OSError) as raised:
         path.read_bytes()
     return errno.errorcode[raised.value.errno or 0]

@@ -1,4 +1,4 @@
-"""A mount on a machine whose wall clock is set while it serves."""
+"""A mount while the wall clock of its machine is set."""
 
 import errno
 import subprocess
@@ -30,10 +30,10 @@ YEAR = 365 * 86400
 
 
 @pytest.mark.parametrize("years", [-20, 20])
-def test_a_clock_that_is_set_changes_no_deadline_and_needs_no_remount(home: Home, years: int) -> None:
+def test_setting_the_wall_clock_changes_no_deadline_and_needs_no_remount(home: Home, years: int) -> None:
     dag = Dag()
     stalled, first, second = dag.block(b"stalled\n"), dag.block(b"1" * 100_000), dag.block(b"2" * 100_000)
-    log = home.folder / "said"
+    log = home.folder / "log"
     with Gateway(dag.blocks).serving() as gateway, log.open("w") as out:
         gateway.stalled.add(cids.text(stalled))
         command = [

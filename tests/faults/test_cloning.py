@@ -1,5 +1,5 @@
-"""Staging from a node's repository on the same file system, where that can share extents: nothing is written,
-and what is staged is proved as ever. On images of XFS and btrfs."""
+"""Staging from a node's repository on the same file system, if that can share extents: no bytes are written,
+and staged leaves are verified as always. On images of XFS and btrfs."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ LEAVES = 44
 TAIL = 12_345
 """Bytes of the last leaf: it ends within a block of the file system."""
 WRONG = 40
-"""The leaf that is damaged where a test says so."""
+"""The leaf that a test damages."""
 MAKE = {
     "xfs": ["mkfs.xfs", "-q", "-m", "reflink=1"],
     "btrfs": ["mkfs.btrfs", "-q"],
@@ -40,7 +40,7 @@ MAKE = {
 
 @contextlib.contextmanager
 def file_system(kind: str, folder: Path) -> Iterator[Path]:
-    """A file system of that kind in a file in `folder`, mounted beside it."""
+    """A file system of that kind. Its image is a file in `folder`, and it is mounted there too."""
     command = MAKE[kind]
     if os.getuid() or shutil.which(command[0]) is None:
         pytest.skip(f"needs root and {command[0]}")
@@ -55,8 +55,8 @@ def file_system(kind: str, folder: Path) -> Iterator[Path]:
     try:
         yield place
     finally:
-        # A process that ends may still be in it. The loop device goes with the last mount of it: a mount
-        # namespace that was made meanwhile has one, too.
+        # A process that is ending may still be in it. The loop device goes with its last mount, and a mount
+        # namespace that was made meanwhile also has one.
         wait_until(lambda: not subprocess.run(["umount", str(place)]).returncode, "it is unmounted")
 
 
@@ -99,9 +99,8 @@ def used(disk: Path) -> int:
 
 
 @pytest.mark.logs("wrong bytes in the cache")
-def test_what_is_staged_shares_the_repositorys_extents(disk: Path) -> None:
-    """And neither side changes the other: a write into one of two files that share extents goes to new
-    blocks."""
+def test_staged_leaves_share_the_repositorys_extents(disk: Path) -> None:
+    """Neither side changes the other: a write into one of two files that share extents goes to new blocks."""
     content = Content(disk)
     with content.home.mounted("--from", "kubo") as mount:
         before = used(disk)
@@ -110,19 +109,21 @@ def test_what_is_staged_shares_the_repositorys_extents(disk: Path) -> None:
         # leaves that were read before read-ahead began are copied: on a busy machine more of them
         assert used(disk) - before < len(content.bytes) // 4
         status = mount.status()
-        assert status["cache"]["used"] > len(content.bytes), "what is shared counts in the budget"
+        assert status["cache"]["used"] > len(content.bytes), "shared extents count in the budget"
         assert status["sources"][0]["blocks"] >= LEAVES
         with content.staged.open("r+b") as file:
             file.seek(30 * MIB)
             file.write(bytes(4096))
         Path("/proc/sys/vm/drop_caches").write_text("1")
-        assert content.read(mount) == content.bytes, "the wrong leaf is set aside and fetched again"
+        assert content.read(mount) == content.bytes, "the wrong leaf is dropped and fetched again"
         for number in (20, 21):
             with content.block(number).open("r+b") as file:
                 file.write(bytes(4096))
         Path("/proc/sys/vm/drop_caches").write_text("1")
         assert content.read(mount) == content.bytes
-        assert mount.status()["cache"]["misses"] == 1 + LEAVES + 1 + 1, "the root, each leaf, one again"
+        assert mount.status()["cache"]["misses"] == 1 + LEAVES + 1 + 1, (
+            "the root, each leaf, and one leaf again"
+        )
         content.home.run("evict", content.cid)
         assert not content.staged.exists()
     for number in (0, 30, 40, LEAVES):
@@ -130,7 +131,7 @@ def test_what_is_staged_shares_the_repositorys_extents(disk: Path) -> None:
 
 
 @pytest.mark.logs(".")
-def test_what_was_cloned_is_hashed_and_a_wrong_block_is_never_given(disk: Path) -> None:
+def test_cloned_leaves_are_hashed_and_a_wrong_block_is_never_given(disk: Path) -> None:
     content = Content(disk)
     with content.block(WRONG).open("r+b") as file:
         file.seek(1000)
@@ -145,12 +146,12 @@ def test_what_was_cloned_is_hashed_and_a_wrong_block_is_never_given(disk: Path) 
                 else:
                     assert reader.read(len(leaf)) == leaf
         (kept,) = content.home.json("ls", "--json")["entries"]
-        assert not kept["complete"], "a wrong leaf was never proved"
+        assert not kept["complete"], "the wrong leaf was never verified"
         assert not content.staged.exists()
 
 
 class Repository(Chain):
-    """A source that sends leaves from a repository as a node's does. They are right."""
+    """Sends leaves from a repository, like the source for a node. The leaves are right."""
 
     def __init__(self, blocks: Path) -> None:
         super().__init__()
@@ -169,7 +170,7 @@ class Repository(Chain):
         assert await self._files.send_leaves(wanted, Verify(), source.name) == len(wanted.leaves)
 
 
-def test_what_was_cloned_stays_in_memory_no_longer_than_it_is_in_flight(disk: Path) -> None:
+def test_cloned_leaves_stay_in_memory_only_while_they_are_in_flight(disk: Path) -> None:
     content = Content(disk)
     (folder := disk / "cache").mkdir(mode=0o700)
     leaves = [
@@ -180,10 +181,10 @@ def test_what_was_cloned_stays_in_memory_no_longer_than_it_is_in_flight(disk: Pa
     buffers: list[weakref.ref[object]] = []
     most = 0
 
-    def arrived(leaf: Leaf, came: Bytes) -> None:
+    def arrived(leaf: Leaf, content_of_leaf: Bytes) -> None:
         nonlocal most
-        assert came == content.leaves[leaf.offset // MIB]
-        buffers.append(weakref.ref(memoryview(came).obj))
+        assert content_of_leaf == content.leaves[leaf.offset // MIB]
+        buffers.append(weakref.ref(memoryview(content_of_leaf).obj))
         most = max(most, sum(buffer() is not None for buffer in buffers))
 
     async def main() -> None:
@@ -194,4 +195,4 @@ def test_what_was_cloned_stays_in_memory_no_longer_than_it_is_in_flight(disk: Pa
 
     trio.run(main)
     assert len(buffers) == len(leaves)
-    assert most < 30, "of the first leaves nothing is left when the last ones come"
+    assert most < 30, "the first leaves are gone when the last ones arrive"

@@ -1,7 +1,8 @@
-"""A daemon that is killed at any moment, and whose cache folder is damaged while it lives and while it is dead,
-again and again: every read is right.
+"""A daemon is killed at any moment, again and again. Its cache folder is damaged while it runs and after it
+has ended. Every read is right.
 
-IPFSFUSE_DAMAGES says how many lives it has in each of three places, IPFSFUSE_DAMAGES_FIRST the number of the first.
+IPFSFUSE_DAMAGES is the number of runs in each of three places. IPFSFUSE_DAMAGES_FIRST is the number of the
+first run; the number seeds the run.
 """
 
 import contextlib
@@ -30,17 +31,17 @@ ROUNDS = int(os.environ.get("IPFSFUSE_DAMAGES", "2"))
 FIRST = int(os.environ.get("IPFSFUSE_DAMAGES_FIRST", "0"))
 MIB = 1 << 20
 BUDGET = 20
-"""MiB: less than there is, so that things are evicted all the time."""
+"""MiB: less than all content takes, so files are evicted all the time."""
 READERS = 4
 OUTSIDE = b"not of the cache" * 10_000
 TOP = ("format", "inode-key", "mount-id", "index.sqlite", "index.sqlite-wal", "daemon.json", "lock")
-"""Files of the cache folder itself that may be damaged. What the user pinned stands in none of them."""
+"""Files of the cache folder itself that may be damaged. None of them holds the user's pins."""
 
-pytestmark = pytest.mark.logs(".")  # each damage is said
+pytestmark = pytest.mark.logs(".")  # each damage is logged
 
 
 class Content:
-    """A directory of files of every kind that the cache tells apart."""
+    """A directory with every kind of file that the cache treats differently."""
 
     def __init__(self) -> None:
         dice, self.dag = random.Random(19), Dag()
@@ -70,7 +71,7 @@ class Content:
 
 
 class Damager:
-    """Does one thing to the cache folder at a time, by dice."""
+    """Damages the cache folder at random, one file at a time."""
 
     def __init__(self, store: Path, outside: Path) -> None:
         self.store, self.outside = store, outside
@@ -82,12 +83,13 @@ class Damager:
         self._saved: dict[Path, bytes] = {}
 
     def damage(self, *, top: bool) -> None:
-        """`top`: also what only a start reads."""
+        """Damages one file. With `top` it may be a file that is read only at a start."""
         with contextlib.suppress(FileNotFoundError):  # it was evicted meanwhile
             names = [*(self.store / "staging").iterdir(), *(self.store / "packs").iterdir()]
             if top and (not names or self.dice.random() < 0.3):
                 names = [self.store / name for name in TOP if (self.store / name).is_file()]
-            names = [path for path in names if not path.is_symlink()]  # ours, which lead outside
+            # the links that `link` made lead outside
+            names = [path for path in names if not path.is_symlink()]
             if not names:
                 return
             path = self.dice.choice(names)
@@ -108,7 +110,7 @@ class Damager:
             way(path)
 
     def put_back(self) -> bool:
-        """Whether a file of the cache folder itself was damaged."""
+        """Restores the files of the cache folder itself. Returns whether any was damaged."""
         for path, data in self._saved.items():
             path.write_bytes(data)
         return bool(self._saved)
@@ -155,12 +157,12 @@ class Damager:
         between.rename(other)
 
     def half(self, path: Path) -> None:
-        """What is whole becomes a part, and a part is said to be whole."""
+        """Renames a complete file to a partial one, or the other way round."""
         path.rename(path.with_name(path.name.removesuffix(".part") if path.suffix else f"{path.name}.part"))
 
 
 class Readers:
-    """Threads that read at random while the block lives; an error counts unless the daemon was killed."""
+    """Threads that read at random within the block. An error counts unless the daemon was killed."""
 
     def __init__(self, mount: Mounted, content: Content, dice: random.Random) -> None:
         self.folder = mount.path / content.root
@@ -199,10 +201,9 @@ class Readers:
             at = dice.choice((0, 0, dice.randrange(len(right))))
             size = dice.choice((4096, 1 << 17))
             while at < len(right) and not self.wrong:
-                got = os.pread(
-                    file.fileno(), size, at
-                )  # goes on beyond a kill where the kernel reads the file
-                # a read is cut short where the daemon dies
+                # if the kernel reads the file, this also works after a kill
+                got = os.pread(file.fileno(), size, at)
+                # a read is cut short if the daemon dies
                 whole = size if not self.killed.is_set() else len(got)
                 if got != right[at : at + whole]:
                     self.wrong.append(f"{name} at {at}: {len(got)} bytes of {size}")
@@ -215,7 +216,7 @@ class Readers:
 
 @pytest.fixture(params=["gateway", "xfs", "btrfs"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """Where the cache lies: with `xfs` and `btrfs` beside a repository from which leaves are cloned."""
+    """The folder for the cache. On `xfs` and `btrfs` it lies next to a repository, and leaves are cloned."""
     if request.param == "gateway":
         yield "", tmp_path
     else:
@@ -223,10 +224,10 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str,
             yield request.param, folder
 
 
-def test_every_read_is_right_whatever_is_damaged_and_whenever_the_daemon_is_killed(
+def test_every_read_is_right_after_any_damage_and_any_kill_of_the_daemon(
     place: tuple[str, Path],
 ) -> None:
-    """On XFS the kernel reads whole files itself."""
+    """On XFS the mount has --passthrough: the kernel itself reads complete files."""
     kind, folder = place
     content = Content()
     home, outside = Home(folder / "home"), folder / "outside"
@@ -252,7 +253,7 @@ def test_every_read_is_right_whatever_is_damaged_and_whenever_the_daemon_is_kill
                 damager.damage(top=True)
         with start(home, options, damager) as mount:
             check_all(mount, content)
-            if kind != "btrfs":  # which tells late what a file takes
+            if kind != "btrfs":  # btrfs reports late how much a file takes
                 check_budget(mount)
             assert client.call(mount.control, "metrics")["pinned"] == 1
     assert outside.read_bytes() == OUTSIDE
@@ -260,21 +261,21 @@ def test_every_read_is_right_whatever_is_damaged_and_whenever_the_daemon_is_kill
 
 @contextlib.contextmanager
 def start(home: Home, options: list[str], damager: Damager) -> Iterator[Mounted]:
-    """A mount. Where it is refused for what was damaged, that is told in one line, and the file is put back."""
+    """A mount. If it is refused because of the damage, it says so in one line, and the file is put back."""
     with contextlib.ExitStack() as stack:
         try:
             mount = stack.enter_context(home.mounted(*options))
         except AssertionError as exc:
-            said = str(exc).splitlines()  # the command and its code, the failure as JSON, its line
-            assert len(said) == 3, (said, damager.done)
-            assert str(home.store) in said[2], (said, damager.done)
-            assert damager.put_back(), (said, damager.done)
+            lines = str(exc).splitlines()  # the command and its code, the failure as JSON, its line
+            assert len(lines) == 3, (lines, damager.done)
+            assert str(home.store) in lines[2], (lines, damager.done)
+            assert damager.put_back(), (lines, damager.done)
             mount = stack.enter_context(home.mounted(*options))
         yield mount
 
 
 def live(mount: Mounted, content: Content, damager: Damager, trusts_disk: bool) -> None:
-    """A life that ends by a kill or in peace; with damage, unless the disk is trusted in it."""
+    """Reads until the daemon is killed or all was checked. Damages the cache unless the disk is trusted."""
     dice = damager.dice
     readers = Readers(mount, content, dice)
     with readers.reading():
@@ -297,14 +298,14 @@ def check_all(mount: Mounted, content: Content) -> None:
 
 
 def check_budget(mount: Mounted) -> None:
-    """In a life in which nothing was made longer by others."""
+    """Checks the budget. Only for a daemon during whose run no file is made longer."""
     assert client.call(mount.control, "status")["cache"]["used"] <= BUDGET * MIB
-    # what was read last is written after it was given, and pushes out other things while they are counted
+    # the last leaves are written after they were given, and evict others while these are counted
     wait_until(lambda: used(mount.home.store) <= BUDGET * MIB, "it is within the budget")
 
 
 def used(folder: Path) -> int:
-    """Bytes on the disk of what lies in `folder`, by inode, because files get other names meanwhile."""
+    """The bytes that the files in `folder` take. Counted by inode, because files are renamed meanwhile."""
     found: dict[int, int] = {}
     for path in (folder, *folder.rglob("*")):
         with contextlib.suppress(FileNotFoundError):

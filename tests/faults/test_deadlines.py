@@ -1,4 +1,4 @@
-"""A source that never answers: deadlines, interrupts, and everybody else."""
+"""A source that never answers: deadlines, interrupts, and other callers."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from tests.faults.gateway import Gateway
 from tests.mounting import PATIENCE, Home, Mounted, fuse_mounts, wait_until
 
 DEADLINE = 6
-"""Seconds: short, but long beside what a loaded machine needs for anything else here."""
+"""Seconds: short, but long compared with everything else here on a loaded machine."""
 
 
 class Stalled(NamedTuple):
@@ -59,7 +59,7 @@ def stalled(home: Home) -> Iterator[Stalled]:
 
 @pytest.fixture
 def patient(home: Home) -> Iterator[Stalled]:
-    """Whose deadline never comes: what ends a call there is something else."""
+    """A mount whose deadline never comes, so a call ends for another reason."""
     with stalling(home, 3600) as found:
         yield found
 
@@ -79,7 +79,7 @@ def test_cat_fails_with_etimedout_at_its_deadline(stalled: Stalled) -> None:
     done = subprocess.run(["cat", stalled.root / "stalled"], capture_output=True, text=True)
     assert "Connection timed out" in done.stderr
     assert DEADLINE - 0.5 < spent(started) < DEADLINE + 30, (
-        "a shared machine is slow, but two deadlines on end would be a fault"
+        "a shared machine is slow, but the call must not wait for several deadlines"
     )
 
 
@@ -93,7 +93,7 @@ def test_a_read_of_a_stalled_leaf_fails_once_although_the_kernel_asks_twice(stal
         first = spent(started)
         with pytest.raises(OSError):
             os.pread(file.fileno(), 4, 5 << 20)
-        assert spent(started) - first < DEADLINE, "the failure is remembered: answered at once"
+        assert spent(started) - first < DEADLINE, "the failure is remembered, so the answer comes at once"
         assert os.pread(file.fileno(), 4, 7 << 20) == b"\7\7\7\7"
 
 
@@ -101,7 +101,7 @@ def test_three_stats_of_one_name_end_together(stalled: Stalled) -> None:
     started = time.monotonic()
     all_three = [ask("stat", stalled.root / "stalled") for _ in range(3)]
     assert [process.wait(60) for process in all_three] == [1, 1, 1]
-    assert spent(started) < 2.5 * DEADLINE, "not one after the other"
+    assert spent(started) < 2.5 * DEADLINE, "they end together, not one after the other"
 
 
 def test_ctrl_c_frees_a_process_that_waits_in_a_lookup(patient: Stalled) -> None:
@@ -124,7 +124,7 @@ def test_ctrl_c_frees_a_cat_that_waits_in_a_read(patient: Stalled) -> None:
     assert process.wait(PATIENCE) == -signal.SIGINT
 
 
-def test_with_500_calls_waiting_others_in_the_same_directory_open_at_once(patient: Stalled) -> None:
+def test_500_waiting_calls_do_not_delay_other_names_in_the_same_directory(patient: Stalled) -> None:
     script = (
         "import os, sys, threading\n[threading.Thread(target=os.path.exists, "
         "args=(f'{sys.argv[1]}/s{n:03}',)).start() for n in range(500)]"
@@ -133,7 +133,7 @@ def test_with_500_calls_waiting_others_in_the_same_directory_open_at_once(patien
     wait_until(lambda: len(patient.gateway.asked) > 20, "many lookups wait")
     assert (patient.root / "good").read_text() == "good\n"
     assert (patient.root / "other").read_text() == "other\n"
-    assert waiting.poll() is None, "all of that while the others wait"
+    assert waiting.poll() is None, "the other calls still wait"
     waiting.kill()
     waiting.wait(PATIENCE)
 
@@ -147,7 +147,7 @@ def test_a_mount_with_stalled_calls_unmounts(patient: Stalled) -> None:
     assert all(process.wait(PATIENCE) for process in waiting)
 
 
-def test_the_failure_of_one_block_is_forgotten_and_asked_for_anew(stalled: Stalled) -> None:
+def test_the_failure_of_a_block_is_forgotten_and_the_block_is_asked_for_again(stalled: Stalled) -> None:
     subprocess.run(["cat", stalled.root / "stalled"], capture_output=True)
     stalled.gateway.stalled.clear()
     wait_until(lambda: os.path.exists(stalled.root / "stalled"), "the block comes")

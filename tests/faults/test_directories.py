@@ -1,4 +1,4 @@
-"""Directories that come by one answer, on a real mount over a gateway that makes CARs."""
+"""Directories that arrive in one answer, on a real mount with a gateway that sends CARs."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.sources.servers import Server
 
 
 def folder_of(heap: Blocks, name: str, count: int, claimed: int = 0) -> Cid:
-    """A directory of `count` small files, each of which is claimed to be so large (0: the truth)."""
+    """A directory of `count` small files. Links claim `claimed` bytes for each (0: the true size)."""
     contents = [f"{name} {number}".encode() for number in range(count)]
     return heap.directory(
         [
@@ -28,7 +28,7 @@ def asked_for(server: Server, scope: str) -> list[Cid]:
     return [ask.cid for ask in server.asked if ask.cid is not None and ask.query.get("dag-scope") == scope]
 
 
-def asked_alone(server: Server) -> set[Cid]:
+def asked_as_blocks(server: Server) -> set[Cid]:
     return {ask.cid for ask in server.asked if ask.cid is not None and ask.query.get("format") == "raw"}
 
 
@@ -38,7 +38,7 @@ def read_all(folder: Path, name: str, count: int) -> None:
         assert (folder / f"{number:03}").read_text() == f"{name} {number}"
 
 
-def test_a_directory_of_nothing_but_names_is_fetched_without_its_childrens_content(home: Home) -> None:
+def test_a_listed_hamt_is_fetched_by_one_request_without_its_childrens_content(home: Home) -> None:
     heap = Blocks()
     names = [b"name %d" % number for number in range(3000)]
     sample = tree(heap, heap.trie(names))
@@ -48,11 +48,11 @@ def test_a_directory_of_nothing_but_names_is_fetched_without_its_childrens_conte
             name.decode() for name in names
         )
         assert (asked_for(server, "entity"), asked_for(server, "all")) == ([sample.root], [])
-        assert asked_alone(server) <= sample.entity.keys()
-        assert content not in asked_alone(server)
+        assert asked_as_blocks(server) <= sample.entity.keys()
+        assert content not in asked_as_blocks(server)
 
 
-def test_who_goes_through_a_directory_gets_the_rest_of_it_and_four_directories_ahead_and_no_more(
+def test_a_sequential_reader_gets_the_rest_of_its_directory_and_four_directories_ahead(
     home: Home,
 ) -> None:
     heap = Blocks()
@@ -72,15 +72,13 @@ def test_who_goes_through_a_directory_gets_the_rest_of_it_and_four_directories_a
         beyond = [
             cid for sample in samples[4 + DIRECTORIES_AHEAD :] for cid in sample.blocks if cid != sample.root
         ]
-        assert not asked_alone(server) & set(beyond), (
-            "what they hold is not fetched before someone comes near"
-        )
+        assert not asked_as_blocks(server) & set(beyond), "contents of later directories are not fetched yet"
         for place in range(3, 12):
             read_all(top / f"{place:03}", f"in {place}", 12)
         assert max(map(asked_for(server, "all").count, below)) == 1
 
 
-def test_a_directory_of_more_than_16_mib_by_its_links_word_is_not_fetched_at_once(home: Home) -> None:
+def test_a_directory_whose_links_claim_over_16_mib_is_not_fetched_as_a_whole(home: Home) -> None:
     heap = Blocks()
     count = 20
     much, little = folder_of(heap, "much", count, MAX_CONTENTS // count + 1), folder_of(heap, "little", count)

@@ -1,4 +1,4 @@
-"""What a live mount does, and says, when its disk is full or read-only, or its cache folder is gone."""
+"""What a mount does and reports if its disk is full or read-only, or its cache folder is gone."""
 
 import contextlib
 import os
@@ -39,7 +39,7 @@ class Content:
         self.root = cids.text(self.dag.directory(entries))
 
     def read(self, mount: Mounted) -> None:
-        """Reads all of it, past the page cache, and all of it must be right."""
+        """Reads all files, not from the page cache, and checks them."""
         for name, data in self.files.items():
             drop_pages(mount.path / self.root / name)
             assert (mount.path / self.root / name).read_bytes() == data
@@ -71,7 +71,7 @@ def test_a_disk_that_is_smaller_than_the_budget_is_not_filled(home: Home, conten
             assert "  reserve: 256.0 KiB\n" in shown
 
 
-def test_a_disk_that_others_have_filled(home: Home, content: Content) -> None:
+def test_reads_are_right_on_a_disk_that_other_programs_have_filled(home: Home, content: Content) -> None:
     with own_filesystem(home.cache, 3 * MIB) as folder:
         folder.chmod(0o700)
         with mounted(home, content.dag) as (_gateway, mount):
@@ -85,10 +85,12 @@ def test_a_disk_that_others_have_filled(home: Home, content: Content) -> None:
                 trouble(mount),
             )
             (folder / "of-another-program").unlink()
-            said_no_more(lambda: content.read(mount), mount)
+            wait_until_trouble_is_over(lambda: content.read(mount), mount)
 
 
-def test_a_disk_that_becomes_read_only_and_writable_again(home: Home, content: Content) -> None:
+def test_a_mount_outlasts_a_disk_that_becomes_read_only_and_writable_again(
+    home: Home, content: Content
+) -> None:
     with own_filesystem(home.cache, 64 * MIB) as folder:
         folder.chmod(0o700)
         home.store.mkdir(0o700)
@@ -98,15 +100,15 @@ def test_a_disk_that_becomes_read_only_and_writable_again(home: Home, content: C
             with read_only(mounts):
                 content.read(mount)
                 assert "Read-only file system" in trouble(mount)
-            said_no_more(lambda: content.read(mount), mount)
+            wait_until_trouble_is_over(lambda: content.read(mount), mount)
             content.read(mount)
             asked = sum(gateway.asked.values())
             content.read(mount)
-            assert sum(gateway.asked.values()) == asked, "it is staged again"
+            assert sum(gateway.asked.values()) == asked, "everything is staged again"
 
 
 def fill(disk: Path) -> Path:
-    """Takes all the space there is; the file that does."""
+    """Fills the disk. Returns the file that takes the space."""
     filler = disk / "filler"
     with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -139,7 +141,7 @@ def test_a_start_on_a_full_disk_serves_uncached_and_says_so(
             assert (mount.path / content.root / "small1").read_bytes() == content.files["small1"]
 
 
-def test_a_start_on_a_disk_that_takes_not_even_a_folder(home: Home, content: Content) -> None:
+def test_a_start_on_a_disk_without_free_inodes_serves_uncached(home: Home, content: Content) -> None:
     with own_filesystem(home.folder / "disk", 64 * MIB) as disk:
         subprocess.run(["mount", "-o", "remount,nr_inodes=4", str(disk)], check=True)
         fillers = []
@@ -157,7 +159,7 @@ def test_a_start_on_a_disk_that_takes_not_even_a_folder(home: Home, content: Con
 
 
 def read_until_cached(content: Content, mount: Mounted) -> None:
-    """Reads until what was read is kept again."""
+    """Reads until the cache stages files again."""
     staging = mount.control.parent / "staging"
     wait_until(
         lambda: content.read(mount) or (staging.is_dir() and any(staging.iterdir())),
@@ -165,7 +167,7 @@ def read_until_cached(content: Content, mount: Mounted) -> None:
     )
 
 
-def said_no_more(read: Callable[[], None], mount: Mounted) -> None:
+def wait_until_trouble_is_over(read: Callable[[], None], mount: Mounted) -> None:
     def over() -> bool:
         read()
         return not mount.status()["cache"]["trouble"]
@@ -174,10 +176,10 @@ def said_no_more(read: Callable[[], None], mount: Mounted) -> None:
 
 
 @pytest.mark.parametrize(("deleted", "options"), [("store", ()), ("cache", ("--unconfined",))])
-def test_the_cache_folder_is_deleted(
+def test_reads_go_on_after_the_cache_folder_is_deleted(
     home: Home, content: Content, deleted: str, options: tuple[str, ...]
 ) -> None:
-    """Only an unconfined daemon may make what `--cache-dir` names again."""
+    """Only an unconfined daemon can create the folder of `--cache-dir` again."""
     with mounted(home, content.dag, *options) as (_gateway, mount):
         content.read(mount)
         shutil.rmtree(getattr(home, deleted))
@@ -188,10 +190,10 @@ def test_the_cache_folder_is_deleted(
         content.read(mount)
 
 
-@pytest.mark.parametrize("becomes", ["a file", "a link to nothing", "another's folder"])
-def test_the_cache_folder_becomes_something_else(home: Home, content: Content, becomes: str) -> None:
-    """Then no name in it can be looked at any more (ENOTDIR, ELOOP): that ends no mount, and touches nothing
-    there."""
+@pytest.mark.parametrize("becomes", ["a file", "a link to nothing", "another cache"])
+def test_reads_go_on_after_the_cache_folder_is_replaced(home: Home, content: Content, becomes: str) -> None:
+    """No name in it can be looked up then (ENOTDIR, ELOOP). That does not end the mount, and the mount
+    touches nothing there."""
     with mounted(home, content.dag) as (_gateway, mount):
         content.read(mount)
         home.cache.rename(home.folder / "moved")
@@ -206,15 +208,15 @@ def test_the_cache_folder_becomes_something_else(home: Home, content: Content, b
         for _ in range(3):
             content.read(mount)
             time.sleep(0.8)
-        if becomes == "another's folder":
+        if becomes == "another cache":
             assert [path.name for path in home.store.iterdir()] == ["format"]
-        os.unlink(home.cache) if becomes != "another's folder" else shutil.rmtree(home.cache)
+        os.unlink(home.cache) if becomes != "another cache" else shutil.rmtree(home.cache)
         (home.folder / "moved").rename(home.cache)
         wait_until(lambda: not home.run("status", check=False).returncode, "the mount can be asked again")
         assert mount.status()["pid"] == mount.pid
 
 
-def test_truncating_any_file_of_the_index_ends_no_mount(home: Home, content: Content) -> None:
+def test_truncating_any_file_of_the_index_does_not_end_the_mount(home: Home, content: Content) -> None:
     with mounted(home, content.dag) as (_gateway, mount):
         content.read(mount)
         assert {path.name for path in home.store.glob("index.sqlite*")} <= {
@@ -240,7 +242,7 @@ def test_a_second_mount_is_refused_after_the_lock_was_deleted(home: Home, conten
         content.read(mount)
 
 
-def test_an_evicted_file_that_is_open_goes_on_reading(home: Home, content: Content) -> None:
+def test_an_open_file_can_be_read_after_its_eviction(home: Home, content: Content) -> None:
     name, data = "large1", content.files["large1"]
     with mounted(home, content.dag) as (gateway, mount):
         path = mount.path / content.root / name

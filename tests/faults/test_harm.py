@@ -1,7 +1,8 @@
-"""Blocks made to do harm, on a real mount: each has its stated answer, the daemon stays small, others go on.
+"""Blocks that are made to do harm, on a real mount. Each gives its documented answer, the daemon's memory
+stays small, and other calls go on.
 
-No step of the daemon's event loop may take over 50 ms of CPU time, and no pass of Python's cycle collector
-there: meanwhile nobody else is answered."""
+No step of the daemon's event loop, and no pass of Python's cycle collector in it, may take over 50 ms of CPU
+time: meanwhile no other call is answered."""
 
 import errno
 import json
@@ -22,7 +23,7 @@ from ipfsfuse.dag.unixfs import Type, UnixFS
 from tests.dagging import Dag
 from tests.faults.gateway import errno_of, mounted
 from tests.fuse.forest import identity
-from tests.looptime.steps import none_is_long
+from tests.looptime.steps import no_step_is_long
 from tests.mounting import Home, Mounted
 from tests.sources.cars import index as index_of
 from tests.sources.cars import v2
@@ -31,18 +32,18 @@ from tests.sources.cars import v2
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:
     home = Home(tmp_path)
-    with none_is_long(home):
+    with no_step_is_long(home):
         yield home
 
 
 MEMORY = 300 << 20
-"""What the daemon's resident memory stays below, in bytes."""
+"""Bytes: the limit of the daemon's resident memory."""
 LARGEST = 2 << 20
 """Bytes of the largest block that is read."""
 
 
 def shards(dag: Dag, leaf: Cid, names: list[bytes]) -> Cid:
-    """A HAMT directory of `names`, all of one leaf, 256 wide."""
+    """A HAMT directory, 256 wide, in which all `names` link one leaf."""
     from ipfsfuse.dag import hamt
 
     def build(entries: list[tuple[int, bytes]], depth: int) -> Cid:
@@ -84,25 +85,25 @@ def test_a_directory_of_a_million_entries_is_listed_and_looked_up(home: Home) ->
         assert mount.peak_memory() < MEMORY
 
 
-def in_its_cid(message: UnixFS, links: Sequence[Link] = ()) -> Cid:
-    """A node that its CID holds: no block need be fetched for it."""
+def identity_node(message: UnixFS, links: Sequence[Link] = ()) -> Cid:
+    """A node in an identity CID: no block is fetched for it."""
     return identity(cids.DAG_PB, dagpb.encode(links, unixfs.encode(message)))
 
 
 def thousands_of_nodes_in_cids(dag: Dag, count: int) -> Cid:
-    """A directory of `count` directories and as many symlinks, each different, all in one block."""
+    """A directory of `count` directories and `count` symlinks, all different, in one block."""
     file = identity(cids.RAW, b"x")
     entries = {}
     for number in range(count):
         name = b"%d" % number
-        entries[b"d" + name] = in_its_cid(UnixFS(type=Type.DIRECTORY), [Link(file, name, 1)]), 1
-        entries[b"l" + name] = in_its_cid(UnixFS(type=Type.SYMLINK, data=name)), 1
+        entries[b"d" + name] = identity_node(UnixFS(type=Type.DIRECTORY), [Link(file, name, 1)]), 1
+        entries[b"l" + name] = identity_node(UnixFS(type=Type.SYMLINK, data=name)), 1
     return dag.directory(entries)
 
 
-def test_thousands_of_nodes_in_cids_hold_nobody_up(home: Home) -> None:
-    """Nothing waits for a source there, so commands must let others have their turns. The time for each does
-    not grow with the number of its neighbours."""
+def test_thousands_of_nodes_in_identity_cids_do_not_delay_other_calls(home: Home) -> None:
+    """Nothing waits for a source here, so commands must give other tasks their turns. The time for each node
+    does not grow with the number of nodes."""
     dag = Dag()
     root = cids.text(thousands_of_nodes_in_cids(dag, 2500))
     with home.mounted("--from", dag.car(home.folder / "inline.car")):
@@ -110,11 +111,11 @@ def test_thousands_of_nodes_in_cids_hold_nobody_up(home: Home) -> None:
         home.run("pin", root)
 
 
-def test_a_zip_bomb_costs_what_is_read(home: Home) -> None:
+def test_a_zip_bomb_costs_only_the_bytes_that_are_read(home: Home) -> None:
     dag = Dag()
     leaf = dag.block(bytes(1 << 20))
     here, size = leaf, 1 << 20
-    # 1,000 links a level: a block that stands there 10^18 times, cut off where a file system ends
+    # 1,000 links on each level: one block occurs 10^18 times. The file ends at the largest size of a file
     for _ in range(6):
         width = min(1000, ((1 << 63) - 1) // size)
         here = dag.node(
@@ -134,9 +135,8 @@ def test_a_zip_bomb_costs_what_is_read(home: Home) -> None:
         assert mount.peak_memory() < MEMORY
 
 
-def test_a_hamt_that_never_ends_is_eio_and_others_go_on(home: Home) -> None:
-    """A node can't hold its own hash: so one whose every slot leads to one and the same deeper node, all the
-    way down."""
+def test_an_endless_hamt_is_eio_and_other_content_can_be_read(home: Home) -> None:
+    """A node can't contain its own hash. So all slots of each node lead to the same deeper node."""
     dag = Dag()
     good = dag.directory({b"file": (dag.block(b"good"), 4)})
     here = dag.node([], UnixFS(type=Type.HAMT_SHARD, data=b"", hash_type=MURMUR3, fanout=256))
@@ -184,9 +184,9 @@ def test_a_hostile_block_of_two_mebibytes_is_eio(home: Home, name: str) -> None:
 
 
 def nested(dag: Dag, count: int, smallest: int) -> tuple[list[Cid], bytes, dict[bytes, int]]:
-    """`count` blocks of `smallest` bytes or a little more, each of which holds the CAR section of the one
-    before, whole: the blocks, one CAR section that has them all, and where in it each one's section begins,
-    by digest."""
+    """Makes `count` blocks of `smallest` bytes or a little more. Each contains the whole CAR section of the
+    one before. Returns the blocks, the CAR section that contains them all, and the offset in it of each
+    block's section, by digest."""
     block = os.urandom(smallest)
     found, lengths = [], []
     for _ in range(count):
@@ -203,7 +203,7 @@ def nested(dag: Dag, count: int, smallest: int) -> tuple[list[Cid], bytes, dict[
 
 
 def overlapping(dag: Dag, section: bytes, offsets: dict[bytes, int]) -> bytes:
-    """A CAR of version 2 of `dag` and of what `nested` gave, with its index."""
+    """A CAR of version 2 with the blocks of `dag` and those that `nested` made, and its index."""
     data = bytearray(car.encode_header([]))
     places = {digest: len(data) + offset for digest, offset in offsets.items()}
     data += section
@@ -219,18 +219,16 @@ CLAIM = 4096
 @pytest.mark.parametrize(
     ("size", "count"), [((2 << 20) - 50_000, 500), ((8 << 20) - 50_000, 100)], ids=["2 MiB", "8 MiB"]
 )
-def test_a_car_whose_sections_overlap_takes_no_more_memory_than_another(
-    home: Home, size: int, count: int
-) -> None:
-    """Its blocks are right, and together many times as large as the file, whose links say that they are
-    small."""
+def test_a_car_with_overlapping_sections_takes_no_extra_memory(home: Home, size: int, count: int) -> None:
+    """Its blocks are valid. Together they are many times as large as the CAR file. The links of the file in
+    it claim that they are small."""
     dag = Dag()
     leaves, section, offsets = nested(dag, count, size)
-    liar = lying(dag, leaves)
+    file = file_with_false_sizes(dag, leaves)
     good = dag.block(b"good")
     (home.folder / "overlapping.car").write_bytes(overlapping(dag, section, offsets))
     with home.mounted("--from", home.folder / "overlapping.car") as mount:
-        reads_of_all_are_eio(mount, liar)
+        assert_reads_are_eio(mount, file)
         if size > LARGEST:
             assert errno_of(mount.path / cids.text(leaves[0])) == "EIO"
             assert "8,338,608 bytes" in mount.log()
@@ -239,7 +237,7 @@ def test_a_car_whose_sections_overlap_takes_no_more_memory_than_another(
 
 
 @pytest.mark.parametrize("over", [0, 1], ids=["blocks of 2 MiB", "larger blocks"])
-def test_a_repository_whose_blocks_are_larger_than_its_links_say_takes_no_more_memory(
+def test_a_repository_with_blocks_larger_than_their_links_claim_takes_no_extra_memory(
     home: Home, over: int
 ) -> None:
     dag = Dag()
@@ -248,11 +246,11 @@ def test_a_repository_whose_blocks_are_larger_than_its_links_say_takes_no_more_m
         for block in (number.to_bytes(8) + bytes(LARGEST + over - 8) for number in range(300))
     }
     leaves = list(blocks)
-    liar, good = lying(dag, leaves), dag.block(b"good")
+    file, good = file_with_false_sizes(dag, leaves), dag.block(b"good")
     repository(home.folder / "repository", dag)
     home.env["IPFS_PATH"] = str(home.folder / "repository")
     with home.mounted("--from", "kubo", "--deadline", "4s", "--pins", "none") as mount:
-        reads_of_all_are_eio(mount, liar)
+        assert_reads_are_eio(mount, file)
         if over:
             assert errno_of(mount.path / cids.text(leaves[0])) == "EIO"
             assert "2,097,153 bytes" in mount.log()
@@ -260,15 +258,15 @@ def test_a_repository_whose_blocks_are_larger_than_its_links_say_takes_no_more_m
         assert mount.peak_memory() < MEMORY
 
 
-def lying(dag: Dag, leaves: list[Cid]) -> Cid:
-    """A file of `leaves` that says that each has CLAIM bytes."""
+def file_with_false_sizes(dag: Dag, leaves: list[Cid]) -> Cid:
+    """A file of `leaves` that claims CLAIM bytes for each."""
     count = len(leaves)
     message = UnixFS(type=Type.FILE, filesize=CLAIM * count, blocksizes=[CLAIM] * count)
     return dag.node([Link(leaf, b"", CLAIM) for leaf in leaves], message)
 
 
-def reads_of_all_are_eio(mount: Mounted, file: Cid) -> None:
-    """A reader who goes through the file gets EIO everywhere, and what was fetched ahead of it did no
+def assert_reads_are_eio(mount: Mounted, file: Cid) -> None:
+    """A sequential reader gets EIO everywhere, and `prefetch` fails. Bytes that were fetched ahead do no
     harm."""
     with (mount.path / cids.text(file)).open("rb", buffering=0) as opened:
         for place in range(0, 10 * CLAIM, CLAIM):
@@ -297,7 +295,7 @@ def repository(folder: Path, dag: Dag) -> None:
             file.truncate(len(block))  # zeros take no space
 
 
-def test_a_car_of_100000_roots_is_listed_and_holds_nobody_up(home: Home) -> None:
+def test_a_car_of_100000_roots_is_listed_and_does_not_delay_other_calls(home: Home) -> None:
     dag = Dag()
     good = dag.block(b"good")
     roots = [cids.make(cids.RAW, b"\x12\x20" + number.to_bytes(32)) for number in range(100_000)]
@@ -312,14 +310,14 @@ def test_a_car_of_100000_roots_is_listed_and_holds_nobody_up(home: Home) -> None
         assert mount.peak_memory() < MEMORY
 
 
-def test_a_car_whose_header_is_larger_than_that_is_refused(home: Home) -> None:
+def test_a_car_with_a_header_over_8_mib_is_refused(home: Home) -> None:
     roots = [cids.make(cids.RAW, b"\x12\x20" + bytes(32))] * 210_000
     (home.folder / "roots.car").write_bytes(car.encode_header(roots))
     home.refused("mount", "--from", home.folder / "roots.car", home.mountpoint, names="its header would have")
 
 
 def test_a_file_whose_nodes_have_40000_links_each_is_read(home: Home) -> None:
-    """As leaves they would say nothing, as nodes they take some 10 MB each."""
+    """As leaves they are too large for their links; as nodes they take some 10 MB each."""
     dag = Dag()
     leaf, count = dag.block(b"x" * 64), 43_000
     size = 64 * count + 1

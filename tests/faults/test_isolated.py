@@ -1,4 +1,4 @@
-"""Isolated mounts share nothing: what one of them has read spares another no request."""
+"""Isolated mounts share nothing: each sends its own requests for content that another one has read."""
 
 import os
 import random
@@ -11,8 +11,8 @@ from tests.mounting import Home, Mounted
 from tests.network.nodes import drop_pages
 
 
-def test_nothing_of_one_guests_reads_is_seen_by_another_not_even_in_timing(home: Home) -> None:
-    """Timing tells only what was asked of the sources, and that is counted: every mount asks for all of it,
+def test_isolated_mounts_learn_nothing_about_each_others_reads_not_even_by_timing(home: Home) -> None:
+    """Timing can show only whether a source was asked. The test counts that: every mount asks for every block
     once."""
     dice, dag = random.Random(9), Dag()
     files = {
@@ -48,7 +48,7 @@ def test_nothing_of_one_guests_reads_is_seen_by_another_not_even_in_timing(home:
             read(mount)
             drop_pages(mount.path / root / "large")
             read(mount)
-            assert asked() == {times}, "of its own it has all"
+            assert asked() == {times}, "the mount has staged all blocks itself"
         folders = {mount.control.parent for mount in (shared, one, two)}
         assert len(folders) == 3
         assert os.listdir(one.path) == os.listdir(two.path) == [root]

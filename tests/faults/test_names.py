@@ -1,4 +1,4 @@
-"""Names: which of them are shown, which are equal, and which sources are asked for them."""
+"""Names: which are shown, which lead to the same inode, and which make the mount ask its sources."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def test_names_that_no_file_system_can_hold_are_not_shown(home: Home) -> None:
         assert os.stat(folder + b"/..").st_ino == os.stat(mount.path).st_ino
 
 
-def test_identity_cids_are_files_directories_and_links_without_asking(home: Home) -> None:
+def test_identity_cids_are_files_directories_and_links_without_a_request(home: Home) -> None:
     def identity(block: bytes, codec: int) -> Cid:
         return make(codec, bytes([multihashes.IDENTITY, len(block)]) + block)
 
@@ -67,10 +67,10 @@ def test_a_listing_fetches_no_child(home: Home) -> None:
         assert len(os.listdir(mount.path / cids.text(root))) == 501
         subprocess.run(["ls", "-l", mount.path / cids.text(root)], check=True, capture_output=True)
         asked = set(gateway.asked) - {cids.text(root)}
-        assert asked <= {cids.text(entries[b"folder"][0])}, "only what ls -l must know of a folder"
+        assert asked <= {cids.text(entries[b"folder"][0])}, "ls -l needs only the block of the folder"
 
 
-def test_what_was_opened_by_name_is_listed_while_it_is_staged(home: Home) -> None:
+def test_a_cid_that_was_opened_by_name_is_listed_while_it_is_staged(home: Home) -> None:
     dag = Dag()
     root = dag.directory({b"file": (dag.block(b"x"), 1)})
     with mounted(home, dag) as (_, mount):
@@ -81,7 +81,7 @@ def test_what_was_opened_by_name_is_listed_while_it_is_staged(home: Home) -> Non
         assert os.listdir(mount.path) == [cids.text(root)]
 
 
-def test_outside_the_allow_list_is_eacces_and_asks_nobody(home: Home) -> None:
+def test_a_cid_outside_the_allow_list_is_eacces_and_no_source_is_asked(home: Home) -> None:
     dag = Dag()
     inside = dag.block(b"inside")
     root, other = dag.directory({b"file": (inside, 6)}), dag.block(b"other")
@@ -89,12 +89,12 @@ def test_outside_the_allow_list_is_eacces_and_asks_nobody(home: Home) -> None:
         assert (mount.path / cids.text(root) / "file").read_bytes() == b"inside"
         assert errno_of(mount.path / cids.text(other)) == "EACCES"
         assert errno_of(mount.path / cids.text(inside)) == "EACCES", (
-            "only names that were allowed, and what is below them"
+            "only allowed names, and paths below them, can be read"
         )
         assert set(gateway.asked) == {cids.text(root), cids.text(inside)}
 
 
-def test_all_spellings_of_a_file_are_one_inode(home: Home) -> None:
+def test_all_spellings_of_a_file_have_one_inode(home: Home) -> None:
     from multiformats import multibase
 
     dag = Dag()
@@ -117,10 +117,10 @@ def test_all_spellings_of_a_file_are_one_inode(home: Home) -> None:
     with mounted(home, dag) as (gateway, mount):
         assert len({os.stat(mount.path / name).st_ino for name in spellings}) == 1
         assert {(mount.path / name).read_bytes() for name in spellings} == {b"".join(leaves)}
-        assert sum(gateway.asked.values()) == 3, "one request a block, for all spellings together"
+        assert sum(gateway.asked.values()) == 3, "all spellings together need one request for each block"
 
 
-def test_who_opens_a_directorys_files_in_its_order_finds_the_next_fetched(home: Home) -> None:
+def test_opening_files_in_directory_order_fetches_the_next_ones(home: Home) -> None:
     dag = Dag()
     entries = {b"%03d" % n: (dag.block(b"file %d" % n, cids.RAW), 8) for n in range(100)}
     root = dag.directory(entries)
@@ -130,7 +130,7 @@ def test_who_opens_a_directorys_files_in_its_order_finds_the_next_fetched(home: 
         os.listdir(folder)
         for name in ("000", "050", "099", "020"):
             (folder / name).read_bytes()
-        assert len(gateway.asked) == 5, "who picks gets what he picks"
+        assert len(gateway.asked) == 5, "picking single files fetches only these"
         for name in ("000", "001", "002"):
             (folder / name).read_bytes()
         ahead = {cids.text(cid) for cid, _size in list(entries.values())[3:60]}

@@ -1,4 +1,4 @@
-"""`prefetch`: how deep it goes, what it shows, and that it goes on where it was killed."""
+"""`prefetch`: its depth, its output, and how it goes on after it was killed."""
 
 import os
 import random
@@ -22,7 +22,7 @@ FILES = 6
 
 
 class Tree:
-    """top: f0 to f5, below: (g, deep: (h))"""
+    """A directory with f0 to f5 and `zbelow`, which holds g and `deep`. `deep` holds h."""
 
     def __init__(self) -> None:
         self.dag, dice = Dag(), random.Random(3)
@@ -38,8 +38,8 @@ class Tree:
         entries = {b"f%d" % number: file(f"f{number}") for number in range(FILES)}
         self.root = cids.text(self.dag.directory(entries | {b"zbelow": (below, 6 * LEAF)}))
 
-    def came(self, gateway: Gateway) -> set[str]:
-        """The files all of whose leaves were asked for."""
+    def fetched(self, gateway: Gateway) -> set[str]:
+        """The files of which all leaves were asked for."""
         return {name for name, leaves in self.leaves.items() if all(gateway.asked[leaf] for leaf in leaves)}
 
 
@@ -52,18 +52,18 @@ def tree() -> Tree:
     ("depth", "files", "directories"),
     [("0", set(), 1), ("1", {"f"}, 2), ("2", {"f", "g"}, 3), (None, {"f", "g", "h"}, 3)],
 )
-def test_so_deep_and_no_deeper(
+def test_prefetch_stops_at_the_given_depth(
     home: Home, tree: Tree, depth: str | None, files: set[str], directories: int
 ) -> None:
     with mounted(home, tree.dag) as (gateway, _mount):
-        told = home.json("prefetch", "--json", *(["--depth", depth] if depth else []), tree.root)
-        assert {name[0] for name in tree.came(gateway)} == files
-        assert told["files"] == len(tree.came(gateway))
-        assert told["directories"] == directories
-        assert told["bytes"] == 3 * LEAF * told["files"]
+        answer = home.json("prefetch", "--json", *(["--depth", depth] if depth else []), tree.root)
+        assert {name[0] for name in tree.fetched(gateway)} == files
+        assert answer["files"] == len(tree.fetched(gateway))
+        assert answer["directories"] == directories
+        assert answer["bytes"] == 3 * LEAF * answer["files"]
 
 
-def test_a_bar_where_a_person_looks_and_none_elsewhere(home: Home, tree: Tree) -> None:
+def test_prefetch_shows_a_bar_only_on_a_terminal(home: Home, tree: Tree) -> None:
     with mounted(home, tree.dag):
         shown = on_terminal(home, "prefetch", tree.root)
         assert "prefetch:" in shown
@@ -75,7 +75,7 @@ def test_a_bar_where_a_person_looks_and_none_elsewhere(home: Home, tree: Tree) -
 
 
 @pytest.mark.parametrize("victim", ["command", "mount"])
-def test_it_goes_on_where_it_was_killed(home: Home, tree: Tree, victim: str) -> None:
+def test_a_killed_prefetch_goes_on_where_it_was(home: Home, tree: Tree, victim: str) -> None:
     stuck = tree.leaves["g"][1]
     gateway = Gateway(tree.dag.blocks)
     gateway.stalled.add(stuck)
@@ -86,7 +86,10 @@ def test_it_goes_on_where_it_was_killed(home: Home, tree: Tree, victim: str) -> 
             [sys.executable, "-m", "ipfsfuse", "prefetch", tree.root], env=home.env, stderr=subprocess.DEVNULL
         )
         whole = [f"f{number}" for number in range(FILES)]
-        wait_until(lambda: gateway.asked[stuck] and staged(home) >= FILES, "all but what is stuck has come")
+        wait_until(
+            lambda: gateway.asked[stuck] and staged(home) >= FILES,
+            "all files but the one with the stalled leaf are staged",
+        )
         os.kill(command.pid if victim == "command" else pid, signal.SIGKILL)
         assert command.wait(60) != 0
         gateway.stalled.clear()
@@ -94,8 +97,8 @@ def test_it_goes_on_where_it_was_killed(home: Home, tree: Tree, victim: str) -> 
             wait_until(lambda: not alive(pid), "the mount is dead")
             pid = home.json("mount", "--json", *options, home.mountpoint)["pid"]
         try:
-            told = home.json("prefetch", "--json", tree.root)
-            assert (told["files"], tree.came(gateway)) == (FILES + 2, set(tree.leaves))
+            answer = home.json("prefetch", "--json", tree.root)
+            assert (answer["files"], tree.fetched(gateway)) == (FILES + 2, set(tree.leaves))
             assert [gateway.asked[leaf] for name in whole for leaf in tree.leaves[name]] == [1] * 3 * FILES
             entries = home.json("ls", "--json")["entries"]
             assert [entry["complete"] for entry in entries] == [True] * (FILES + 2)
@@ -108,7 +111,7 @@ def staged(home: Home) -> int:
     return sum(not path.name.endswith(".part") for path in (home.store / "staging").iterdir())
 
 
-def test_ls_tells_sizes_completeness_last_use_and_pins(home: Home, tree: Tree) -> None:
+def test_ls_shows_sizes_completeness_last_use_and_pins(home: Home, tree: Tree) -> None:
     with mounted(home, tree.dag) as (gateway, mount):
         before = time.time()
         with (mount.path / tree.root / "f0").open("rb", buffering=0) as file:
@@ -121,10 +124,14 @@ def test_ls_tells_sizes_completeness_last_use_and_pins(home: Home, tree: Tree) -
             name: os.getxattr(mount.path / tree.root / path, "ipfs.cid").decode()
             for name, path in PATHS.items()
         }
-        told = {entry["cid"]: entry for entry in home.json("ls", "--json")["entries"]}
-        assert set(told) == set(cid.values())
+        entries = {entry["cid"]: entry for entry in home.json("ls", "--json")["entries"]}
+        assert set(entries) == set(cid.values())
         shown = {
-            name: (told[cid[name]]["complete"], told[cid[name]]["pinned"], told[cid[name]]["size"])
+            name: (
+                entries[cid[name]]["complete"],
+                entries[cid[name]]["pinned"],
+                entries[cid[name]]["size"],
+            )
             for name in PATHS
         }
         assert shown == {
@@ -132,16 +139,16 @@ def test_ls_tells_sizes_completeness_last_use_and_pins(home: Home, tree: Tree) -
             "g": (True, "", 3 * LEAF),
             "h": (True, "user", 3 * LEAF),
         }
-        assert LEAF <= told[cid["f0"]]["staged"] <= LEAF + (1 << 16)
+        assert LEAF <= entries[cid["f0"]]["staged"] <= LEAF + (1 << 16)
         assert all(
             before - 1 <= datetime.fromisoformat(entry["last_used"]).timestamp() <= time.time() + 1
             and entry["source"] == gateway.url
-            for entry in told.values()
+            for entry in entries.values()
         )
         lines = {line.split()[0]: line for line in home.run("ls").stdout.splitlines()}
         assert "256.0 KiB of  768.0 KiB" in lines[cid["f0"]]
         assert "whole  768.0 KiB" in lines[cid["g"]]
-        below = told[cid["h"]]["paths"]
+        below = entries[cid["h"]]["paths"]
         assert below == [f"/ipfs/{cid['h']}"] or below[0].endswith("/h")
         assert f"pinned:user  {below[0]}" in lines[cid["h"]]
 

@@ -1,4 +1,4 @@
-"""A mount that is used for long: memory, threads and descriptors end where they were after the first tenth."""
+"""A mount in long use: memory, threads and descriptors do not grow after the first tenth of the time."""
 
 import os
 import random
@@ -14,14 +14,14 @@ from tests.mounting import Home, Mounted
 SECONDS = float(os.environ.get("IPFSFUSE_SOAK", "8"))
 READERS = 4
 BUDGET = "24MiB"
-"""Less than what is read: all that is kept must leave again and again."""
+"""Less than all content, so files are evicted again and again."""
 MIB = 1 << 20
 MEMORY, THREADS, DESCRIPTORS = 24 * MIB, 8, 16
-"""By so much the end may differ from the first look: worker threads and connections come and go."""
+"""The growth that is allowed after the first tenth: worker threads and connections come and go."""
 
 
 def test_memory_threads_and_descriptors_do_not_grow_with_use(home: Home) -> None:
-    """IPFSFUSE_SOAK says for how many seconds."""
+    """IPFSFUSE_SOAK sets the number of seconds."""
     dag, dice = Dag(), random.Random(11)
     contents = {f"large{number}": dice.randbytes(2 * MIB + number) for number in range(20)}
     contents |= {f"small{number}": dice.randbytes(dice.randrange(1, 50_000)) for number in range(400)}
@@ -66,13 +66,13 @@ def test_memory_threads_and_descriptors_do_not_grow_with_use(home: Home) -> None
             reader.start()
         try:
             time.sleep(SECONDS / 10)
-            first = taken(mount)
+            first = resources_of(mount)
             time.sleep(SECONDS * 9 / 10)
         finally:
             ended.set()
             for reader in readers:
                 reader.join()
-        last = taken(mount)
+        last = resources_of(mount)
         assert not failures
         assert sum(reads) > 10 * SECONDS, reads
         status = mount.status()
@@ -84,7 +84,7 @@ def test_memory_threads_and_descriptors_do_not_grow_with_use(home: Home) -> None
     assert growth[2] <= DESCRIPTORS, (first, last)
 
 
-def taken(mount: Mounted) -> tuple[int, int, int]:
+def resources_of(mount: Mounted) -> tuple[int, int, int]:
     """The daemon's resident bytes, threads and open descriptors."""
     process = Path(f"/proc/{mount.pid}")
     lines = (process / "status").read_text().splitlines()

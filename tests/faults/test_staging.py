@@ -1,4 +1,4 @@
-"""What happens to the cache folder under a mount costs time, never a wrong byte."""
+"""Damage to the cache folder of a running mount costs time, but gives no wrong byte."""
 
 import os
 import random
@@ -24,7 +24,7 @@ def flip(folder: Path, count: int, rng: random.Random) -> None:
 
 
 def drop_pages(path: Path) -> None:
-    """The kernel forgets what it has of a file, so that the next read asks the mount."""
+    """Drops a file's pages from the page cache, so that the next read reaches the mount."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -48,12 +48,12 @@ def test_bit_flips_on_disk_never_reach_a_reader(home: Home) -> None:
                 assert (folder / os.fsdecode(name)).read_bytes() == data
 
         read_all()
-        read_all()  # what was given before it was written is there by now
+        read_all()  # by now, all leaves are written
         once = sum(gateway.asked.values())
         read_all()
-        assert sum(gateway.asked.values()) == once, "all of it came from staging"
+        assert sum(gateway.asked.values()) == once, "everything is read from the cache"
         for _ in range(5):
             flip(home.store / "staging", 40, rng)
             flip(home.store / "packs", 40, rng)
             read_all()
-        assert sum(gateway.asked.values()) > once + 40, "what was wrong was fetched again"
+        assert sum(gateway.asked.values()) > once + 40, "wrong leaves are fetched again"

@@ -1,6 +1,6 @@
-"""Many callers wait for blocks that no source has, and one reads blocks that exist: through a real mount.
+"""On a real mount, many callers wait for blocks that no source gives, and one caller reads blocks that exist.
 
-IPFSFUSE_STALLED=5000 makes it a larger crowd."""
+IPFSFUSE_STALLED is the number of waiting callers."""
 
 import errno
 import os
@@ -24,15 +24,15 @@ STALLED = int(os.environ.get("IPFSFUSE_STALLED", "600"))
 DEADLINE = 8
 """Seconds."""
 PROMPT = 0.1
-"""Seconds in which a read that begins beside a crowd reaches the source."""
-OF_TEN = 8
-"""So many of ten reads in a row: on a machine that others use too, a process may not run for so long."""
+"""Seconds in which a read reaches the source although a crowd waits."""
+PROMPT_OF_TEN = 8
+"""So many of ten reads in a row must be prompt: on a shared machine a process may pause for that long."""
 READS = 400
 CROWD = Path(__file__).with_name("crowd.c")
 
 
 class Timed(Gateway):
-    """Answers after `seconds`, and notes when it was asked for what."""
+    """Answers after `seconds`, and notes when each CID was first asked for."""
 
     seconds = 0.0
 
@@ -58,7 +58,7 @@ def crowd_command(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @contextmanager
 def crowd(command: str, folder: Path, user: int | None) -> Iterator["subprocess.Popen[str]"]:
-    """STALLED threads of one process that each look up a name in `folder` that stalls: they have begun."""
+    """Runs STALLED threads in one process. Each looks up a name in `folder` that stalls. All have begun."""
     arguments = [*(command_of(user) if user is not None else []), command, str(folder), str(STALLED)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -74,13 +74,12 @@ def crowd(command: str, folder: Path, user: int | None) -> Iterator["subprocess.
 @pytest.mark.parametrize(
     ("seconds", "user"), [(0.25, None), (0.0, NOBODY)], ids=["slow", "another user's, fast"]
 )
-def test_a_read_starts_at_once_and_no_call_outlives_its_deadline_behind_a_crowd_that_stalls(
+def test_a_stalled_crowd_delays_no_read_and_each_of_its_calls_ends_at_its_deadline(
     home: Home, crowd_command: str, seconds: float, user: int | None
 ) -> None:
-    """Another user's crowd delays no read from the moment on in which it comes; one's own not once it
-    waits."""
+    """Another user's crowd never delays a read. The reader's own crowd delays no read once it waits."""
     if user is not None and os.getuid() != 0:
-        pytest.skip("needs root, to become somebody else")
+        pytest.skip("needs root, to become another user")
     dag = Dag()
     entries = {b"s%04d" % n: (dag.block(b"s%04d" % n), 5) for n in range(STALLED)}
     stalled = {cids.text(cid) for cid, _size in entries.values()}
@@ -104,26 +103,28 @@ def test_a_read_starts_at_once_and_no_call_outlives_its_deadline_behind_a_crowd_
                 assert len((folder / name.decode()).read_bytes()) == 100
                 delays.append(gateway.asked_at[cids.text(good[name][0])] - began)
                 if len(delays) == 10:
-                    told = mount.status()["sources"][0]
-                    assert told["in_flight"] <= told["most_per_caller"] < told["most_in_flight"]
+                    source = mount.status()["sources"][0]
+                    assert source["in_flight"] <= source["most_per_caller"] < source["most_in_flight"]
                 time.sleep(0.02)
             out, _err = process.communicate(timeout=PATIENCE)
     took, failed = zip(*(line.split() for line in out.splitlines()), strict=True)
     assert set(failed) == {str(errno.ETIMEDOUT)}
     assert len(took) == STALLED
-    assert min(map(float, took)) > DEADLINE * 0.7, "they end one after the other, a quarter early at most"
+    assert min(map(float, took)) > DEADLINE * 0.7, (
+        "they end one after the other, a quarter of the deadline early at most"
+    )
     assert max(map(float, took)) <= DEADLINE + 1
-    assert len(delays) >= 10, "at least ten reads in a row are looked at"
+    assert len(delays) >= 10, "at least ten reads in a row are measured"
     for first in range(0, len(delays) - 9, 10):
         ten = sorted(delays[first : first + 10])
-        assert ten[OF_TEN - 1] < PROMPT, f"from read {first} on: {ten}"
+        assert ten[PROMPT_OF_TEN - 1] < PROMPT, f"from read {first} on: {ten}"
 
 
 def all_wait(source: dict[str, Any]) -> bool:
     return int(source["in_flight"]) + int(source["waiting"]) >= STALLED
 
 
-def test_a_call_ends_with_its_deadline_however_many_blocks_it_waits_for(home: Home) -> None:
+def test_a_call_that_waits_for_several_blocks_ends_at_its_deadline(home: Home) -> None:
     heap = Blocks()
     names = [b"name %d" % number for number in range(1000)]
     root = heap.trie(names, width=8)
@@ -135,18 +136,16 @@ def test_a_call_ends_with_its_deadline_however_many_blocks_it_waits_for(home: Ho
         asked, began = len(gateway.asked_at), time.monotonic()
         with pytest.raises(TimeoutError):
             os.stat(folder / "name 7")
-        assert 2.5 < time.monotonic() - began < 5.5, (
-            "not as long as three blocks take that come one after the other"
-        )
+        assert 2.5 < time.monotonic() - began < 5.5, "three blocks, one after the other, would take longer"
         assert 1 <= len(gateway.asked_at) - asked <= 2
         wait_until(
             lambda: os.path.exists(folder / "name 7"),
-            "what came is kept, and the next call goes on from there",
+            "blocks that arrived are kept, so the next calls go on from there",
         )
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become somebody else")
-def test_what_a_user_reads_is_on_that_users_account(home: Home) -> None:
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")
+def test_staged_bytes_are_counted_for_the_user_who_read_them(home: Home) -> None:
     dag = Dag()
     leaves = [bytes([number]) * (1 << 20) for number in range(6)]
     entries = {name: (dag.file(leaves[at : at + 3]), 3 << 20) for name, at in ((b"roots", 0), (b"others", 3))}

@@ -1,4 +1,4 @@
-"""A daemon that may start no more threads serves on, one thing at a time."""
+"""A daemon that can't start more threads goes on serving, one task at a time."""
 
 import os
 import random
@@ -15,7 +15,7 @@ MIB = 1 << 20
 LIMITED = """
 import os, sys, threading
 from trio._core import _thread_cache
-_thread_cache.IDLE_TIMEOUT = 0.02  # else threads that were started before the limit would go on to serve
+_thread_cache.IDLE_TIMEOUT = 0.02  # otherwise older threads would go on serving
 name = "_start_joinable_thread" if sys.version_info >= (3, 13) else "_start_new_thread"
 start = getattr(threading, name)
 def limited(*arguments, **more):
@@ -28,7 +28,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_daemon_that_can_start_no_thread_serves_on(home: Home) -> None:
+def test_a_daemon_that_cannot_start_threads_goes_on_serving(home: Home) -> None:
     dag, dice = Dag(), random.Random(3)
     contents = [[dice.randbytes(MIB) for _ in range(3)] for _ in range(4)]
     root = cids.text(
@@ -36,7 +36,7 @@ def test_a_daemon_that_can_start_no_thread_serves_on(home: Home) -> None:
             {b"file%d" % number: (dag.file(parts), 3 * MIB) for number, parts in enumerate(contents)}
         )
     )
-    log = home.folder / "said"
+    log = home.folder / "log"
     with Gateway(dag.blocks).serving() as gateway, log.open("w") as out:
         options = ["--foreground", "--json", "--from", gateway.url, "--deadline", "10s", str(home.mountpoint)]
         command = [sys.executable, "-c", LIMITED, "mount", *options]

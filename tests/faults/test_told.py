@@ -1,4 +1,4 @@
-"""What is told of faults: lines in the log, what `status` says, and the exit codes of `status` and `fsck`."""
+"""How faults are reported: the log, `status`, and the exit codes of `status` and `fsck`."""
 
 import random
 import re
@@ -10,7 +10,7 @@ from tests.mounting import Home
 
 MIB = 1 << 20
 WITHIN = r"no source gave it within (1|0\.\d) s"
-"""With a deadline of 1 s: before a call waits for a block, a busy machine may have spent some of that."""
+"""The message with a deadline of 1 s: a busy machine may spend some of it before a call waits."""
 
 
 def test_a_read_that_fails_leaves_one_line_with_its_cause(home: Home) -> None:
@@ -27,8 +27,8 @@ def test_a_read_that_fails_leaves_one_line_with_its_cause(home: Home) -> None:
         assert [errno_of(folder / name) for name in ("absent", "silent")] == ["ETIMEDOUT", "ETIMEDOUT"]
         for _ in range(30):
             assert errno_of(mount.path / cids.text(absent)) == "ETIMEDOUT"
-        told = [line for line in mount.log().splitlines() if "a call was answered" in line]
-    (late,) = [line for line in told if "ETIMEDOUT" in line]
+        lines = [line for line in mount.log().splitlines() if "a call was answered" in line]
+    (late,) = [line for line in lines if "ETIMEDOUT" in line]
     assert re.search(rf"{cids.text(absent)}: {WITHIN}", late)
     assert all(
         f"{source.url} does not have {cids.text(absent)} (status 404)" in late for source in (gateway, empty)
@@ -47,16 +47,16 @@ def test_a_source_that_has_not_answered_is_named_as_the_cause(home: Home) -> Non
         assert re.search(f"{WITHIN}: {gateway.url} has not answered", mount.log())
 
 
-def test_a_block_that_is_missing_is_named_as_it_was_asked_for(home: Home) -> None:
-    """A codec other than dag-pb shows in the CID, though blocks are kept by their hash alone."""
+def test_a_missing_block_is_named_by_the_cid_that_was_asked_for(home: Home) -> None:
+    """The message has the CID with its codec (here not dag-pb), although blocks are kept by hash only."""
     dag = Dag()
     absent = cids.text(cids.make(cids.DAG_CBOR, b"\x12\x20" + bytes(32)))
     with mounted(home, dag, "--deadline", "1s"):
-        said = home.run("cat", "--raw", absent, check=False).stderr
-        assert re.match(f"ipfsfuse: {absent}: {WITHIN}: ", said)
+        message = home.run("cat", "--raw", absent, check=False).stderr
+        assert re.match(f"ipfsfuse: {absent}: {WITHIN}: ", message)
 
 
-def test_status_says_what_is_untried_and_by_its_exit_code_what_is_degraded_or_dead(home: Home) -> None:
+def test_status_shows_untried_sources_and_its_exit_code_shows_degraded_or_dead_mounts(home: Home) -> None:
     dag = Dag()
     there, absent = dag.block(b"there\n"), cids.make(cids.RAW, b"\x12\x20" + bytes(32))
     dead = home.run("status", check=False)
@@ -68,8 +68,8 @@ def test_status_says_what_is_untried_and_by_its_exit_code_what_is_degraded_or_de
             (home.mountpoint / cids.text(there)).open() as file,
         ):
             assert file.read() == "there\n"
-            told = home.run("status", "--json")
-            assert (told.returncode, mount.status()["sources"][0]["state"]) == (0, "good")
+            done = home.run("status", "--json")
+            assert (done.returncode, mount.status()["sources"][0]["state"]) == (0, "good")
             assert (mount.status()["health"], mount.status()["reasons"]) == ("healthy", [])
         with home.mounted("--from", nowhere, "--deadline", "1s") as mount:
             assert home.run("status", check=False).returncode == 0
@@ -84,7 +84,7 @@ def test_status_says_what_is_untried_and_by_its_exit_code_what_is_degraded_or_de
             assert mount.status()["sources"][0]["state"] != "good"
 
 
-def test_fsck_fails_and_names_what_it_could_not_mend(home: Home) -> None:
+def test_fsck_fails_and_names_blocks_that_it_could_not_fetch_again(home: Home) -> None:
     dag, dice = Dag(), random.Random(4)
     small, leaves = dag.block(dice.randbytes(5000)), [dice.randbytes(MIB) for _ in range(3)]
     file = dag.file(leaves)

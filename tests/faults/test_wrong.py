@@ -1,4 +1,4 @@
-"""Sources that lie, blocks that are malformed, and directories made to do harm: each has its one answer."""
+"""Sources that send wrong bytes, malformed blocks, wrong sizes, and very large or deep content."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def test_a_lying_source_gives_eio_and_never_a_byte(home: Home) -> None:
         assert source["wrong"] >= 1
 
 
-def test_one_bad_child_never_spoils_a_listing(home: Home) -> None:
+def test_a_bad_child_does_not_spoil_a_listing(home: Home) -> None:
     dag = Dag()
     absent = make(cids.DAG_PB, b"\x12\x20" + bytes(32))
     cbor = make(0x51, b"\x12\x20" + bytes(32))
@@ -58,7 +58,7 @@ def test_malformed_blocks_are_eio(home: Home) -> None:
     cases = {
         "no protobuf": dag.block(b"\xff" * 20, cids.DAG_PB),
         "sizes missing": dag.node([Link(leaf, b"", 100)], UnixFS(type=Type.FILE, filesize=100)),
-        "filesize lies": dag.node(
+        "wrong filesize": dag.node(
             [Link(leaf, b"", 100)], UnixFS(type=Type.FILE, filesize=1 << 62, blocksizes=[100])
         ),
         "named link in a file": dag.node(
@@ -71,7 +71,7 @@ def test_malformed_blocks_are_eio(home: Home) -> None:
         )
 
 
-def test_a_child_that_lies_about_its_size_is_eio_where_the_lie_shows(home: Home) -> None:
+def test_a_child_with_a_wrong_size_is_eio_only_where_its_bytes_should_be(home: Home) -> None:
     dag = Dag()
     short = dag.block(b"s" * 1000)
     honest = dag.block(b"h" * 100_000)
@@ -86,7 +86,7 @@ def test_a_child_that_lies_about_its_size_is_eio_where_the_lie_shows(home: Home)
         assert raised.value.errno == errno.EIO
 
 
-def test_a_link_that_lies_about_a_size_is_corrected_at_open(home: Home) -> None:
+def test_a_wrong_claimed_size_is_corrected_at_open(home: Home) -> None:
     dag = Dag()
     raw = dag.block(b"true bytes")
     root = dag.directory({b"lie": (raw, 1_000_000)})
@@ -100,7 +100,7 @@ def test_a_link_that_lies_about_a_size_is_corrected_at_open(home: Home) -> None:
         assert file.stat().st_size == 10
 
 
-def test_a_file_of_2_to_the_62_bytes_opens_and_reads_what_is_there(home: Home) -> None:
+def test_a_file_of_2_to_the_62_bytes_can_be_opened_and_read(home: Home) -> None:
     dag = Dag()
     leaf = dag.block(b"z" * (1 << 20))
     inner, size = leaf, 1 << 20
@@ -137,7 +137,7 @@ def test_a_tree_10000_deep_is_walked(home: Home) -> None:
         assert mount.peak_memory() < 300 << 20
 
 
-def test_a_hundred_readers_of_one_cold_file_cause_one_request_a_block(home: Home) -> None:
+def test_a_hundred_readers_of_one_cold_file_cause_one_request_for_each_block(home: Home) -> None:
     dag = Dag()
     file = dag.file([bytes([n]) * (1 << 20) for n in range(4)])
     with mounted(home, dag) as (gateway, mount):
@@ -150,7 +150,7 @@ def test_a_hundred_readers_of_one_cold_file_cause_one_request_a_block(home: Home
         assert len(gateway.asked) == 5
 
 
-def test_offline_what_is_not_here_fails_at_once(home: Home) -> None:
+def test_offline_a_missing_block_fails_at_once(home: Home) -> None:
     dag = Dag()
     read, unread = dag.block(b"read"), dag.block(b"unread")
     with mounted(home, dag) as (_, mount):
@@ -176,7 +176,7 @@ def test_a_read_that_fails_under_mmap_is_sigbus(home: Home) -> None:
         assert (done.stdout, done.returncode) == ("97\n", -signal.SIGBUS)
 
 
-def test_a_file_of_stored_mode_0_reads(home: Home) -> None:
+def test_a_file_of_stored_mode_0_can_be_read(home: Home) -> None:
     dag = Dag()
     file = dag.node([], UnixFS(type=Type.FILE, data=b"secret?", filesize=7, mode=0))
     with mounted(home, dag) as (_, mount):

@@ -1,4 +1,4 @@
-"""Buffers that are lent: on a page, and never to two at a time."""
+"""Buffers that are lent: each begins on a page, and has one borrower at a time."""
 
 import ctypes
 import gc
@@ -14,7 +14,7 @@ def test_a_buffer_has_the_size_that_was_asked_for_and_begins_on_a_page() -> None
         lent[:] = bytes(size)
 
 
-def test_a_buffer_is_lent_again_once_its_last_view_is_gone_and_not_before() -> None:
+def test_a_buffer_is_lent_again_only_after_its_last_view_is_gone() -> None:
     first = buffers.lend(1 << 20)
     first[:4] = b"mark"
     part = first[:4]
@@ -27,17 +27,17 @@ def test_a_buffer_is_lent_again_once_its_last_view_is_gone_and_not_before() -> N
     gc.collect()
     again = [buffers.lend(1 << 20) for _ in range(32)]
     assert any(each[:4] == b"mark" for each in again)
-    assert all(each[:4] != b"over" for each in again), "those are in use"
+    assert all(each[:4] != b"over" for each in again), "the other buffers are in use"
 
 
-def test_so_many_wait_and_no_more() -> None:
+def test_the_number_of_unused_buffers_of_each_size_is_limited() -> None:
     lent = [buffers.lend(1 << 20) for _ in range(64)]
     lent.clear()
     assert {size: len(pages) for size, pages in buffers._unused.items() if pages}[1 << 20] == 32
     assert all(size * len(pages) <= buffers.KEPT for size, pages in buffers._unused.items())
 
 
-def test_those_of_other_sizes_go_when_one_is_made() -> None:
+def test_unused_buffers_of_other_sizes_are_freed_when_a_new_one_is_made() -> None:
     lent = [buffers.lend(size) for size in buffers.BUFFER_SIZES for _ in range(buffers.KEPT // size)]
     lent.clear()
     assert sum(size * len(pages) for size, pages in buffers._unused.items()) == 6 * buffers.KEPT
@@ -47,7 +47,7 @@ def test_those_of_other_sizes_go_when_one_is_made() -> None:
     assert len(buffers._unused[1 << 20]) == 32
 
 
-def test_most_of_what_is_not_used_is_given_back() -> None:
+def test_give_back_frees_most_unused_buffers() -> None:
     lent = [buffers.lend(size) for size in buffers.BUFFER_SIZES for _ in range(buffers.KEPT // size)]
     lent.clear()
     buffers.give_back()

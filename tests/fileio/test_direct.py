@@ -1,4 +1,4 @@
-"""Writing past the page cache: where it can be, and where it pays."""
+"""Writes and reads past the page cache, where that is possible and where it pays."""
 
 import ctypes
 import errno
@@ -36,8 +36,8 @@ _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 def in_page_cache(file: int, offset: int) -> bool:
-    """By mincore(2): a read that must not wait (RWF_NOWAIT) begins to read ahead, and so changes the answer
-    for what lies behind."""
+    """Whether the bytes are in the page cache, by mincore(2). A read that must not wait (RWF_NOWAIT) would
+    start read-ahead, and so change the answer for the next pages."""
     pages = (ctypes.c_ubyte * (SIZE // mmap.PAGESIZE))()
     with mmap.mmap(file, SIZE, mmap.MAP_PRIVATE, offset=offset) as mapped:
         first = ctypes.c_char.from_buffer(mapped)
@@ -77,7 +77,9 @@ def test_leaves_are_written_past_the_page_cache_and_anything_else_through_it(fil
     ],
     ids=["begins within a page", "ends within a page", "empty", "read only"],
 )
-def test_what_can_not_be_written_past_the_page_cache_goes_through_it(file: int, unfit: memoryview) -> None:
+def test_a_buffer_that_can_not_be_written_past_the_page_cache_is_written_through_it(
+    file: int, unfit: memoryview
+) -> None:
     if not takes_direct(file):
         pytest.skip("this file system keeps everything in memory")
     writer = Direct()
@@ -87,7 +89,7 @@ def test_what_can_not_be_written_past_the_page_cache_goes_through_it(file: int, 
     assert [in_page_cache(file, at * SIZE) for at in (1, 4)] == [True, False]
 
 
-def test_a_slow_disk_is_written_to_through_the_page_cache_and_tried_again_later(
+def test_a_slow_disk_is_written_through_the_page_cache_and_past_it_again_later(
     file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not takes_direct(file):
@@ -129,20 +131,20 @@ def test_leaves_are_read_past_the_page_cache_to_the_end_of_the_file(file: int) -
 
 
 @pytest.mark.parametrize("refuses", ["flag", "write"])
-def test_a_file_system_that_takes_none_is_asked_once(
+def test_a_file_system_that_refuses_direct_writes_is_asked_only_once(
     file: int, monkeypatch: pytest.MonkeyPatch, refuses: str
 ) -> None:
-    """No file system at hand refuses: so one is made up."""
+    """No file system here refuses them, so the refusal is a fake."""
     asked = 0
     real = fcntl.fcntl, os.pwritev
 
-    def set_flags(number: int, what: int, flags: int = 0) -> int:
+    def set_flags(number: int, command: int, flags: int = 0) -> int:
         nonlocal asked
         if flags & os.O_DIRECT:
             asked += 1
             if refuses == "flag":
                 raise OSError(errno.EINVAL, "no")
-        return real[0](number, what, flags)
+        return real[0](number, command, flags)
 
     def write(number: int, parts: list[memoryview], offset: int) -> int:
         if real[0](number, fcntl.F_GETFL) & os.O_DIRECT:
@@ -158,7 +160,7 @@ def test_a_file_system_that_takes_none_is_asked_once(
     assert asked == 1
 
 
-def test_a_full_disk_is_said(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_raises_an_error(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "full")
 

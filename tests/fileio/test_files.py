@@ -1,4 +1,4 @@
-"""Whole files, and what the disk says of many."""
+"""Whole files are read and replaced, and many files are examined by one call."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from ipfsfuse.fileio.files import read_file, replace_text, stat_files
 
 
-def test_what_is_no_regular_file_or_too_large_is_none(tmp_path: Path) -> None:
+def test_read_file_gives_none_for_a_large_file_or_one_that_is_not_a_regular_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     (tmp_path / "link").symlink_to("file")
     (tmp_path / "folder").mkdir()
@@ -19,7 +19,7 @@ def test_what_is_no_regular_file_or_too_large_is_none(tmp_path: Path) -> None:
     assert found == [None, b"content", None, None, None, None, None, b"content"]
 
 
-def test_a_replaced_file_is_whole_and_no_link_is_followed(tmp_path: Path) -> None:
+def test_replace_text_follows_no_link_and_leaves_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     (tmp_path / "page").symlink_to("secret")
     replace_text(tmp_path / "page", "\u00e4")
@@ -31,7 +31,7 @@ def test_a_replaced_file_is_whole_and_no_link_is_followed(tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "page", "secret"]
 
 
-def test_what_the_disk_says_of_many_files_is_what_it_says_of_each(tmp_path: Path) -> None:
+def test_stat_files_says_of_each_file_what_lstat_says(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(5000))
     (tmp_path / "ünïcode").write_bytes(b"")
     os.link(tmp_path / "ünïcode", tmp_path / os.fsdecode(b"not utf-8 \xff"))

@@ -1,4 +1,4 @@
-"""Tags against the polynomial that they are, in Python's integers."""
+"""Tags, compared with the same polynomial computed in Python's integers."""
 
 import random
 
@@ -22,7 +22,7 @@ def tag_of(content: bytes) -> int:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_tag_is_the_polynomial_at_a_secret_point(seed: int) -> None:
-    """Of the sum, C leaves out what is above 128 bits, and it may be larger than the prime by some primes."""
+    """C keeps the low 128 bits of a sum that may be larger than the remainder by a few times the prime."""
     dice = random.Random(seed)
     for _ in range(200):
         content = dice.randbytes(size := dice.choice([0, 1, 15, 16, 31, 32, 33, 1000, 8192]))
@@ -37,7 +37,7 @@ def test_a_tag_is_the_polynomial_at_a_secret_point(seed: int) -> None:
             assert tag in {(whole + times * PRIME) % (1 << 128) for times in range(3)}
 
 
-def test_each_byte_and_its_place_count() -> None:
+def test_a_change_of_any_byte_changes_the_tag() -> None:
     content = bytes(8192)
     seen = {tags_of(content, 8192)}
     for at in range(8192):

@@ -1,5 +1,5 @@
-/* For LD_PRELOAD: where our C code reads the device of a mount that is gone, it gets ECONNABORTED, as it does
- * from a kernel that ends the connection while it hands out a request (fuse_dev_do_read). */
+/* For LD_PRELOAD: when our C code reads the device of a mount that is gone, the read fails with ECONNABORTED. So
+ * it does if the kernel ends the connection while it hands out a request (fuse_dev_do_read). */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -1,5 +1,5 @@
-/* For LD_PRELOAD: makes writev fail where our C code calls it. FAILING_WRITEV=ERRNO:TIMES:EVERYWHERE lets
- * every call after TIMES failures pass. With EVERYWHERE 0 calls of the main thread don't fail. */
+/* For LD_PRELOAD: makes writev fail if our C code calls it. With FAILING_WRITEV=ERRNO:TIMES:EVERYWHERE one call
+ * passes after TIMES failures, and so on. If EVERYWHERE is 0, calls of the main thread don't fail. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

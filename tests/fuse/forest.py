@@ -1,5 +1,4 @@
-"""Content in which one CID is reached by many paths and spellings, and each kind of CID stands beside the
-others."""
+"""Content in which many paths and spellings lead to one CID, with every kind of CID next to the others."""
 
 import hashlib
 from collections.abc import Iterator
@@ -16,15 +15,15 @@ Path = tuple[bytes, ...]
 
 
 @dataclass(frozen=True)
-class Thing:
-    """What a path leads to."""
+class Expected:
+    """What a path should lead to."""
 
     kind: str
     cid: Cid
     content: bytes = b""
-    """Of a file its bytes, of a symlink its target."""
+    """The bytes of a file, or the target of a symlink."""
     names: tuple[bytes, ...] = ()
-    """Of a directory, in the order listed."""
+    """The names in a directory, in the order in which they are listed."""
     claimed: int | None = None
     """The size that its link claims."""
 
@@ -44,17 +43,17 @@ def dagpb_file(content: bytes) -> bytes:
 @dataclass
 class Forest:
     dag: Dag = field(default_factory=Dag)
-    things: dict[Path, Thing] = field(default_factory=dict)
-    """Everything that can be reached, by path."""
+    expected: dict[Path, Expected] = field(default_factory=dict)
+    """Every path that can be reached."""
     listed: list[Cid] = field(default_factory=list)
-    """What the root lists."""
+    """The CIDs that the root lists."""
 
     def __post_init__(self) -> None:
-        self._of: dict[Cid, Thing] = {}
+        self._by_cid: dict[Cid, Expected] = {}
         self._links: dict[Cid, dict[bytes, tuple[Cid, int]]] = {}
 
     def of_kind(self, *kinds: str) -> list[Path]:
-        return [path for path, thing in self.things.items() if thing.kind in kinds]
+        return [path for path, expected in self.expected.items() if expected.kind in kinds]
 
     def raw(self, content: bytes) -> Cid:
         return self._file(self.dag.block(content), content)
@@ -70,29 +69,30 @@ class Forest:
 
     def symlink(self, target: bytes) -> Cid:
         cid = self.dag.symlink(target)
-        self._of[cid] = Thing(LINK, cid, target)
+        self._by_cid[cid] = Expected(LINK, cid, target)
         return cid
 
     def bad(self, cid: Cid) -> Cid:
-        self._of[cid] = Thing(BAD, cid)
+        self._by_cid[cid] = Expected(BAD, cid)
         return cid
 
     def _file(self, cid: Cid, content: bytes) -> Cid:
-        self._of[cid] = Thing(FILE, cid, content)
+        self._by_cid[cid] = Expected(FILE, cid, content)
         return cid
 
-    def directory(self, entries: dict[bytes, Cid], lies: dict[bytes, int] | None = None) -> Cid:
+    def directory(self, entries: dict[bytes, Cid], false_claims: dict[bytes, int] | None = None) -> Cid:
         claims = {
-            name: (lies or {}).get(name, len(self._thing(cid).content)) for name, cid in entries.items()
+            name: (false_claims or {}).get(name, len(self._expected(cid).content))
+            for name, cid in entries.items()
         }
         links = {name: (cid, claims[name]) for name, cid in entries.items()}
         cid = self.dag.directory(links)
-        self._of[cid] = Thing(DIRECTORY, cid, names=tuple(entries))
+        self._by_cid[cid] = Expected(DIRECTORY, cid, names=tuple(entries))
         self._links[cid] = links
         return cid
 
-    def _thing(self, cid: Cid) -> Thing:
-        return self._of[cids.canonical(cid)]
+    def _expected(self, cid: Cid) -> Expected:
+        return self._by_cid[cids.canonical(cid)]
 
     def root(self, cid: Cid, listed: bool = True) -> None:
         self._plant((cids.text(cid).encode(),), cid, None)
@@ -100,14 +100,14 @@ class Forest:
             self.listed.append(cid)
 
     def _plant(self, path: Path, cid: Cid, claimed: int | None) -> None:
-        thing = self._thing(cid)
-        self.things[path] = Thing(thing.kind, cid, thing.content, thing.names, claimed)
+        expected = self._expected(cid)
+        self.expected[path] = Expected(expected.kind, cid, expected.content, expected.names, claimed)
         for name, (child, size) in self._links.get(cids.canonical(cid), {}).items():
             self._plant((*path, name), child, size)
 
 
 def forest(many: int = 12) -> Forest:
-    """`many` is the number of small files of each kind."""
+    """A forest with `many` small files of each kind."""
     made = Forest()
     text = [f"content {number} ".encode() * (number + 1) for number in range(3 * many + 6)]
     raw = [made.raw(text.pop()) for _ in range(many)]
@@ -135,7 +135,7 @@ def forest(many: int = 12) -> Forest:
     )
     mirrored = {name[::-1]: cid for name, cid in reversed(everything.items())}
     mirror = made.directory(
-        mirrored | {b"a": sub, b"b": sub, b"c": v0(sub)}, lies={b"0-war": 3, b"1-war": 1 << 40}
+        mirrored | {b"a": sub, b"b": sub, b"c": v0(sub)}, false_claims={b"0-war": 3, b"1-war": 1 << 40}
     )
     small = made.directory(named("small", raw))
     for cid in (

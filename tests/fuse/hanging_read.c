@@ -1,4 +1,4 @@
-/* For LD_PRELOAD: a read of a staging file that may wait for the disk waits until the file HANGING_READ exists. */
+/* For LD_PRELOAD: if a read of a staging file may wait for the disk, it waits until the file HANGING_READ exists. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdatomic.h>

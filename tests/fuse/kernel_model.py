@@ -1,8 +1,8 @@
 """A model of the kernel's side of FUSE: it keeps dentries, inodes, references and open files as fs/fuse does,
-and speaks FUSE messages (linux/fuse.h, protocol 7.31) over a socket. It checks each answer against what it
-knows of the content.
+and speaks FUSE messages (linux/fuse.h, protocol 7.31) over a socket. It checks each answer against the
+content that it knows.
 
-`serving` starts the real thing behind the socket, from the device thread up to the tree. Only the cache is a
+`serving` starts the real code behind the socket, from the device thread up to the tree. Only the cache is a
 fake: blocks in memory.
 """
 
@@ -29,7 +29,7 @@ from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.operations import Operations
 from ipfsfuse.vfs.tree import Roots, Tree
-from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Forest, Path, Thing
+from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Expected, Forest, Path
 
 LOOKUP, FORGET, GETATTR, READLINK, OPEN, READ, RELEASE, GETXATTR = 1, 2, 3, 5, 14, 15, 18, 22
 INIT, OPENDIR, RELEASEDIR, BATCH_FORGET, READDIRPLUS = 26, 27, 29, 42, 44
@@ -51,7 +51,7 @@ class Held:
     """An inode that the kernel holds."""
 
     identity: object
-    thing: Thing
+    expected: Expected
     nlookup: int = 0
 
 
@@ -61,7 +61,7 @@ class OpenFile:
     handle: int
     path: Path
     offset: int = 0
-    """Of a directory: where its reader is."""
+    """The place of the reader, if this is a directory."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Kernel:
     _unique: int = 0
     _answers: dict[int, tuple[int, bytes]] = field(default_factory=dict)
     _opening: dict[int, OpenFile] = field(default_factory=dict)
-    """Files that are open as soon as the answer comes."""
+    """Files that are open once the answer arrives."""
 
     # -- messages --------------------------------------------------------------------------------------------
 
@@ -112,8 +112,8 @@ class Kernel:
             nodeid, offset, size, _padding = struct.unpack_from("<QQII", body)
             if nodeid in self.inodes:  # else the kernel answers ENOENT
                 assert (offset, size) == (0, len(body) - 24)
-                assert self.inodes[nodeid].thing.kind == FILE
-                assert body[24:] == self.inodes[nodeid].thing.content, "other bytes in the page cache"
+                assert self.inodes[nodeid].expected.kind == FILE
+                assert body[24:] == self.inodes[nodeid].expected.content, "other bytes in the page cache"
                 assert all(file.nodeid != nodeid for file in self.files), (
                     "a store into an open file can deadlock"
                 )
@@ -123,57 +123,57 @@ class Kernel:
 
     # -- names -----------------------------------------------------------------------------------------------
 
-    def thing(self, path: Path) -> Thing:
+    def expected(self, path: Path) -> Expected:
         if not path:
-            return Thing(
+            return Expected(
                 DIRECTORY, Cid(b""), names=tuple(cids.text(cid).encode() for cid in self.forest.listed)
             )
-        return self.forest.things[path]
+        return self.forest.expected[path]
 
     def linked(self, path: Path, nodeid: int) -> None:
         """The kernel gets `nodeid` for `path`, with one reference."""
-        thing = self.forest.things[path]
-        identity: object = cids.canonical(thing.cid)
-        if thing.kind == DIRECTORY:
-            # by its parent's number, which may be another one when the kernel has forgotten it meanwhile and
-            # numbers collide
+        expected = self.forest.expected[path]
+        identity: object = cids.canonical(expected.cid)
+        if expected.kind == DIRECTORY:
+            # with its parent's number: if the kernel forgets the parent and numbers collide, the parent may
+            # get another one
             identity = self.dentries[path[:-1]], path[-1], identity
         held = self.inodes.get(nodeid)
         if held is None:
             assert identity not in [other.identity for other in self.inodes.values()], (
-                "one thing has one number"
+                "one file or directory has one number"
             )
-            held = self.inodes[nodeid] = Held(identity, thing)
-        assert held.identity == identity, f"the number of {held.thing} was given to {thing}"
+            held = self.inodes[nodeid] = Held(identity, expected)
+        assert held.identity == identity, f"the number of {held.expected} was given to {expected}"
         assert self.dentries.get(path, nodeid) == nodeid
         held.nlookup += 1
         self.dentries[path] = nodeid
 
     def entry(self, path: Path, body: bytes) -> int:
-        """Checks an entry's attributes; its node id."""
+        """Checks the attributes of an entry. Returns its node id."""
         nodeid, generation, *_times = ENTRY.unpack_from(body)
         ino, size, mode = (lambda attr: (attr[0], attr[1], attr[9]))(ATTR.unpack_from(body, ENTRY.size))
-        thing = self.forest.things[path]
+        expected = self.forest.expected[path]
         assert (ino, generation) == (nodeid, 0)
         assert ROOT < nodeid < 1 << 63
-        assert KINDS[stat.S_IFMT(mode)] == thing.kind
-        assert thing.kind == DIRECTORY or size in (
-            len(thing.content),
-            *self._claims[cids.canonical(thing.cid)],
+        assert KINDS[stat.S_IFMT(mode)] == expected.kind
+        assert expected.kind == DIRECTORY or size in (
+            len(expected.content),
+            *self._claims[cids.canonical(expected.cid)],
         )
         return nodeid
 
     @functools.cached_property
     def _claims(self) -> dict[Cid, set[int | None]]:
-        """What the links of all paths to a CID claim: they share the inode."""
+        """The sizes that all links to a CID claim: they share the inode."""
         found: dict[Cid, set[int | None]] = {}
-        for thing in self.forest.things.values():
-            found.setdefault(cids.canonical(thing.cid), set()).add(thing.claimed)
+        for expected in self.forest.expected.values():
+            found.setdefault(cids.canonical(expected.cid), set()).add(expected.claimed)
         return found
 
     def look_up(self, path: Path) -> int | None:
-        """The node id of `path`, whose parent must be in the dentry cache. None where it is rightly
-        refused."""
+        """The node id of `path`, whose parent must be in the dentry cache. None if the lookup fails and
+        should fail."""
         if path not in self.dentries:
             self.looked_up(path, self.wait(self.ask_to_look_up(path)))
         return self.dentries.get(path)
@@ -183,7 +183,7 @@ class Kernel:
 
     def looked_up(self, path: Path, answer: tuple[int, bytes]) -> None:
         error, body = answer
-        if self.forest.things[path].kind == BAD:
+        if self.forest.expected[path].kind == BAD:
             assert error in (errno.EIO, errno.ENOTSUP)
         else:
             assert error == 0, os.strerror(error)
@@ -219,30 +219,30 @@ class Kernel:
             READ, file.nodeid, struct.pack("<QQIIQII", file.handle, offset, size, 0, 0, 0, 0)
         )
         assert error == 0, os.strerror(error)
-        assert body == self.forest.things[file.path].content[offset : offset + size], (
-            "the bytes of something else"
+        assert body == self.forest.expected[file.path].content[offset : offset + size], (
+            "these are the bytes of another file"
         )
 
     def close(self, file: OpenFile) -> None:
-        """The kernel keeps the inode until this is answered."""
+        """Closes a file. The kernel keeps the inode until this is answered."""
         assert self.ask(RELEASE, file.nodeid, struct.pack("<QIIQ", file.handle, 0, 0, 0)) == (0, b"")
         self.files.remove(file)
 
     def check(self, path: Path) -> None:
-        """What `path` leads to has its own CID, and its own bytes."""
-        nodeid, thing = self.walk(path), self.forest.things[path]
+        """Checks that `path` leads to the right CID and the right bytes."""
+        nodeid, expected = self.walk(path), self.forest.expected[path]
         if nodeid is None:
             return
         error, shown = self.ask(GETXATTR, nodeid, struct.pack("<II", 4096, 0) + b"ipfs.cid\0")
         assert error == 0, os.strerror(error)
         cid = cids.parse(shown.rstrip(b"\0").decode())
-        assert cids.canonical(cid) == cids.canonical(thing.cid)
+        assert cids.canonical(cid) == cids.canonical(expected.cid)
         assert self.ask(GETATTR, nodeid, struct.pack("<IIQ", 0, 0, 0))[0] == 0
-        if thing.kind == LINK:
-            assert self.ask(READLINK, nodeid, b"") == (0, thing.content)
-        elif thing.kind == FILE:
+        if expected.kind == LINK:
+            assert self.ask(READLINK, nodeid, b"") == (0, expected.content)
+        elif expected.kind == FILE:
             file = self.open(path)
-            self.read(file, 0, len(thing.content) + 10)
+            self.read(file, 0, len(expected.content) + 10)
             self.close(file)
 
     # -- listings --------------------------------------------------------------------------------------------
@@ -263,9 +263,11 @@ class Kernel:
             struct.pack("<QQIIQII", folder.handle, folder.offset, room, 0, 0, 0, 0),
         )
 
-    def listed(self, folder: OpenFile, answer: tuple[int, bytes], links: Callable[[], bool]) -> list[bytes]:
-        """Takes a buffer of entries as fuse_direntplus_link does; `links` says whether there is memory for
-        one. The names."""
+    def listed(
+        self, folder: OpenFile, answer: tuple[int, bytes], has_memory: Callable[[], bool]
+    ) -> list[bytes]:
+        """Takes a buffer of entries as fuse_direntplus_link does, and returns the names.
+        `has_memory` says whether there is memory for one more inode."""
         error, body = answer
         assert error == 0, os.strerror(error)
         found, at = [], 0
@@ -285,16 +287,16 @@ class Kernel:
                 continue
             _ino, size, *_rest = attr = ATTR.unpack_from(body, start + ENTRY.size)
             valid = stat.S_IFMT(attr[9]) in KINDS and size < 1 << 63  # as fuse_invalid_attr
-            if valid and links():
-                assert KINDS[kind << 12] == self.forest.things[path].kind
+            if valid and has_memory():
+                assert KINDS[kind << 12] == self.forest.expected[path].kind
                 self.entry(path, body[start:])
                 self.linked(path, nodeid)
             else:
                 self.forget([(nodeid, 1)])
         return found
 
-    def list_all(self, path: Path, room: int, links: Callable[[], bool] = lambda: True) -> None:
-        """Reads a directory to its end, in buffers of `room` bytes: each name once."""
+    def list_all(self, path: Path, room: int, has_memory: Callable[[], bool] = lambda: True) -> None:
+        """Reads a directory to its end, in buffers of `room` bytes. Checks that each name comes once."""
         folder = self.open_folder(path)
         if folder is None:
             return
@@ -302,8 +304,8 @@ class Kernel:
         before = -1
         while folder.offset != before:
             before = folder.offset
-            names += self.listed(folder, self.wait(self.ask_to_list(folder, room)), links)
-        assert names == list(self.thing(path).names)
+            names += self.listed(folder, self.wait(self.ask_to_list(folder, room)), has_memory)
+        assert names == list(self.expected(path).names)
         self.close_folder(folder)
 
     def close_folder(self, folder: OpenFile) -> None:
@@ -313,7 +315,7 @@ class Kernel:
     # -- memory ----------------------------------------------------------------------------------------------
 
     def droppable(self) -> list[Path]:
-        """Dentries without children that nothing open stands on."""
+        """Dentries that have no children and lead to no open file or directory."""
         pinned = {path[:length] for path in self.dentries for length in range(len(path))}
         pinned |= {
             one.path[:length] for one in (*self.files, *self.folders) for length in range(len(one.path) + 1)
@@ -329,7 +331,7 @@ class Kernel:
         self.forget([(nodeid, self.inodes.pop(nodeid).nlookup) for nodeid in nodeids])
 
     def forget(self, counts: Sequence[tuple[int, int]]) -> None:
-        """Requests without an answer."""
+        """Sends FORGET or BATCH_FORGET, which have no answer."""
         if len(counts) == 1:
             self.send(FORGET, counts[0][0], struct.pack("<Q", counts[0][1]))
         elif counts:
@@ -340,7 +342,7 @@ class Kernel:
             )
 
     def forget_everything(self) -> None:
-        """As when all caches are dropped after the last file was closed."""
+        """Closes everything, and then drops all caches."""
         for file in list(self.files):
             self.close(file)
         for folder in list(self.folders):
@@ -356,13 +358,13 @@ class Memory:
         self._blocks = blocks
         self._forget: list[Callable[[], None]] = []
         self.held_back: set[bytes] = set()
-        """The multihashes of blocks that do not come while they are here."""
+        """The multihashes of blocks that are not given while they are in this set."""
 
     def when_blocks_leave(self, call: Callable[[], None]) -> None:
         self._forget.append(call)
 
     def hold_back(self, cid: Cid) -> None:
-        """The block of `cid` has left, and does not come again before it is taken out of `held_back`."""
+        """Drops the block of `cid`, and does not give it until it is taken out of `held_back`."""
         self.held_back.add(cids.multihash(cid))
         for call in self._forget:
             call()
@@ -417,8 +419,8 @@ class Served:
     operations: list[Operations] = field(default_factory=list)
 
     def held(self) -> int:
-        """What the daemon believes that the kernel holds, once it has read all that was sent: inodes without
-        the root, open files, and directories that were opened in C and read by Python."""
+        """How much the kernel holds as far as the daemon knows, once the daemon has read all requests: inodes
+        without the root, open files, and directories that were opened in C and read by Python."""
         self.kernel.look_up_absent(())
         operations = self.operations[0]
         return len(self.inodes) - 1 + len(operations.files.handles) + len(operations.directories._shared)
@@ -426,8 +428,8 @@ class Served:
 
 @contextmanager
 def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Served]:
-    """The real thing behind the socket, in a thread. It knows the attributes of `known` CIDs, and has numbers
-    of `bits`."""
+    """Runs the real code behind the socket, in a thread. It keeps the attributes of `known` CIDs, and its
+    inode numbers have `bits` bits."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)

@@ -1,5 +1,5 @@
-"""The test in the kernel's place: libfuse, pyfuse3 and the device thread are real. Their device is one end of
-a socket pair.
+"""The test plays the kernel. libfuse, pyfuse3 and the device thread are real; their device is one end of a
+socket pair.
 """
 
 import os
@@ -17,13 +17,14 @@ from ipfsfuse.fuse import device
 
 OPEN, READ, RELEASE, INIT, OPENDIR, RELEASEDIR, BATCH_FORGET, READDIRPLUS = 14, 15, 18, 26, 27, 29, 42, 44
 KEEP_CACHE, CACHE_DIR = 2, 8
-ANSWERED_HERE = 1 << 63
-EVERYTHING = (1 << 20) - 1
-"""What the kernel offers, of that time."""
-ASKED = 77
-"""The handle that our operations give."""
-ASKED_FOR = b"asked for"
-"""And what they read."""
+ANSWERED_IN_C = 1 << 63
+"""The bit in the handles of opens that the device thread answered."""
+ALL_FLAGS = (1 << 20) - 1
+"""All flags of INIT that a kernel with protocol 7.31 offers."""
+PYTHON_HANDLE = 77
+"""The handle of an open that Python answered."""
+PYTHON_BYTES = b"asked for"
+"""The bytes of a read that Python answered."""
 
 
 class Operations(pyfuse3.Operations):
@@ -34,21 +35,21 @@ class Operations(pyfuse3.Operations):
 
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         self.opened[inode] += 1
-        return FileInfo(fh=FileHandleT(ASKED))
+        return FileInfo(fh=FileHandleT(PYTHON_HANDLE))
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
         for inode, count in inode_list:
             self.forgotten[inode] += count
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
-        return ASKED_FOR
+        return PYTHON_BYTES
 
     async def release(self, fh: FileHandleT) -> None:
         self.released[fh] += 1
 
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         self.opened[inode] += 1
-        return FileHandleT(ASKED)
+        return FileHandleT(PYTHON_HANDLE)
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         self.listed[fh] += 1
@@ -58,7 +59,7 @@ class Operations(pyfuse3.Operations):
 
 
 class Kernel:
-    """What the kernel does, by hand."""
+    """Sends the kernel's requests one by one."""
 
     def __init__(self, ours: socket.socket, operations: Operations) -> None:
         self.operations = operations
@@ -72,7 +73,7 @@ class Kernel:
         return answer
 
     async def answer(self) -> tuple[int, int, bytes]:
-        """Of the next answer: the number of its request, the errno (negative, or 0), and the body."""
+        """The next answer: the number of its request, the errno (negative, or 0), and the body."""
         await trio.lowlevel.wait_readable(self._ours)
         answer = self._ours.recv(1 << 16)
         length, error, number = struct.unpack_from("<IiQ", answer)
@@ -85,29 +86,29 @@ class Kernel:
         opcode = OPENDIR if directory else OPEN
         handle, how = struct.unpack("<QIxxxx", await self.ask(opcode, inode, struct.pack("<II", flags, 0)))
         asked = self.operations.opened.total() > before
-        assert asked or how == KEEP_CACHE | (CACHE_DIR if directory else 0), "the kernel keeps what it has"
+        assert asked or how == KEEP_CACHE | (CACHE_DIR if directory else 0), "the kernel may keep its cache"
         return handle, asked
 
     async def read(self, handle: int, offset: int, size: int, inode: int = 1) -> tuple[bytes, bool]:
-        """What came, and whether Python was asked."""
+        """The bytes, and whether Python was asked."""
         number = self.send_read(handle, offset, size, inode)
         answered, error, got = await self.answer()
         assert (answered, error) == (number, 0)
-        return got, got == ASKED_FOR
+        return got, got == PYTHON_BYTES
 
     def send_read(self, handle: int, offset: int, size: int, inode: int = 1) -> int:
         """Sends a READ. Returns its number."""
         return self.send(READ, inode, struct.pack("<QQIIQII", handle, offset, size, 0, 0, 0, 0))
 
     async def release(self, inode: int, handle: int, directory: bool = False) -> bool:
-        """Whether Python was asked."""
+        """Returns whether Python was asked."""
         before = self.operations.released.total()
         opcode = RELEASEDIR if directory else RELEASE
         assert await self.ask(opcode, inode, struct.pack("<QIIQ", handle, 0, 0, 0)) == b""
         return self.operations.released.total() > before
 
     async def list(self, handle: int, offset: int) -> bool:
-        """Asks for what is behind `offset`, of which there is nothing. Whether Python was asked."""
+        """Asks for the entries behind `offset`. There are none. Returns whether Python was asked."""
         before = self.operations.listed.total()
         assert (
             await self.ask(READDIRPLUS, 1, struct.pack("<QQIIQII", handle, offset, 4096, 0, 0, 0, 0)) == b""
@@ -115,7 +116,7 @@ class Kernel:
         return self.operations.listed.total() > before
 
     async def release_listing(self, handle: int) -> bool:
-        """Whether Python was asked."""
+        """Returns whether Python was asked."""
         return await self.release(1, handle, directory=True)
 
     def send(self, opcode: int, inode: int, body: bytes, user: int = 0) -> int:
@@ -148,23 +149,23 @@ async def uninitialized(readahead: bool = True) -> AsyncIterator[tuple[Kernel, d
 
 @asynccontextmanager
 async def kernel() -> AsyncIterator[Kernel]:
-    async with uninitialized() as (asking, _reader):
-        await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
-        yield asking
+    async with uninitialized() as (fake_kernel, _reader):
+        await fake_kernel.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, ALL_FLAGS))
+        yield fake_kernel
 
 
 @asynccontextmanager
 async def interrupting(calls: Mapping[int, trio.CancelScope]) -> AsyncIterator[Kernel]:
-    """A session in which an INTERRUPT cancels the scope of the request that it names, if that is in `calls`."""
+    """A session in which an INTERRUPT cancels the scope of the request that it names, if it is in `calls`."""
 
     async def deliver(reader: device.Device) -> None:
         async for number in reader.interrupted():
             if number in calls:
                 calls[number].cancel()
 
-    async with uninitialized() as (asking, reader), trio.open_nursery() as nursery:
-        await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, EVERYTHING))
+    async with uninitialized() as (fake_kernel, reader), trio.open_nursery() as nursery:
+        await fake_kernel.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, ALL_FLAGS))
         await reader.initialized()
         nursery.start_soon(deliver, reader)
-        yield asking
+        yield fake_kernel
         nursery.cancel_scope.cancel()

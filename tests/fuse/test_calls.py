@@ -1,5 +1,4 @@
-"""What surrounds each call of the kernel: who made it, until when it is answered, and what it may fail
-with."""
+"""The context of each call of the kernel: its caller, its deadline, and the errors that it may give."""
 
 import errno
 from collections import defaultdict
@@ -18,19 +17,19 @@ from ipfsfuse.structures import Histogram
 
 @pytest.fixture(autouse=True)
 def no_request_has_waited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an earlier test made the device count."""
+    """Resets what an earlier test made the device count."""
     monkeypatch.setattr(device.NANOSECONDS_WAITED, "value", 0)
 
 
 def operations(deadline: float) -> Operations:
-    """Without a mount: nothing else of it is used here."""
+    """Operations without a mount: the tests use nothing else of them."""
     made = Operations.__new__(Operations)
     made._deadline, made._calls, made.latencies = deadline, {}, defaultdict(Histogram)
     return made
 
 
 @pytest.mark.logs("answered ETIMEDOUT")
-def test_a_call_that_waits_for_anything_at_all_is_answered_soon_after_its_deadline() -> None:
+def test_a_call_that_waits_is_answered_soon_after_its_deadline() -> None:
     async def main() -> None:
         with pytest.raises(pyfuse3.FUSEError) as raised, operations(3)._call(1000, "read"):
             await trio.sleep_forever()
@@ -54,7 +53,7 @@ def test_the_deadline_is_counted_from_when_the_request_was_read(
 
 
 def test_calls_that_wait_together_end_one_after_the_other() -> None:
-    """Else the ends of thousands at one moment would hold the event loop."""
+    """Thousands of calls that end at one moment would hold up the event loop."""
     ends = list[float]()
 
     async def wait(calls: Operations, number: int) -> None:
@@ -76,7 +75,7 @@ def test_calls_that_wait_together_end_one_after_the_other() -> None:
     assert together <= 50
 
 
-def test_a_call_knows_who_made_it_and_its_deadline_and_leaves_nothing_behind() -> None:
+def test_a_call_knows_its_caller_and_deadline_and_leaves_nothing_behind() -> None:
     async def main() -> None:
         await trio.sleep(5)
         before = current_request.get()

@@ -1,4 +1,4 @@
-"""The collector of cycles holds the event loop for a moment only, however much is alive."""
+"""The garbage collector holds the event loop for a moment only, however many objects are alive."""
 
 import gc
 import time
@@ -10,7 +10,7 @@ import pytest
 from ipfsfuse.process import short_collections
 
 MOST = 0.05
-"""Seconds of CPU time. With a limit of 10 ms for what is frozen, a pass is half of that."""
+"""Seconds of CPU time. Objects are frozen if a pass takes over 10 ms, so a pass takes about half of this."""
 
 
 @dataclass(slots=True)
@@ -31,14 +31,14 @@ def passes() -> Iterator[list[float]]:
             took.append(time.thread_time() - began)
 
     gc.collect()
-    gc.freeze()  # what other tests left
+    gc.freeze()  # objects that other tests left
     gc.callbacks.append(note)
     yield took
     gc.callbacks.remove(note)
     gc.unfreeze()
 
 
-def test_no_pass_of_the_collector_grows_with_what_is_alive(passes: list[float]) -> None:
+def test_collector_passes_do_not_grow_with_the_number_of_live_objects(passes: list[float]) -> None:
     with short_collections():
         table = {number: Held((number, b"%d" % number)) for number in range(1_000_000)}
     assert len(passes) > 100
@@ -46,8 +46,8 @@ def test_no_pass_of_the_collector_grows_with_what_is_alive(passes: list[float]) 
     assert gc.get_freeze_count() > len(table) // 2
 
 
-def test_what_is_small_is_never_frozen(passes: list[float]) -> None:
-    """Else cycles in it would stay for good."""
+def test_a_small_heap_is_never_frozen(passes: list[float]) -> None:
+    """Cycles in frozen objects would stay for good."""
     before = gc.get_freeze_count()
     with short_collections():
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""Opens and releases against a model: which of them reach Python."""
+"""Which opens and releases reach Python, compared with a model."""
 
 import os
 import random
@@ -13,12 +13,12 @@ from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_directories import _Reply
 from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES
-from tests.fuse.kernel_side import ANSWERED_HERE, ASKED, Kernel, kernel
+from tests.fuse.kernel_side import ANSWERED_IN_C, PYTHON_HANDLE, Kernel, kernel
 
 
 def neighbours(count: int) -> list[int]:
-    """Inodes whose places in the table lie side by side, over its end too: any of them may stand in another's
-    way."""
+    """Inodes whose places in the table lie next to each other, also across the table's end: each may collide
+    with any other."""
     found: list[int] = []
     inode = 1
     while len(found) < count:
@@ -33,10 +33,10 @@ def is_directory(inode: int) -> bool:
 
 
 class Model:
-    """What should be allowed, open and not drained; each step does the same to the device thread."""
+    """The inodes that should be allowed, open and not drained. Each step does the same in the device."""
 
-    def __init__(self, asking: Kernel, dice: random.Random) -> None:
-        self._asking, self._dice = asking, dice
+    def __init__(self, fake_kernel: Kernel, dice: random.Random) -> None:
+        self._fake_kernel, self._dice = fake_kernel, dice
         self.allowed: dict[int, int] = {}
         self._given = Counter[int]()
         self._undrained: list[int] = []
@@ -59,26 +59,26 @@ class Model:
             self.allowed = {one: opens for one, opens in self.allowed.items() if opens}
 
     async def open(self, inode: int) -> None:
-        handle, asked = await self._asking.open(inode, directory=is_directory(inode))
+        handle, asked = await self._fake_kernel.open(inode, directory=is_directory(inode))
         assert asked == (inode not in self.allowed or len(self._undrained) == 32)
-        assert handle == (ASKED if asked else ANSWERED_HERE | inode)
+        assert handle == (PYTHON_HANDLE if asked else ANSWERED_IN_C | inode)
         if not asked:
             self.allowed[inode] += 1
             self._given[inode] += 1
             self._undrained.append(inode)
 
     async def open_for_writing(self, inode: int) -> None:
-        _handle, asked = await self._asking.open(
+        _handle, asked = await self._fake_kernel.open(
             inode, self._dice.choice([os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC])
         )
         assert asked
 
     async def release(self, inode: int) -> None:
         if not self._given[inode]:
-            assert await self._asking.release(inode, ASKED, is_directory(inode))
+            assert await self._fake_kernel.release(inode, PYTHON_HANDLE, is_directory(inode))
             return
         self._given[inode] -= 1
-        asked = await self._asking.release(inode, ANSWERED_HERE | inode, is_directory(inode))
+        asked = await self._fake_kernel.release(inode, ANSWERED_IN_C | inode, is_directory(inode))
         assert asked == (not self.allowed.get(inode))
         if self.allowed.get(inode):
             self.allowed[inode] -= 1
@@ -90,14 +90,14 @@ class Model:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_as_a_model_says(seed: int) -> None:
-    trio.run(_as_a_model_says, random.Random(seed))
+def test_opens_and_releases_match_a_model(seed: int) -> None:
+    trio.run(_opens_and_releases_match_a_model, random.Random(seed))
 
 
-async def _as_a_model_says(dice: random.Random) -> None:
+async def _opens_and_releases_match_a_model(dice: random.Random) -> None:
     inodes = neighbours(12)
-    async with kernel() as asking:
-        model = Model(asking, dice)
+    async with kernel() as fake_kernel:
+        model = Model(fake_kernel, dice)
         steps = [model.allow, model.revoke, model.closed, model.idle, model.open_for_writing, model.drain]
         steps += [model.open] * 3 + [model.release] * 2
         for _ in range(1500):
@@ -106,22 +106,22 @@ async def _as_a_model_says(dice: random.Random) -> None:
             await model.revoke(inode)
 
 
-def test_more_files_than_the_table_holds() -> None:
-    trio.run(_more_files_than_the_table_holds)
+def test_open_files_stay_allowed_when_the_table_overflows() -> None:
+    trio.run(_open_files_stay_allowed_when_the_table_overflows)
 
 
-async def _more_files_than_the_table_holds() -> None:
-    """Those that are open stay allowed; of the others the table starts anew."""
-    async with kernel() as asking:
+async def _open_files_stay_allowed_when_the_table_overflows() -> None:
+    """Open files stay allowed. The table drops all others and starts anew."""
+    async with kernel() as fake_kernel:
         device.allow(5)
-        handle, asked = await asking.open(5)
+        handle, asked = await fake_kernel.open(5)
         assert not asked
         for inode in range(1_000, 101_000):
             device.allow(inode)
-        assert (await asking.open(1_000))[1], "the first made room"
-        assert not (await asking.open(100_999))[1]
-        assert not await asking.release(100_999, ANSWERED_HERE | 100_999)
-        assert not await asking.release(5, handle)
+        assert (await fake_kernel.open(1_000))[1], "the table has dropped the first one"
+        assert not (await fake_kernel.open(100_999))[1]
+        assert not await fake_kernel.release(100_999, ANSWERED_IN_C | 100_999)
+        assert not await fake_kernel.release(5, handle)
         assert device.revoke(5) == 0
 
 
@@ -130,37 +130,37 @@ def test_every_33rd_open_in_a_row_comes_to_python() -> None:
 
 
 async def _every_33rd_open_in_a_row_comes_to_python() -> None:
-    async with kernel() as asking:
+    async with kernel() as fake_kernel:
         device.allow(9)
-        assert [(await asking.open(9))[1] for _ in range(34)] == [False] * 32 + [True] * 2, (
-            "until it has drained"
+        assert [(await fake_kernel.open(9))[1] for _ in range(34)] == [False] * 32 + [True] * 2, (
+            "Python is asked until it has drained"
         )
         assert list(device.drain()) == [9] * 32
-        assert not (await asking.open(9))[1]
+        assert not (await fake_kernel.open(9))[1]
         assert device.revoke(9) == 33
 
 
-def test_behind_the_last_entry_of_a_listing_python_is_not_asked() -> None:
-    trio.run(_behind_the_last_entry_of_a_listing_python_is_not_asked)
+def test_reads_behind_the_last_entry_of_a_listing_do_not_reach_python() -> None:
+    trio.run(_reads_behind_the_last_entry_of_a_listing_do_not_reach_python)
 
 
-async def _behind_the_last_entry_of_a_listing_python_is_not_asked() -> None:
-    async with kernel() as asking:
-        assert await asking.list(7, 52), "nobody has told"
+async def _reads_behind_the_last_entry_of_a_listing_do_not_reach_python() -> None:
+    async with kernel() as fake_kernel:
+        assert await fake_kernel.list(7, 52), "the device was not told of the end"
         device.listing_ends(7, 52)
-        assert not await asking.list(7, 52)
-        assert await asking.list(7, 51), "a reader that goes back"
-        assert await asking.list(8, 52), "another's"
-        assert not await asking.release_listing(7)
+        assert not await fake_kernel.list(7, 52)
+        assert await fake_kernel.list(7, 51), "the reader goes back"
+        assert await fake_kernel.list(8, 52), "the handle is another one"
+        assert not await fake_kernel.release_listing(7)
         assert list(device.released_listings()) == [7]
         assert list(device.released_listings()) == []
-        assert await asking.list(7, 52), "it is released"
-        assert await asking.release_listing(7)
+        assert await fake_kernel.list(7, 52), "the handle is released"
+        assert await fake_kernel.release_listing(7)
         device.listing_ends(8, 3)
         device.listing_ends(8 + 1024, 3)
-        assert await asking.list(8, 3), "another took its place"
-        assert await asking.release_listing(8)
-        assert not await asking.release_listing(8 + 1024)
+        assert await fake_kernel.list(8, 3), "another handle took its place"
+        assert await fake_kernel.release_listing(8)
+        assert not await fake_kernel.release_listing(8 + 1024)
         assert list(device.released_listings()) == [8 + 1024]
 
 
@@ -169,17 +169,17 @@ def test_every_33rd_release_of_a_listing_in_a_row_comes_to_python() -> None:
 
 
 async def _every_33rd_release_of_a_listing_in_a_row_comes_to_python() -> None:
-    async with kernel() as asking:
+    async with kernel() as fake_kernel:
         for handle in range(1, 34):
             device.listing_ends(handle, 2)
-        assert [await asking.release_listing(handle) for handle in range(1, 34)] == [False] * 32 + [True]
+        assert [await fake_kernel.release_listing(handle) for handle in range(1, 34)] == [False] * 32 + [True]
         assert list(device.released_listings()) == list(range(1, 33))
 
 
-def test_no_end_of_a_listing_outlives_its_session() -> None:
+def test_the_end_of_a_listing_is_forgotten_with_its_session() -> None:
     async def one(ends: bool) -> None:
-        async with kernel() as asking:
-            assert await asking.list(7, 52)
+        async with kernel() as fake_kernel:
+            assert await fake_kernel.list(7, 52)
             if ends:
                 device.listing_ends(7, 52)
 
@@ -187,20 +187,20 @@ def test_no_end_of_a_listing_outlives_its_session() -> None:
     trio.run(one, False)
 
 
-def test_what_a_reply_that_is_not_sent_held_last_is_opened_by_python() -> None:
-    trio.run(_what_a_reply_that_is_not_sent_held_last_is_opened_by_python)
+def test_an_inode_whose_last_reference_was_an_unsent_reply_is_opened_by_python() -> None:
+    trio.run(_an_inode_whose_last_reference_was_an_unsent_reply_is_opened_by_python)
 
 
-async def _what_a_reply_that_is_not_sent_held_last_is_opened_by_python() -> None:
-    """The kernel has forgotten it meanwhile, and may get another size of it."""
+async def _an_inode_whose_last_reference_was_an_unsent_reply_is_opened_by_python() -> None:
+    """The kernel has forgotten the inode meanwhile, and may get another size for it."""
     inodes = Inodes(bytes(32))
     inode = inodes.file(cids.EMPTY, ROOT_ATTRIBUTES)
     unused: Any = None
     reply = _Reply(inode, unused, inodes, unused, unused)
-    async with kernel() as asking:
+    async with kernel() as fake_kernel:
         device.allow(inode.number)
         inodes.refer(inode)
         reply._referred.append(inode)
         reply.undo()
         assert inodes.known(inode.number) is None
-        assert (await asking.open(inode.number))[1]
+        assert (await fake_kernel.open(inode.number))[1]

@@ -1,5 +1,5 @@
-"""Reads of what waits in memory, and of staged leaves that were verified before, against a model: which of them
-reach Python, and what the others get."""
+"""Reads of bytes that wait in memory, and of staged leaves that were verified before: which of them reach
+Python, and which bytes the others get."""
 
 import errno
 import os
@@ -24,8 +24,8 @@ from ipfsfuse.fuse import device
 from ipfsfuse.fuse.device import ReadWindows
 from tests.cache.standin import flip, random_bytes
 from tests.fuse.kernel_side import (
-    ANSWERED_HERE,
-    ASKED_FOR,
+    ANSWERED_IN_C,
+    PYTHON_BYTES,
     Kernel,
     Operations,
     interrupting,
@@ -38,39 +38,40 @@ FLIPS = int(os.environ.get("IPFSFUSE_FLIPS", "2000"))
 CID, OTHER = raw_blocks(100, 2)
 NAME = cids.text(CID).encode()
 LEAF = 5 * PIECE + 1000
-TOLD = 128
+PASSED_ON = 128
+"""Of so many reads in C, the last one goes to Python, so that Python knows that the file is in use."""
 HELD = 16 << 20
-"""Both as in `pieces.c`."""
+"""Bytes of tags that C holds. Both constants are as in `pieces.c`."""
 SMALL = 1000
-"""Bytes: the socket has room for the answers."""
-MAX_WAITING, WAITS = 256, 50_000_000
+"""Bytes of a read. The socket has room for all answers of this size."""
+MAX_WAITING, PATIENCE_NS = 256, 50_000_000
 """As `WAITING` and `PATIENCE_NS` in `reads.c`."""
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_reads_of_what_is_added_as_a_model_says(seed: int) -> None:
-    trio.run(_reads_of_what_is_added, random.Random(seed))
+def test_reads_of_added_windows_match_a_model(seed: int) -> None:
+    trio.run(_reads_of_added_windows_match_a_model, random.Random(seed))
 
 
-async def _reads_of_what_is_added(dice: random.Random) -> None:
-    """Windows of two open files, of any buffers, side by side and with gaps. Reads that they cover are
-    answered, of some not those to their ends."""
+async def _reads_of_added_windows_match_a_model(dice: random.Random) -> None:
+    """Windows of two open files, of any kind of buffer, with and without gaps between them. Reads that the
+    windows cover are answered in C. If a window has `notify`, a read that reaches its end goes to Python."""
     added: dict[tuple[int, int], bytes] = {}
-    told: dict[tuple[int, int], bool] = {}
-    windows_of = {handle: ReadWindows(handle, 1, CID) for handle in (3, ANSWERED_HERE | 4)}
+    notifies: dict[tuple[int, int], bool] = {}
+    windows_of = {handle: ReadWindows(handle, 1, CID) for handle in (3, ANSWERED_IN_C | 4)}
 
     def covered(handle: int, offset: int, end: int) -> bytes | None:
         content = b""
         while offset < end:
             start = offset // 1_000 * 1_000
             part = added.get((handle, start), b"")[offset - start :]
-            if not part or (told[handle, start] and offset + len(part) <= end):
+            if not part or (notifies[handle, start] and offset + len(part) <= end):
                 return None
             content += part[: end - offset]
             offset += len(part)
         return content
 
-    async with kernel() as asking:
+    async with kernel() as fake_kernel:
         for _ in range(3_000):
             handle, start = dice.choice(list(windows_of)), dice.randrange(8) * 1_000
             windows = windows_of[handle]
@@ -78,46 +79,46 @@ async def _reads_of_what_is_added(dice: random.Random) -> None:
                 if (handle, start) in added and dice.random() < 0.3:
                     windows.remove(start)
                     del added[handle, start]
-                else:  # also in the place of another
+                else:  # also in place of another window
                     content = dice.randbytes(dice.choice([1, 500, 1_000, 1_000, 1_000]))
                     notify = dice.random() < 0.3
                     windows.add(start, dice.choice([bytes, bytearray, memoryview])(content), notify)
-                    added[handle, start], told[handle, start] = content, notify
+                    added[handle, start], notifies[handle, start] = content, notify
                 continue
             offset, size = start + dice.randrange(1_000), dice.choice([1, 100, 500, 1_000, 3_000])
             expected = covered(handle, offset, offset + size)
-            got, asked = await asking.read(handle, offset, size)
+            got, asked = await fake_kernel.read(handle, offset, size)
             assert asked == (expected is None)
-            assert got == (ASKED_FOR if asked else expected)
+            assert got == (PYTHON_BYTES if asked else expected)
         for handle, start in added:
             windows_of[handle].remove(start)
 
 
-def test_what_is_added_is_held_until_it_is_removed_and_not_longer() -> None:
+def test_an_added_buffer_is_held_only_until_it_is_removed() -> None:
     async def main() -> None:
         windows = ReadWindows(5, 1, CID)
-        async with kernel() as asking:
+        async with kernel() as fake_kernel:
             content = bytearray(b"x" * 100)
             windows.add(0, content, True)
             with pytest.raises(BufferError):
                 content.clear()
-            assert await asking.read(5, 0, 50) == (b"x" * 50, False)
+            assert await fake_kernel.read(5, 0, 50) == (b"x" * 50, False)
             windows.remove(0)
             content.clear()
-            assert await asking.read(5, 0, 50) == (ASKED_FOR, True)
+            assert await fake_kernel.read(5, 0, 50) == (PYTHON_BYTES, True)
             windows.add(0, content := bytearray(100), True)
-        content.clear()  # the session has ended
+        content.clear()  # the session has ended, so C has let go of the buffer
 
     trio.run(main)
 
 
-def test_more_than_there_is_room_for_is_not_added() -> None:
+def test_windows_for_which_there_is_no_room_are_not_added() -> None:
     async def main() -> None:
         windows = ReadWindows(6, 1, CID)
-        async with kernel() as asking:
+        async with kernel() as fake_kernel:
             for number in range(600):
                 windows.add(number * 10, bytes([number % 256]) * 10, True)
-            asked = [(await asking.read(6, number * 10, 5))[1] for number in range(600)]
+            asked = [(await fake_kernel.read(6, number * 10, 5))[1] for number in range(600)]
             assert asked == [False] * 512 + [True] * 88
             for number in range(600):
                 windows.remove(number * 10)
@@ -125,131 +126,135 @@ def test_more_than_there_is_room_for_is_not_added() -> None:
     trio.run(main)
 
 
-# -- what is expected ----------------------------------------------------------------------------------------
+# -- bytes that are expected ---------------------------------------------------------------------------------
 
 
 async def _expecting(run: Callable[[Kernel, ReadWindows], Awaitable[None]]) -> None:
     windows = ReadWindows(7, 1, CID)
-    async with kernel() as asking:
+    async with kernel() as fake_kernel:
         with trio.fail_after(30):
-            await run(asking, windows)
+            await run(fake_kernel, windows)
 
 
-async def no_answer(asking: Kernel) -> None:
-    """For longer than a request takes to reach Python, and not as long as a read waits."""
+async def no_answer(fake_kernel: Kernel) -> None:
+    """Waits for longer than a request takes to reach Python, but not as long as a read waits for bytes."""
     with trio.move_on_after(0.01):
-        raise AssertionError(await asking.answer())
+        raise AssertionError(await fake_kernel.answer())
 
 
-def test_a_read_of_what_is_expected_waits_until_all_of_it_is_there() -> None:
-    async def run(asking: Kernel, windows: ReadWindows) -> None:
+def test_a_read_of_expected_bytes_waits_until_all_are_there() -> None:
+    async def run(fake_kernel: Kernel, windows: ReadWindows) -> None:
         content = random_bytes(4 * PIECE, 31)
         for round_ in range(20):
             for leaf in range(4):
                 windows.expect(leaf * PIECE, PIECE)
-            number = asking.send_read(7, 100, 3 * PIECE)
+            number = fake_kernel.send_read(7, 100, 3 * PIECE)
             for leaf in (3, 1, 0):
                 windows.add(leaf * PIECE, content[leaf * PIECE : (leaf + 1) * PIECE], False)
             if round_ == 0:
-                await no_answer(asking)
+                await no_answer(fake_kernel)
             windows.add(2 * PIECE, content[2 * PIECE : 3 * PIECE], False)
-            assert await asking.answer() == (number, 0, content[100:][: 3 * PIECE])
+            assert await fake_kernel.answer() == (number, 0, content[100:][: 3 * PIECE])
             for leaf in range(4):
                 windows.remove(leaf * PIECE)
 
     trio.run(_expecting, run)
 
 
-def test_what_is_there_is_not_expected() -> None:
-    async def run(asking: Kernel, windows: ReadWindows) -> None:
+def test_expecting_bytes_that_are_there_changes_nothing() -> None:
+    async def run(fake_kernel: Kernel, windows: ReadWindows) -> None:
         windows.add(0, b"x" * 100, False)
         windows.expect(0, 100)
-        assert await asking.read(7, 0, 50) == (b"x" * 50, False)
+        assert await fake_kernel.read(7, 0, 50) == (b"x" * 50, False)
 
     trio.run(_expecting, run)
 
 
-def test_what_is_there_takes_the_place_of_what_is_expected() -> None:
-    """Files whose sources send nothing do not keep the bytes of other files out."""
+def test_added_bytes_take_the_place_of_expected_bytes() -> None:
+    """Files whose sources send nothing leave room for the bytes of other files."""
 
-    async def run(asking: Kernel, windows: ReadWindows) -> None:
+    async def run(fake_kernel: Kernel, windows: ReadWindows) -> None:
         slow = ReadWindows(8, 1, OTHER)
         for number in range(600):
             slow.expect(number * 10, 10)
-        sent = [asking.send_read(8, number * 10, 10) for number in range(100)]
+        sent = [fake_kernel.send_read(8, number * 10, 10) for number in range(100)]
         for number in range(600):
             windows.add(number * 10, b"x" * 10, False)
-        assert sorted([(await asking.answer())[::2] for _ in sent]) == [(each, ASKED_FOR) for each in sent]
-        asked = [(await asking.read(7, number * 10, 10))[1] for number in range(600)]
+        assert sorted([(await fake_kernel.answer())[::2] for _ in sent]) == [
+            (each, PYTHON_BYTES) for each in sent
+        ]
+        asked = [(await fake_kernel.read(7, number * 10, 10))[1] for number in range(600)]
         assert asked == [False] * 512 + [True] * 88
 
     trio.run(_expecting, run)
 
 
-@pytest.mark.parametrize("ends", ["removed", "shorter than expected", "to be seen", "never"])
-def test_a_read_of_what_does_not_come_goes_to_python(ends: str) -> None:
-    async def run(asking: Kernel, windows: ReadWindows) -> None:
+@pytest.mark.parametrize("ends", ["removed", "shorter than expected", "goes to Python", "never"])
+def test_a_read_of_expected_bytes_that_do_not_come_goes_to_python(ends: str) -> None:
+    async def run(fake_kernel: Kernel, windows: ReadWindows) -> None:
         windows.add(0, bytes(PIECE), False)
         windows.expect(PIECE, PIECE)
-        number = asking.send_read(7, PIECE - 10, PIECE + 10)
-        await no_answer(asking)
+        number = fake_kernel.send_read(7, PIECE - 10, PIECE + 10)
+        await no_answer(fake_kernel)
         if ends == "removed":
             windows.remove(PIECE)
         elif ends == "shorter than expected":
             windows.add(PIECE, bytes(PIECE - 1), False)
-        elif ends == "to be seen":
+        elif ends == "goes to Python":
             windows.add(PIECE, bytes(PIECE), True)
-        assert await asking.answer() == (number, 0, ASKED_FOR)
+        assert await fake_kernel.answer() == (number, 0, PYTHON_BYTES)
 
     trio.run(_expecting, run)
 
 
-def test_what_a_read_has_waited_in_c_counts_as_waited_for_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its deadline is counted from when it was read."""
+def test_the_time_that_a_read_waits_in_c_counts_as_waiting_for_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The deadline is counted from the moment when the device thread read the request."""
     waited: list[int] = []
 
     async def read(_self: Operations, _fh: int, _off: int, _size: int) -> bytes:
         waited.append(device.NANOSECONDS_WAITED.value)
-        return ASKED_FOR
+        return PYTHON_BYTES
 
-    async def run(asking: Kernel, windows: ReadWindows) -> None:
+    async def run(fake_kernel: Kernel, windows: ReadWindows) -> None:
         windows.expect(0, PIECE)
-        assert (await asking.read(7, 0, 10))[1]
-        assert waited[0] >= WAITS
+        assert (await fake_kernel.read(7, 0, 10))[1]
+        assert waited[0] >= PATIENCE_NS
 
     monkeypatch.setattr(Operations, "read", read)
     trio.run(_expecting, run)
 
 
-def test_more_reads_than_may_wait_go_to_python() -> None:
-    async def run(asking: Kernel, windows: ReadWindows) -> None:
+def test_reads_beyond_the_number_that_may_wait_go_to_python() -> None:
+    async def run(fake_kernel: Kernel, windows: ReadWindows) -> None:
         windows.expect(0, PIECE)
-        sent = [asking.send_read(7, 0, 10) for _ in range(MAX_WAITING + 10)]
-        early = [(await asking.answer())[::2] for _ in range(10)]
-        assert early == [(number, ASKED_FOR) for number in sent[MAX_WAITING:]]
+        sent = [fake_kernel.send_read(7, 0, 10) for _ in range(MAX_WAITING + 10)]
+        early = [(await fake_kernel.answer())[::2] for _ in range(10)]
+        assert early == [(number, PYTHON_BYTES) for number in sent[MAX_WAITING:]]
         windows.add(0, b"x" * PIECE, False)
-        later = [(await asking.answer())[::2] for _ in range(MAX_WAITING)]
+        later = [(await fake_kernel.answer())[::2] for _ in range(MAX_WAITING)]
         assert later == [(number, b"x" * 10) for number in sent[:MAX_WAITING]]
 
     trio.run(_expecting, run)
 
 
 def test_a_session_may_end_while_reads_wait() -> None:
-    async def run(asking: Kernel, windows: ReadWindows) -> None:
+    async def run(fake_kernel: Kernel, windows: ReadWindows) -> None:
         windows.expect(0, PIECE)
         for _ in range(10):
-            asking.send_read(7, 0, 10)
-        await no_answer(asking)
+            fake_kernel.send_read(7, 0, 10)
+        await no_answer(fake_kernel)
 
     for _ in range(3):
         trio.run(_expecting, run)
     assert threading.active_count() < 50
 
 
-def test_buffers_that_come_and_go_while_they_are_read_are_given_whole() -> None:
-    """Nobody waits for anybody: each read gets what was there at some moment, or Python is asked."""
+def test_reads_are_never_torn_while_buffers_come_and_go() -> None:
+    """Each read gets the bytes that were there at some moment, or goes to Python. Neither side waits."""
 
-    async def run(asking: Kernel, windows: ReadWindows) -> None:
+    async def run(fake_kernel: Kernel, windows: ReadWindows) -> None:
         dice = random.Random(33)
         for round_ in range(300):
             sent = []
@@ -261,14 +266,14 @@ def test_buffers_that_come_and_go_while_they_are_read_are_given_whole() -> None:
                     windows.expect(leaf * SMALL, SMALL)
                 else:
                     windows.add(leaf * SMALL, bytearray([round_ % 256]) * SMALL, dice.random() < 0.2)
-                sent.append(asking.send_read(7, leaf * SMALL, 2 * SMALL))
+                sent.append(fake_kernel.send_read(7, leaf * SMALL, 2 * SMALL))
             for leaf in range(6):
                 windows.remove(leaf * SMALL)
             while sent:
-                number, error, got = await asking.answer()
+                number, error, got = await fake_kernel.answer()
                 sent.remove(number)
                 assert error == 0
-                if got != ASKED_FOR:
+                if got != PYTHON_BYTES:
                     assert len(got) == 2 * SMALL
                     assert len(set(got[:SMALL])) == len(set(got[SMALL:])) == 1
                     assert {got[0], got[SMALL]} == {round_ % 256}
@@ -302,20 +307,20 @@ def leave_page_cache(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-async def read_right(asking: Kernel, content: bytes, offset: int, size: int, inode: int = 1) -> bool:
-    """Whether Python was asked; if not, the right bytes came."""
-    got, asked = await asking.read(3, offset, size, inode)
-    assert got == (ASKED_FOR if asked else content[offset : offset + size])
+async def read_right(fake_kernel: Kernel, content: bytes, offset: int, size: int, inode: int = 1) -> bool:
+    """Returns whether Python was asked. If not, checks the bytes."""
+    got, asked = await fake_kernel.read(3, offset, size, inode)
+    assert got == (PYTHON_BYTES if asked else content[offset : offset + size])
     return asked
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["in the page cache", "on the disk"])
-def test_small_reads_of_allowed_leaves_are_answered(tmp_path: Path, cached: bool) -> None:
+def test_small_reads_of_allowed_leaves_are_answered_in_c(tmp_path: Path, cached: bool) -> None:
     content, dice = random_bytes(6 * LEAF, 1), random.Random(2)
 
     async def main() -> None:
         with staging(tmp_path, content) as (folder, path):
-            async with kernel() as asking:
+            async with kernel() as fake_kernel:
                 for leaf in (4, 0, 1, 3):
                     allow(folder, content, leaf)
                 within = 0
@@ -326,8 +331,8 @@ def test_small_reads_of_allowed_leaves_are_answered(tmp_path: Path, cached: bool
                     leaf, last = offset // LEAF, (offset + size - 1) // LEAF
                     inside = leaf == last and leaf in (0, 1, 3, 4)
                     within += inside
-                    told = inside and within % TOLD == 0
-                    assert await read_right(asking, content, offset, size) == (not inside or told)
+                    passed_on = inside and within % PASSED_ON == 0
+                    assert await read_right(fake_kernel, content, offset, size) == (not inside or passed_on)
 
     trio.run(main)
 
@@ -337,7 +342,7 @@ def test_no_flipped_bit_is_given_from_a_staging_file(tmp_path: Path) -> None:
 
     async def main() -> None:
         with staging(tmp_path, content) as (folder, path):
-            async with kernel() as asking:
+            async with kernel() as fake_kernel:
                 for leaf in range(6):
                     allow(folder, content, leaf)
                 answered = 0
@@ -346,7 +351,7 @@ def test_no_flipped_bit_is_given_from_a_staging_file(tmp_path: Path) -> None:
                     if number % 8 == 0:
                         leave_page_cache(path)
                     near = min(max(0, at + dice.randrange(-2 * PIECE, PIECE)), len(content) - 1)
-                    asked = await read_right(asking, content, near, min(4096, len(content) - near))
+                    asked = await read_right(fake_kernel, content, near, min(4096, len(content) - near))
                     answered += not asked
                     if near <= at < near + 4096:
                         assert asked
@@ -356,35 +361,35 @@ def test_no_flipped_bit_is_given_from_a_staging_file(tmp_path: Path) -> None:
     trio.run(main)
 
 
-def test_what_can_t_be_read_from_a_staging_file_goes_to_python(tmp_path: Path) -> None:
+def test_a_read_that_fails_on_the_staging_file_goes_to_python(tmp_path: Path) -> None:
     content = random_bytes(2 * LEAF, 5)
 
     async def main() -> None:
         with staging(tmp_path, content) as (folder, path):
-            async with kernel() as asking:
+            async with kernel() as fake_kernel:
                 allow(folder, content, 0)
-                assert not await read_right(asking, content, 9, 4096)
-                assert await read_right(asking, content, 9, 4096, inode=2)
+                assert not await read_right(fake_kernel, content, 9, 4096)
+                assert await read_right(fake_kernel, content, 9, 4096, inode=2)
                 path.write_bytes(content[:4096])
-                assert await read_right(asking, content, 5000, 9), "it was cut off"
+                assert await read_right(fake_kernel, content, 5000, 9), "the file was cut off"
                 path.unlink()
-                assert await read_right(asking, content, 9, 4096), "it was evicted"
+                assert await read_right(fake_kernel, content, 9, 4096), "the file was evicted"
                 path.symlink_to(tmp_path / "elsewhere")
                 (tmp_path / "elsewhere").write_bytes(content)
-                assert await read_right(asking, content, 9, 4096), "it is a link"
+                assert await read_right(fake_kernel, content, 9, 4096), "the file is a symlink"
                 path.unlink()
                 os.mkfifo(path)
-                assert await read_right(asking, content, 9, 4096), "it is a pipe"
+                assert await read_right(fake_kernel, content, 9, 4096), "the file is a pipe"
                 path.unlink()
                 path.with_suffix(".part").write_bytes(content)
                 part = tags_of(content[:LEAF], PIECE)
                 ReadWindows(3, 1, CID).allow(folder, NAME + b".part", 0, LEAF, part)
-                assert not await read_right(asking, content, 9, 4096), "its name is known again"
+                assert not await read_right(fake_kernel, content, 9, 4096), "the new name is known"
 
     trio.run(main)
 
 
-def test_an_inode_that_is_another_file_now_has_nothing_of_the_old_one(tmp_path: Path) -> None:
+def test_a_reused_inode_gives_no_bytes_of_the_old_file(tmp_path: Path) -> None:
     content = random_bytes(2 * LEAF, 6)
 
     def opened(cid: Cid) -> None:
@@ -392,28 +397,28 @@ def test_an_inode_that_is_another_file_now_has_nothing_of_the_old_one(tmp_path: 
 
     async def main() -> None:
         with staging(tmp_path, content) as (folder, _path):
-            async with kernel() as asking:
+            async with kernel() as fake_kernel:
                 allow(folder, content, 0)
                 opened(CID)
-                assert not await read_right(asking, content, 0, 9)
+                assert not await read_right(fake_kernel, content, 0, 9)
                 opened(OTHER)
-                assert await read_right(asking, content, 0, 9)
+                assert await read_right(fake_kernel, content, 0, 9)
 
     trio.run(main)
 
 
-def test_the_tags_that_are_held_are_bounded_and_the_least_recently_read_file_goes(tmp_path: Path) -> None:
-    """Four files, each with tags of a third of the bound: of leaves whose first piece alone is there."""
+def test_tags_are_bounded_and_those_of_the_least_recently_read_file_are_dropped(tmp_path: Path) -> None:
+    """Four files, each with tags for a third of the bound. Only the first piece of each leaf exists."""
     content = random_bytes(PIECE, 7)
     count = (HELD // 3 - 2000) // TAG_BYTES
     tags = tags_of(content, PIECE) + bytes((count - 1) * TAG_BYTES)
 
     async def main() -> None:
         with staging(tmp_path, content) as (folder, _path):
-            async with kernel() as asking:
+            async with kernel() as fake_kernel:
 
                 async def asked(inode: int) -> bool:
-                    return await read_right(asking, content, 0, 9, inode)
+                    return await read_right(fake_kernel, content, 0, 9, inode)
 
                 for inode in (1, 2, 3):
                     ReadWindows(3, inode, CID).allow(folder, NAME, 0, count * PIECE, tags)
@@ -421,18 +426,18 @@ def test_the_tags_that_are_held_are_bounded_and_the_least_recently_read_file_goe
                 ReadWindows(3, 4, CID).allow(folder, NAME, 0, count * PIECE, tags)
                 assert [await asked(inode) for inode in (1, 2, 3, 4)] == [False, True, False, False]
                 ReadWindows(3, 5, CID).allow(folder, NAME, 0, 4 * count * PIECE, 4 * tags)
-                assert await asked(5), "more than there is room for"
+                assert await asked(5), "its tags take more than the bound"
 
     trio.run(main)
 
 
-def test_many_readers_of_what_is_on_the_disk(tmp_path: Path) -> None:
-    """More reads at a time than threads, and than may wait for them: each is answered once."""
+def test_many_reads_from_the_disk_are_each_answered_once(tmp_path: Path) -> None:
+    """There are more reads than threads, and more than may wait for a thread. Each is answered once."""
     content = random_bytes(6 * LEAF, 8)
 
     async def main() -> None:
         with staging(tmp_path, content) as (folder, path):
-            async with kernel() as asking:
+            async with kernel() as fake_kernel:
                 for leaf in range(6):
                     allow(folder, content, leaf)
                 for round_ in range(5):
@@ -440,13 +445,13 @@ def test_many_readers_of_what_is_on_the_disk(tmp_path: Path) -> None:
                     sent = {}
                     for number in range(120):  # as many as the socket holds
                         offset = (number * 7919 + round_) % (len(content) - LEAF)
-                        sent[asking.send_read(3, offset, 100)] = offset
+                        sent[fake_kernel.send_read(3, offset, 100)] = offset
                     while sent:
                         with trio.fail_after(30):
-                            number, error, got = await asking.answer()
+                            number, error, got = await fake_kernel.answer()
                         offset = sent.pop(number)
                         assert error == 0
-                        assert got in (ASKED_FOR, content[offset : offset + 100])
+                        assert got in (PYTHON_BYTES, content[offset : offset + 100])
 
     trio.run(main)
 
@@ -463,27 +468,27 @@ async def interruptible(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Kernel
         raise pyfuse3.FUSEError(errno.EINTR)
 
     monkeypatch.setattr(Operations, "read", wait)
-    async with interrupting(calls) as asking:
+    async with interrupting(calls) as fake_kernel:
         with trio.fail_after(60):
-            yield asking
+            yield fake_kernel
 
 
 def test_a_read_that_is_interrupted_while_it_waits_for_the_disk_is_interrupted_in_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The bytes on the disk are wrong, so that each read is passed on in the end: the INTERRUPT has come before
-    Python knew of it."""
+    """The bytes on the disk are wrong, so each read goes to Python in the end. Its INTERRUPT came before
+    Python knew of the read."""
     content = random_bytes(40 * LEAF, 21)
 
     async def main() -> None:
         with staging(tmp_path, bytes(len(content))) as (folder, path):
-            async with interruptible(monkeypatch) as asking:
+            async with interruptible(monkeypatch) as fake_kernel:
                 for leaf in range(40):
                     allow(folder, content, leaf)
                     leave_page_cache(path)
-                    number = asking.send_read(3, leaf * LEAF, PIECE)
-                    asking.send(INTERRUPT, 0, struct.pack("<Q", number))
-                    assert await asking.answer() == (number, -errno.EINTR, b"")
+                    number = fake_kernel.send_read(3, leaf * LEAF, PIECE)
+                    fake_kernel.send(INTERRUPT, 0, struct.pack("<Q", number))
+                    assert await fake_kernel.answer() == (number, -errno.EINTR, b"")
 
     trio.run(main)
 
@@ -492,16 +497,16 @@ def test_a_read_that_is_interrupted_while_it_waits_for_bytes_is_interrupted_in_p
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def main() -> None:
-        async with interruptible(monkeypatch) as asking:
+        async with interruptible(monkeypatch) as fake_kernel:
             ReadWindows(7, 1, CID).expect(0, PIECE)
             for _ in range(40):
-                others = [asking.send_read(7, 0, 10) for _ in range(2)]
-                number = asking.send_read(7, 0, 10)
-                asking.send(INTERRUPT, 0, struct.pack("<Q", number))
-                assert await asking.answer() == (number, -errno.EINTR, b"")
+                others = [fake_kernel.send_read(7, 0, 10) for _ in range(2)]
+                number = fake_kernel.send_read(7, 0, 10)
+                fake_kernel.send(INTERRUPT, 0, struct.pack("<Q", number))
+                assert await fake_kernel.answer() == (number, -errno.EINTR, b"")
                 for other in others:
-                    asking.send(INTERRUPT, 0, struct.pack("<Q", other))
-                    assert await asking.answer() == (other, -errno.EINTR, b"")
+                    fake_kernel.send(INTERRUPT, 0, struct.pack("<Q", other))
+                    assert await fake_kernel.answer() == (other, -errno.EINTR, b"")
 
     trio.run(main)
 
@@ -520,12 +525,12 @@ content, folder = random_bytes(LEAF, 1), Path(os.environ["STAGING"])
 
 
 async def session(folder, answers):
-    async with kernel() as asking:
+    async with kernel() as fake_kernel:
         descriptors = set(os.listdir("/proc/self/fd"))
         allow(folder, content, 0)
-        asking.send_read(3, 9, 100)
+        fake_kernel.send_read(3, 9, 100)
         if answers:
-            await asking.answer()
+            await fake_kernel.answer()
             return descriptors
         with trio.fail_after(20):
             while not reads():
@@ -552,7 +557,7 @@ with staging(folder, content) as (opened, path):
 
 
 def run_with(library: str, script: str, folder: Path, **env: str) -> str:
-    """What a Python script writes, in whose process `library`.c takes the place of a function of the C
+    """The output of a Python script. In its process `library`.c takes the place of a function of the C
     library."""
     built = folder / f"{library}.so"
     source = Path(__file__).with_name(f"{library}.c")
@@ -569,20 +574,20 @@ def run_with(library: str, script: str, folder: Path, **env: str) -> str:
     return done.stdout
 
 
-def test_a_read_that_hangs_longer_than_its_mount_writes_to_no_other_file(tmp_path: Path) -> None:
-    """The descriptor of the device may be another file's by then."""
+def test_a_read_that_outlasts_its_mount_writes_to_no_other_file(tmp_path: Path) -> None:
+    """By then the descriptor of the device may belong to another file."""
     (staging := tmp_path / "staging").mkdir()
     go = str(tmp_path / "go")
-    said = run_with("hanging_read", ONE_HANGING_READ, tmp_path, HANGING_READ=go, STAGING=str(staging))
-    assert said == "nothing was written\n"
+    printed = run_with("hanging_read", ONE_HANGING_READ, tmp_path, HANGING_READ=go, STAGING=str(staging))
+    assert printed == "nothing was written\n"
 
 
-READS_OF_WHAT_IS_REMOVED = """
+READS_OF_A_REMOVED_WINDOW = """
 import ipfsfuse.fuse.device  # before pyfuse3
 import ctypes, os
 import trio
 from ipfsfuse.fuse.device import ReadWindows
-from tests.fuse.kernel_side import ASKED_FOR, kernel
+from tests.fuse.kernel_side import PYTHON_BYTES, kernel
 from tests.fuse.test_device_reads import CID
 
 large_replies = ctypes.CDLL(os.environ["LIBRARY"]).large_replies
@@ -590,21 +595,21 @@ large_replies = ctypes.CDLL(os.environ["LIBRARY"]).large_replies
 
 async def main():
     windows = ReadWindows(7, 1, CID)
-    async with kernel() as asking:
+    async with kernel() as fake_kernel:
         windows.add(0, bytes(2000), False)
         for _ in range(10):
-            asking.send_read(7, 0, 2000)
+            fake_kernel.send_read(7, 0, 2000)
         while not large_replies():
             pass
         windows.remove(0)
-        answers = [await asking.answer() for _ in range(10)]
-        print("answered in C:", sum(got != ASKED_FOR for _number, _error, got in answers))
+        answers = [await fake_kernel.answer() for _ in range(10)]
+        print("answered in C:", sum(got != PYTHON_BYTES for _number, _error, got in answers))
 
 
 trio.run(main)
 """
 
 
-def test_a_window_is_removed_once_the_read_that_is_being_answered_is(tmp_path: Path) -> None:
-    """However many reads of it wait: Python's lock is held meanwhile."""
-    assert run_with("waiting_remover", READS_OF_WHAT_IS_REMOVED, tmp_path) == "answered in C: 1\n"
+def test_removing_a_window_waits_only_for_the_read_that_is_being_answered(tmp_path: Path) -> None:
+    """Further reads of it may wait, but `remove` does not wait for them: it holds Python's lock."""
+    assert run_with("waiting_remover", READS_OF_A_REMOVED_WINDOW, tmp_path) == "answered in C: 1\n"

@@ -1,5 +1,4 @@
-"""What the device thread does when a reply can't be written: one row for each errno that the kernel may
-give."""
+"""The device thread when a reply can't be written: one row for each errno that the kernel may give."""
 
 import errno
 import os
@@ -35,7 +34,7 @@ if reply == 0:
         (errno.EFAULT, 1000, GONE, 1),
     ],
 )
-def test_a_reply_whose_write_fails(
+def test_a_reply_whose_write_fails_is_tried_again_or_given_up(
     tmp_path: Path, number: int, failures: int, outcome: int, calls: int
 ) -> None:
     env = os.environ | build(tmp_path, number, failures) | {"PYTHONPATH": os.getcwd()}

@@ -1,4 +1,4 @@
-"""The one table of errnos."""
+"""The errno for each error."""
 
 import errno
 import inspect
@@ -29,25 +29,25 @@ from ipfsfuse.fuse.errnos import FailureLog
         (MemoryError(), errno.ENOMEM),
     ],
 )
-def test_errnos(raised: Exception, expected: int) -> None:
+def test_each_error_has_its_errno(raised: Exception, expected: int) -> None:
     assert errnos.fuse_error(raised).errno == expected
 
 
-def test_an_answer_for_the_kernel_stays_as_it_is() -> None:
+def test_a_fuse_error_stays_as_it_is() -> None:
     given = pyfuse3.FUSEError(errno.ENODATA)
     assert errnos.fuse_error(given) is given
 
 
 @pytest.mark.logs("failed unexpectedly")
-def test_what_was_not_expected_is_eio_and_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_error_is_eio_and_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     assert errnos.of(RuntimeError("surprise")) == errno.EIO
     assert caplog.records[0].exc_info is not None
 
 
-def test_every_error_of_ours_that_a_request_can_meet_has_its_row() -> None:
-    elsewhere = {"UsageError", "MountFailed", "DaemonFailed", "AddFailed"}
+def test_every_error_that_a_request_can_raise_has_a_row() -> None:
+    not_in_requests = {"UsageError", "MountFailed", "DaemonFailed", "AddFailed"}
     all_of_them = {
-        kind for name, kind in inspect.getmembers(errors, inspect.isclass) if name not in elsewhere
+        kind for name, kind in inspect.getmembers(errors, inspect.isclass) if name not in not_in_requests
     }
     rows = {kind for kind in all_of_them if set(kind.__mro__) & set(errnos.TABLE)}
     assert all_of_them - rows == {errors.IpfsFuseError}
@@ -74,7 +74,7 @@ def test_each_kind_of_failure_is_logged_once_in_ten_seconds_with_the_number_of_o
 
 
 @pytest.mark.logs("a call was answered")
-def test_what_was_not_expected_leaves_one_traceback_however_often_it_comes(
+def test_a_repeated_unexpected_error_leaves_one_traceback(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     now = 0.0

@@ -1,4 +1,4 @@
-"""INIT: what libfuse answers, and what we add to it."""
+"""INIT: the answer of libfuse, and the flags and limits that we add to it."""
 
 import errno
 import struct
@@ -24,15 +24,15 @@ def init(offered: int, readahead: bool = True) -> tuple[int, int, int, int, int,
     offers the flags `offered`; and whether directory operations are parallel."""
 
     async def main() -> tuple[int, int, int, int, int, bool]:
-        async with uninitialized(readahead) as (asking, device):
-            answer = await asking.ask(INIT, 0, struct.pack("<IIII", 7, 31, 131072, offered))
+        async with uninitialized(readahead) as (fake_kernel, device):
+            answer = await fake_kernel.ask(INIT, 0, struct.pack("<IIII", 7, 31, 131072, offered))
             assert len(answer) == 64
             return *struct.unpack_from("<8xIIHHI", answer), await device.initialized()
 
     return trio.run(main)
 
 
-def test_the_answer_asks_for_what_was_offered_and_room_for_thousands_of_requests() -> None:
+def test_the_answer_takes_offered_flags_and_asks_for_room_for_thousands_of_requests() -> None:
     readahead, flags, background, congestion, max_write, parallel = init(
         PARALLEL_DIROPS | CACHE_SYMLINKS | NEEDED
     )
@@ -51,11 +51,13 @@ def test_a_recording_mount_has_no_kernel_read_ahead() -> None:
     assert init(NEEDED, readahead=False)[0] == 0
 
 
-def test_a_mount_that_goes_before_init_is_answered_was_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is quicker than any test: so its answer to ours is made up."""
+def test_a_mount_that_ends_before_init_is_answered_does_not_count_as_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A real kernel is too quick for this, so its answer to our reply is faked."""
 
     async def main() -> bool:
-        async with uninitialized(True) as (_asking, opened):
+        async with uninitialized(True) as (_fake_kernel, opened):
             monkeypatch.setattr(device._LIBRARY, "reply_init_result", lambda: -errno.ENOENT)
             with trio.move_on_after(0.1) as waiting:
                 await opened.initialized()
@@ -88,18 +90,18 @@ except MountFailed as exc:
 
 
 @pytest.mark.fuse
-def test_a_thread_that_can_not_be_started_is_told_as_that(tmp_path: Path) -> None:
+def test_a_device_thread_that_cannot_be_started_is_reported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", NO_THREAD, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "the thread that reads the device can't be started: " in done.stdout, done.stderr
     wait_until(lambda: not fuse_mounts(tmp_path), "fusermount3 has unmounted it")
 
 
-def test_a_refusal_of_libfuse_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_refusal_by_libfuse_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
     async def main() -> None:
-        async with uninitialized() as (asking, device):
-            number = asking.send(INIT, 0, struct.pack("<IIII", 6, 0, 0, 0))
-            assert (await asking.answer())[:2] == (number, -71)  # EPROTO
+        async with uninitialized() as (fake_kernel, device):
+            number = fake_kernel.send(INIT, 0, struct.pack("<IIII", 6, 0, 0, 0))
+            assert (await fake_kernel.answer())[:2] == (number, -71)  # EPROTO
             with pytest.raises(MountFailed, match="libfuse refused INIT: Protocol error"):
                 await device.initialized()
 

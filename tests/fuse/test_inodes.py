@@ -1,4 +1,4 @@
-"""Inode numbers: one for a file however it is reached, one for each path of a directory, none given twice."""
+"""Inode numbers: one for all paths of a file, one for each path of a directory, and never two alike."""
 
 import hashlib
 import stat
@@ -28,7 +28,7 @@ def test_a_file_has_one_inode_for_all_spellings_and_its_number_comes_from_the_ci
         == again.likely(ROOT_INODE, b"x", v0)
     )
     assert Inodes(bytes(32)).file(v0, FILE).number != table.file(v0, FILE).number, (
-        "another key, other numbers"
+        "another key gives other numbers"
     )
 
 
@@ -37,7 +37,7 @@ def test_a_raw_view_of_a_dag_pb_block_is_another_file() -> None:
     assert table.file(cid_of("x"), FILE).number != table.file(cid_of("x", DAG_PB), FILE).number
 
 
-def test_a_directory_has_one_inode_for_each_path_stable_over_tables() -> None:
+def test_a_directory_has_one_inode_for_each_path_with_the_same_number_in_every_table() -> None:
     def numbers() -> list[int]:
         table = Inodes(KEY)
         a = table.directory(ROOT_INODE, b"a", cid_of("d", DAG_PB), DIRECTORY)
@@ -78,7 +78,7 @@ def test_numbers_leave_the_highest_bit_free() -> None:
     assert 1 << 62 < max(numbers) < 1 << 63
 
 
-def test_the_table_holds_nothing_that_the_kernel_gave_back() -> None:
+def test_the_table_drops_an_inode_with_its_last_reference() -> None:
     table = Inodes(KEY)
     for _ in range(2):
         for number in range(1000):
@@ -95,7 +95,7 @@ def test_the_table_holds_nothing_that_the_kernel_gave_back() -> None:
 
 
 @pytest.mark.logs("forgets inode")
-def test_more_is_forgotten_than_is_held(caplog: pytest.LogCaptureFixture) -> None:
+def test_forgetting_more_than_is_held_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     table = Inodes(KEY)
     inode = table.file(cid_of("x"), FILE)
     table.refer(inode)
@@ -104,7 +104,7 @@ def test_more_is_forgotten_than_is_held(caplog: pytest.LogCaptureFixture) -> Non
     assert len(caplog.records) == 2
 
 
-def test_a_claimed_size_gives_way_to_the_true_one_and_never_back() -> None:
+def test_a_claimed_size_gives_way_to_the_true_size_for_good() -> None:
     table = Inodes(KEY)
     assert table.file(cid_of("x"), FILE._replace(size=99, exact=False)).attributes.size == 99
     assert table.file(cid_of("x"), FILE).attributes.size == 10

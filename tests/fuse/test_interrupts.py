@@ -1,4 +1,4 @@
-"""INTERRUPT: it reaches the handler of the request that it names."""
+"""INTERRUPT reaches the handler of the request that it names."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ INTERRUPT = 36
 CALLS = 50
 
 
-def test_it_reaches_the_call_that_it_names_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_reaches_only_the_call_that_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[int, trio.CancelScope] = {}
     inodes: dict[int, int] = {}
 
@@ -27,25 +27,28 @@ def test_it_reaches_the_call_that_it_names_and_no_other(monkeypatch: pytest.Monk
             await trio.sleep_forever()
         raise pyfuse3.FUSEError(errno.EINTR)
 
-    async def open_and_interrupt(asking: Kernel) -> None:
+    async def open_and_interrupt(fake_kernel: Kernel) -> None:
         numbers = {
-            asking.send(OPEN, inode, struct.pack("<II", os.O_RDONLY, 0)): inode for inode in range(2, CALLS)
+            fake_kernel.send(OPEN, inode, struct.pack("<II", os.O_RDONLY, 0)): inode
+            for inode in range(2, CALLS)
         }
         ended = list(numbers)[::3]
-        for number in ended:  # some are sent before their handler begins
-            asking.send(INTERRUPT, 0, struct.pack("<Q", number))
-        asking.send(INTERRUPT, 0, struct.pack("<Q", 99_999))  # of a call that was answered meanwhile
-        answers = [await asking.answer() for _ in ended]
+        for number in ended:  # some are sent before the handler of their call begins
+            fake_kernel.send(INTERRUPT, 0, struct.pack("<Q", number))
+        fake_kernel.send(INTERRUPT, 0, struct.pack("<Q", 99_999))  # names a call that was answered meanwhile
+        answers = [await fake_kernel.answer() for _ in ended]
         # an interrupt overtakes requests that still wait
-        await trio.to_thread.run_sync(wait_until, lambda: len(calls) == len(numbers), "all are being served")
+        await trio.to_thread.run_sync(
+            wait_until, lambda: len(calls) == len(numbers), "all calls are being served"
+        )
         assert sorted(answers) == [(number, -errno.EINTR, b"") for number in ended]
         assert inodes == numbers
         assert sorted(number for number, scope in calls.items() if scope.cancel_called) == ended
 
     async def main() -> None:
         monkeypatch.setattr(Operations, "open", wait)
-        async with interrupting(calls) as asking:
+        async with interrupting(calls) as fake_kernel:
             with trio.fail_after(30):
-                await open_and_interrupt(asking)
+                await open_and_interrupt(fake_kernel)
 
     trio.run(main)

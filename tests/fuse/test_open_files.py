@@ -1,5 +1,5 @@
-"""A file that was opened in C and is read by Python: nothing may be stored into it once C has let go of
-it."""
+"""A file that was opened in C and is read by Python: once Python has taken it over, nothing may be stored
+into its page cache."""
 
 import threading
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Cache:
 
 
 class SmallTree:
-    """One file."""
+    """A tree of one small file."""
 
     use = None
 

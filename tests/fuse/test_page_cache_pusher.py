@@ -1,4 +1,4 @@
-"""Small files handed to the page cache: never into an inode that someone opens."""
+"""Small files are pushed into the page cache, but never into an inode that is being opened."""
 
 import threading
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from tests.mounting import wait_until
 
 
 class Kernel:
-    """notify_store, which takes as long as a test says."""
+    """A `notify_store` that takes as long as a test wants."""
 
     def __init__(self) -> None:
-        self.took: list[tuple[int, int, bytes]] = []
+        self.stored: list[tuple[int, int, bytes]] = []
         self.allowed: list[int] = []
-        """What may be opened in C from then on."""
+        """The inodes that may be opened in C."""
         self.began, self.may_go_on = threading.Event(), threading.Event()
         self.may_go_on.set()
 
@@ -26,7 +26,7 @@ class Kernel:
         self.may_go_on.wait(60)
         if content == b"forgotten":
             raise OSError(2, "the kernel does not know it")
-        self.took.append((inode, offset, content))
+        self.stored.append((inode, offset, content))
 
 
 @pytest.fixture
@@ -38,16 +38,16 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernel]:
     kernel.may_go_on.set()
 
 
-def test_what_is_pushed_is_stored_in_order_and_one_failure_does_not_end_it(kernel: Kernel) -> None:
+def test_pushed_files_are_stored_in_order_and_a_failure_does_not_stop_the_others(kernel: Kernel) -> None:
     pusher = PageCachePusher()
     with pusher.running():
         pusher.push([(7, b"seven"), (8, b"forgotten"), (9, b"nine")])
-        wait_until(lambda: len(kernel.took) == 2, "both were stored")
-        wait_until(lambda: kernel.allowed == [7, 9], "and may be opened in C")
-    assert kernel.took == [(7, 0, b"seven"), (9, 0, b"nine")]
+        wait_until(lambda: len(kernel.stored) == 2, "both files were stored")
+        wait_until(lambda: kernel.allowed == [7, 9], "both may be opened in C")
+    assert kernel.stored == [(7, 0, b"seven"), (9, 0, b"nine")]
 
 
-def test_what_is_removed_is_not_stored_and_a_store_under_way_is_waited_for(kernel: Kernel) -> None:
+def test_a_removed_file_is_not_stored_and_remove_waits_for_a_store_under_way(kernel: Kernel) -> None:
     pusher = PageCachePusher()
     kernel.may_go_on.clear()
     with pusher.running():
@@ -57,15 +57,15 @@ def test_what_is_removed_is_not_stored_and_a_store_under_way_is_waited_for(kerne
         removed = threading.Event()
         opener = threading.Thread(target=lambda: (pusher.remove(7), removed.set()))
         opener.start()
-        assert not removed.wait(0.1), "whoever opens it waits for the store"
+        assert not removed.wait(0.1), "an open waits for the store"
         kernel.may_go_on.set()
         assert removed.wait(60)
-        assert kernel.took == [(7, 0, b"seven")]
+        assert kernel.stored == [(7, 0, b"seven")]
         opener.join()
-    assert kernel.took == [(7, 0, b"seven")]
+    assert kernel.stored == [(7, 0, b"seven")]
 
 
-def test_only_so_many_wait_and_the_end_drops_them(kernel: Kernel) -> None:
+def test_a_bounded_number_of_files_waits_and_the_end_drops_them(kernel: Kernel) -> None:
     pusher = PageCachePusher()
     kernel.may_go_on.clear()
     with pusher.running():
@@ -74,4 +74,4 @@ def test_only_so_many_wait_and_the_end_drops_them(kernel: Kernel) -> None:
         pusher.push([(10 + place, b"x") for place in range(MAX_WAITING + 1)])
         assert len(pusher._waiting) == MAX_WAITING
         threading.Timer(0.1, kernel.may_go_on.set).start()
-    assert len(kernel.took) <= 2, "the one under way, and one that was taken before the end"
+    assert len(kernel.stored) <= 2, "one was under way, and one was taken before the end"

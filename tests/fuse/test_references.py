@@ -1,5 +1,5 @@
-"""References between the kernel and us: after any sequence of messages each path gives its own bytes and its
-own CID, and nothing is left when the kernel has forgotten everything."""
+"""The kernel's references to our inodes. After any sequence of messages each path gives its own bytes and its
+own CID. When the kernel has forgotten everything, the daemon holds nothing."""
 
 import errno
 import os
@@ -14,13 +14,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes
 from tests.dag.blocks import Blocks
-from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Forest, Thing, forest
+from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Expected, Forest, forest
 from tests.fuse.kernel_model import Kernel, Served, serving
 
 pytestmark = pytest.mark.logs("a call was answered")
 EXAMPLES = int(os.environ.get("IPFSFUSE_FUZZ_EXAMPLES", "40"))
 FOREST = forest()
-FILES, FOLDERS, ALL = FOREST.of_kind(FILE), [(), *FOREST.of_kind(DIRECTORY)], list(FOREST.things)
+FILES, FOLDERS, ALL = FOREST.of_kind(FILE), [(), *FOREST.of_kind(DIRECTORY)], list(FOREST.expected)
 ROOM = st.sampled_from([300, 400, 1000, 4096, 1 << 16])
 SOME = st.lists(st.integers(0, 1 << 20), min_size=1, max_size=12)
 
@@ -56,8 +56,7 @@ class References(RuleBasedStateMachine):
         key=st.binary(min_size=32, max_size=32),
     )
     def mount(self, known: int, bits: int, key: bytes) -> None:
-        """Few known attributes, and few numbers: then most listings have names alone, and most numbers
-        collide."""
+        """With few known attributes most listings have only names. With few numbers most numbers collide."""
         self.served = self.stack.enter_context(serving(FOREST, known, bits, key))
 
     @property
@@ -83,8 +82,8 @@ class References(RuleBasedStateMachine):
 
     @rule(folder=st.sampled_from(FOLDERS), waits=st.booleans())
     def go_through(self, folder: tuple[bytes, ...], waits: bool) -> None:
-        """Opens a directory's files in its order, as `tar` does, or all at once: the next ones are pushed
-        meanwhile."""
+        """Opens the files of a directory in order, as `tar` does, or all at once. Meanwhile the next ones are
+        pushed into the page cache."""
         go_through(self.kernel, folder, waits)
 
     @precondition(lambda self: self.kernel.files)
@@ -105,8 +104,8 @@ class References(RuleBasedStateMachine):
 
     @rule(path=st.sampled_from(FOLDERS), room=ROOM, seed=st.integers(0, 1 << 32))
     def list_while_memory_is_short(self, path: tuple[bytes, ...], room: int, seed: int) -> None:
-        """What the kernel can't link it forgets at once. How much there is to link depends on what was pushed
-        by then, so Hypothesis does not draw each answer: it could not repeat them."""
+        """The kernel forgets at once what it can't link. The number of entries to link depends on how much
+        was pushed by then, so Hypothesis does not draw each answer: it could not repeat them."""
         memory = random.Random(seed)
         self.kernel.list_all(path, room, lambda: memory.random() < 0.7)
 
@@ -142,7 +141,7 @@ class References(RuleBasedStateMachine):
 
     @rule(some=SOME, folder=st.sampled_from(FOLDERS), room=ROOM)
     def everything_at_once(self, some: list[int], folder: tuple[bytes, ...], room: int) -> None:
-        """Lookups and a listing under way, while the kernel forgets what it holds of before."""
+        """The kernel forgets inodes while lookups and a listing are under way."""
         kernel = self.kernel
         if folder and kernel.walk(folder) is None:
             return
@@ -174,7 +173,7 @@ TestReferences = pytest.mark.logs("a call was answered (ENOTSUP|EIO)")(Reference
 TestReferences.settings = settings(max_examples=EXAMPLES, stateful_step_count=40, deadline=None)
 
 
-def test_each_path_after_all_was_listed_forgotten_and_listed_again() -> None:
+def test_each_path_is_right_after_everything_was_listed_forgotten_and_listed_again() -> None:
     with serving(FOREST, 3, 63, bytes(32)) as served:
         for _ in range(2):
             for path in ALL:
@@ -185,13 +184,13 @@ def test_each_path_after_all_was_listed_forgotten_and_listed_again() -> None:
                 served.kernel.check(path)
             served.kernel.forget_everything()
             assert served.held() == 0
-    assert {thing.kind for thing in FOREST.things.values()} == {FILE, DIRECTORY, LINK, BAD}
+    assert {expected.kind for expected in FOREST.expected.values()} == {FILE, DIRECTORY, LINK, BAD}
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_what_is_pushed_into_the_page_cache_is_right_and_never_goes_into_an_open_file(waits: bool) -> None:
-    """A reader who goes through a directory is served ahead; here without a pause, so that opens and stores
-    meet."""
+def test_pushed_bytes_are_right_and_never_go_into_an_open_file(waits: bool) -> None:
+    """While a program goes through a directory, the next files are pushed. Here it makes no pause, so opens
+    and stores come at the same time."""
     stored = 0
     for _ in range(5):
         with serving(FOREST, 1000, 63, bytes(32)) as served:
@@ -201,21 +200,21 @@ def test_what_is_pushed_into_the_page_cache_is_right_and_never_goes_into_an_open
             stored += served.kernel.stored
             served.kernel.forget_everything()
             assert served.held() == 0
-    assert stored > 0, "files are pushed"
+    assert stored > 0, "files were pushed"
 
 
-def test_what_was_seen_by_one_spelling_is_known_by_another() -> None:
-    """Then a listing carries its attributes: the kernel need not look it up."""
+def test_attributes_seen_by_one_spelling_of_a_cid_are_known_by_another() -> None:
+    """A listing then carries the attributes, and the kernel does not have to look the file up."""
     with serving(FOREST, 1000, 63, bytes(32)) as served:
         kernel = served.kernel
         roots = [(cids.text(cid).encode(),) for cid in FOREST.listed]
-        of_v0 = [path for path in roots if cids.text(FOREST.things[path].cid).startswith("Qm")]
+        of_v0 = [path for path in roots if cids.text(FOREST.expected[path].cid).startswith("Qm")]
         links = [path for path in FILES if path[:-1] == roots[0] and path[-1].startswith(b"v0")]
         assert of_v0
         for path in of_v0:
             kernel.walk(path)  # the root lists its version 1
-        version_1 = {path: (cids.text(cids.canonical(FOREST.things[path].cid)).encode(),) for path in links}
-        links = [path for path in links if version_1[path] in FOREST.things]
+        version_1 = {path: (cids.text(cids.canonical(FOREST.expected[path].cid)).encode(),) for path in links}
+        links = [path for path in links if version_1[path] in FOREST.expected]
         assert links
         for path in links:
             kernel.walk(version_1[path])  # the directory links its version 0
@@ -234,14 +233,14 @@ def large_folder() -> tuple[Forest, tuple[bytes, ...], nodes.Shard]:
     assert isinstance(shard, nodes.Shard)
     made.dag.blocks = heap.by_hash
     folder = (cids.text(root).encode(),)
-    made.things = {folder: Thing(DIRECTORY, root, names=tuple(names))} | {
-        (*folder, name): Thing(FILE, cids.EMPTY, claimed=1) for name in names
+    made.expected = {folder: Expected(DIRECTORY, root, names=tuple(names))} | {
+        (*folder, name): Expected(FILE, cids.EMPTY, claimed=1) for name in names
     }
     return made, folder, shard
 
 
-def test_a_listing_that_fails_half_way_gives_what_came_before_and_then_the_error() -> None:
-    """And counts only the entries that the kernel was given."""
+def test_a_listing_that_fails_half_way_gives_the_entries_before_and_then_the_error() -> None:
+    """The daemon counts only the entries that the kernel was given."""
     broken, folder, root = large_folder()
     broken.dag.blocks[cids.multihash(root.links[200].cid)] = b"not a shard"
     for room in (4096, 50_000, 1 << 20):
@@ -260,7 +259,7 @@ def test_a_listing_that_fails_half_way_gives_what_came_before_and_then_the_error
             assert served.held() == 0
 
 
-def test_a_reader_who_waits_delays_no_other_who_has_the_same_handle() -> None:
+def test_a_waiting_reader_does_not_delay_another_with_the_same_handle() -> None:
     made, folder, root = large_folder()
     with serving(made, 1000, 63, bytes(32)) as served:
         kernel = served.kernel

@@ -1,4 +1,4 @@
-"""What the kernel's limits on answers make of the deadline."""
+"""The kernel may limit the time for an answer; the deadline is then shorter."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def test_the_two_limits_are_combined_as_the_kernel_does(
 @pytest.mark.parametrize(
     ("limit", "deadline"), [(0, 30.0), (33, 30.0), (32, 30.0), (31, 29.0), (15, 13.0), (3, 1.0)]
 )
-def test_the_deadline_ends_before_the_kernel_would(tmp_path: Path, limit: int, deadline: float) -> None:
+def test_the_deadline_is_shorter_than_the_kernels_limit(tmp_path: Path, limit: int, deadline: float) -> None:
     found, why = fitting_deadline(30.0, sysctls(tmp_path, 0, limit))
     assert found == deadline
     assert (why == "") == (deadline == 30.0)
@@ -60,8 +60,8 @@ def test_a_limit_that_no_deadline_meets_is_refused_and_named(tmp_path: Path) -> 
 
 
 @pytest.mark.fuse
-def test_mount_and_doctor_say_what_the_kernel_was_set_to(tmp_path: Path) -> None:
-    """In a namespace that sees another file there: the kernel's own would change every mount of this machine."""
+def test_mount_and_doctor_report_the_kernels_limit(tmp_path: Path) -> None:
+    """Runs in a namespace with another file in place of the sysctl: the real one would change all mounts."""
     sysctl = SYSCTLS / "max_request_timeout"
     if not os.access(sysctl, os.W_OK) or request_timeout() is not None:
         pytest.skip("needs root, and a kernel that has max_request_timeout (Linux 6.15)")

@@ -1,5 +1,5 @@
-/* For LD_PRELOAD: the first large reply that our C code sends waits until one of our threads waits on a condition. That
- * thread wakes up late. Any such wait may end early, so none of them needs to be woken. */
+/* For LD_PRELOAD: the first large reply that our C code sends waits until one of our threads waits on a condition.
+ * That thread wakes up late. Waits on a condition end by themselves here, as POSIX allows, so nothing wakes them. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -8,7 +8,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static atomic_int replies, somebody_waits;
+static atomic_int replies, thread_waits;
 
 static int is_ours(const void *caller)
 {
@@ -25,7 +25,7 @@ ssize_t writev(int file, const struct iovec *parts, int count)
 		next = (ssize_t (*)(int, const struct iovec *, int))dlsym(RTLD_NEXT, "writev");
 	if (count == 2 && parts[1].iov_len > 1000 && is_ours(__builtin_return_address(0))) {
 		replies++;
-		while (!somebody_waits)
+		while (!thread_waits)
 			usleep(1000);
 	}
 	return next(file, parts, count);
@@ -37,7 +37,7 @@ int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *lock)
 
 	(void)condition;
 	if (ours)
-		somebody_waits = 1;
+		thread_waits = 1;
 	pthread_mutex_unlock(lock);
 	usleep(ours ? 100000 : 1000);
 	pthread_mutex_lock(lock);

@@ -1,4 +1,4 @@
-"""Runs one target under atheris: `python -m tests.fuzz.run TARGET FOLDER [libFuzzer options]`; `scripts/fuzz`
+"""Runs one target under atheris: `python -m tests.fuzz.run TARGET FOLDER [libFuzzer options]`. `scripts/fuzz`
 calls it."""
 
 import hashlib

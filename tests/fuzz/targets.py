@@ -1,7 +1,6 @@
-"""What the fuzzer feeds: each target takes any bytes and must end in a value or in one of the domain's
-errors.
+"""The targets of the fuzzer. Each takes any bytes, and must end with a value or with an `IpfsFuseError`.
 
-A value must hold what its decoder promises: it encodes to bytes that decode to it again.
+A decoded value must encode to bytes that decode to the same value.
 """
 
 import hashlib
@@ -24,7 +23,7 @@ from ipfsfuse.errors import IpfsFuseError
 from tests.dag.samples import PARENT, VALID
 
 STEPS = 40
-"""Rounds of one walk: a fuzzer's DAG is made of its one block at every place."""
+"""Rounds of one walk. It needs a limit, because each block of the fuzzer's DAG is the same one."""
 
 
 def read_dagpb(data: bytes) -> None:
@@ -50,7 +49,7 @@ def read_node(data: bytes) -> None:
 
 
 def read_hamt(data: bytes) -> None:
-    """The first byte chooses a place to resume at; the rest is every node of the trie."""
+    """The first byte chooses the cookie to resume at. The rest is every node of the trie."""
     node = nodes.parse(PARENT, data[1:])
     if isinstance(node, Directory | Shard):
         after = int.from_bytes(data[:1], "big") << 55
@@ -92,11 +91,11 @@ def read_car(data: bytes) -> None:
     parser.finish()
 
 
-def _drive(way: traversal.Walk[object], block: bytes):  # type: ignore[no-untyped-def]  # whatever the walk returns
+def _drive(walk: traversal.Walk[object], block: bytes):  # type: ignore[no-untyped-def]  # the walk's result
     try:
-        wanted = next(way)
+        wanted = next(walk)
         for _ in range(STEPS):
-            wanted = way.send([nodes.parse(cid, block) for cid in wanted])
+            wanted = walk.send([nodes.parse(cid, block) for cid in wanted])
     except StopIteration as done:
         return done.value
     return None
@@ -114,7 +113,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 
 def feed(target: str, data: bytes) -> None:
-    """One input to one target. Any exception but the domain's own goes through."""
+    """Gives one input to one target. All exceptions except `IpfsFuseError` are passed on."""
     try:
         TARGETS[target](data)
     except IpfsFuseError as refused:
@@ -122,7 +121,7 @@ def feed(target: str, data: bytes) -> None:
 
 
 def seeds(target: str) -> list[bytes]:
-    """Inputs to begin with."""
+    """The first inputs."""
     blocks = list(VALID.values())
     cid = PARENT
     return {

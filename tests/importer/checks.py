@@ -1,4 +1,4 @@
-"""What the tests of `add` ask of a library."""
+"""Checks that the tests of `add` share."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +18,12 @@ PLAIN = AddOptions()
 MIB = 1 << 20
 
 
-def told(found: list[Added]) -> list[str]:
+def names_of(found: list[Added]) -> list[str]:
     return [added.name for added in found]
 
 
 def content(library: Library, cid: Cid) -> object:
-    """A DAG read back from the library, block by block, each verified: bytes, or a dict of names."""
+    """Reads a DAG back from the library and verifies each block. Returns bytes, or a dict of names."""
     block = library.block(cid)
     cids.verify(cid, block)
     if cids.codec(cid) == cids.RAW:
@@ -57,8 +57,8 @@ def refuse(library: Library, path: Path, message: str, options: AddOptions = PLA
     assert snapshot(library) == before
 
 
-def at(done: int, act: Callable[[], object]) -> Callable[[int, int | None, str], None]:
-    """A progress callback that does something once so much was read."""
+def acting_at(done: int, act: Callable[[], object]) -> Callable[[int, int | None, str], None]:
+    """A progress callback that calls `act` once, when `done` bytes were read."""
     acted: list[object] = []
 
     def report(now: int, _total: int | None, _path: str) -> None:
@@ -68,10 +68,11 @@ def at(done: int, act: Callable[[], object]) -> Callable[[int, int | None, str],
     return report
 
 
-def changed(library: Library, path: Path, act: Callable[[], object], message: str) -> None:
+def refuse_changed(library: Library, path: Path, act: Callable[[], object], message: str) -> None:
+    """Adding `path` fails with `message` and changes nothing, if `act` is called meanwhile."""
     before = snapshot(library)
     with pytest.raises(AddFailed, match=message):
-        list(add([str(path)], PLAIN, library, at(MIB, act)))
+        list(add([str(path)], PLAIN, library, acting_at(MIB, act)))
     assert snapshot(library) == before
 
 

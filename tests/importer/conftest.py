@@ -1,4 +1,4 @@
-"""A library and a tree to add, for every test that asks."""
+"""A library, and a tree to add to it."""
 
 from pathlib import Path
 

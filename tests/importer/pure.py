@@ -1,4 +1,4 @@
-"""The importer fed from a tree's description, without a disk: for trees that are too large for one."""
+"""Builds the DAG of a tree from its description, without files: for trees that are too large for a disk."""
 
 import stat
 from functools import cache

@@ -1,5 +1,5 @@
-"""Writes data/kubo-cids.json: what a real Kubo says to each of the cases. `python -m tests.importer.record`,
-some minutes."""
+"""Writes data/kubo-cids.json: the CIDs that a real Kubo gives for all cases. Run it by `python -m
+tests.importer.record`. It takes some minutes."""
 
 import json
 import tempfile
@@ -17,10 +17,10 @@ def ask(repo: Repo, case: Case, folder: Path) -> str:
     for name, entry in case.top.items():
         write(entry, folder / name)
     kept = any(option.startswith("--preserve") for option in case.options)
-    # Kubo demands the first where its profile says raw leaves, and fails at --only-hash for directories with
-    # a mode
-    how = ["--raw-leaves=false", "--pin=false"] if kept else ["--only-hash"]
-    return repo.run("add", "-r", "-Q", *how, *case.options, *(folder / name for name in case.top)).strip()
+    # To keep modes and times, Kubo needs --raw-leaves=false if its profile has raw leaves. Its --only-hash
+    # fails for directories with a mode.
+    fixed = ["--raw-leaves=false", "--pin=false"] if kept else ["--only-hash"]
+    return repo.run("add", "-r", "-Q", *fixed, *case.options, *(folder / name for name in case.top)).strip()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from tests.kubo.node import find_ipfs, keep_on_loopback
 
 
 class Repo:
-    """A new repository in `folder`, set to a UnixFS profile. Nothing listens, nothing leaves the machine."""
+    """A new repository in `folder`, set to a UnixFS profile. It does not use the network."""
 
     def __init__(self, folder: Path, profile: str) -> None:
         program = find_ipfs()
@@ -24,7 +24,7 @@ class Repo:
         self.run("config", "profile", "apply", profile)
 
     def run(self, *args: str | Path) -> str:
-        """What `ipfs ARGS` prints. Raises RuntimeError with what it said."""
+        """Runs `ipfs ARGS`. Returns its output. Raises RuntimeError with its error message."""
         return self.run_raw(*args).decode()
 
     def run_raw(self, *args: str | Path) -> bytes:

@@ -1,5 +1,4 @@
-"""`add`: its output, the blocks it stores, the files it refuses; an early end leaves the library as it
-was."""
+"""`add`: its output, its progress, and the blocks that it stores."""
 
 import os
 import subprocess
@@ -15,13 +14,13 @@ from ipfsfuse.dag.builder import UNIXFS_V0_2015
 from ipfsfuse.importer import add as adding
 from ipfsfuse.importer.add import add
 from ipfsfuse.sources.local.library import Library
-from tests.importer.checks import ADD_STDIN, MIB, PLAIN, content, snapshot, told
+from tests.importer.checks import ADD_STDIN, MIB, PLAIN, content, names_of, snapshot
 from tests.importer.trees import Bytes
 
 
-def test_a_tree_is_told_children_first_and_is_all_there(tree: Path, library: Library) -> None:
+def test_a_tree_is_listed_children_first_and_stored_in_full(tree: Path, library: Library) -> None:
     found = list(add([str(tree)], PLAIN, library))
-    assert told(found) == ["tree/a", "tree/b/c", "tree/b", "tree/l", "tree/z", "tree"]
+    assert names_of(found) == ["tree/a", "tree/b/c", "tree/b", "tree/l", "tree/z", "tree"]
     expected = {
         "a": (tree / "a").read_bytes(),
         "b": {"c": (tree / "b" / "c").read_bytes()},
@@ -43,13 +42,13 @@ def test_a_second_add_adds_nothing(tree: Path, library: Library) -> None:
 
 def test_several_paths_are_several_roots(tree: Path, library: Library) -> None:
     found = list(add([str(tree / "a"), str(tree / "b")], PLAIN, library))
-    assert told(found) == ["a", "b/c", "b"]
+    assert names_of(found) == ["a", "b/c", "b"]
     assert list(library.roots()) == [found[0].cid, found[2].cid]
 
 
 def test_wrapped_paths_are_one_root(tree: Path, library: Library) -> None:
     found = list(add([str(tree / "a"), str(tree / "b")], replace(PLAIN, wrap=True), library))
-    assert told(found) == ["a", "b/c", "b", ""]
+    assert names_of(found) == ["a", "b/c", "b", ""]
     assert list(library.roots()) == [found[-1].cid]
     assert content(library, found[-1].cid) == {
         "a": (tree / "a").read_bytes(),
@@ -57,16 +56,16 @@ def test_wrapped_paths_are_one_root(tree: Path, library: Library) -> None:
     }
 
 
-def test_only_hash_needs_no_library_and_gives_the_same(tree: Path, library: Library) -> None:
+def test_only_hash_needs_no_library_and_gives_the_same_cids(tree: Path, library: Library) -> None:
     assert list(add([str(tree)], PLAIN, None)) == list(add([str(tree)], PLAIN, library))
 
 
-def test_names_given_as_people_give_them(
+def test_a_directory_has_one_name_for_all_spellings_of_its_path(
     tree: Path, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tree / "b")
     for path in (".", "../b/", "../b/.", "../../tree/b"):
-        assert told(list(add([path], PLAIN, library)))[-1] == "b"
+        assert names_of(list(add([path], PLAIN, library)))[-1] == "b"
     assert len(library.roots()) == 1
 
 
@@ -85,7 +84,7 @@ def test_progress_reaches_the_total(tree: Path, library: Library, monkeypatch: p
     assert {path for _done, _total, path in seen} == {str(tree / "a"), str(tree / "b" / "c")}
 
 
-def test_a_short_add_does_not_count_before(tree: Path, library: Library) -> None:
+def test_a_short_add_does_not_count_the_bytes_first(tree: Path, library: Library) -> None:
     seen: list[int | None] = []
     list(add([str(tree)], PLAIN, library, lambda _done, total, _path: seen.append(total)))
     assert seen[0] is None

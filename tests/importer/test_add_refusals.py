@@ -1,4 +1,4 @@
-"""The files that `add` refuses, by name, and early ends of `add`: the library stays as it was."""
+"""If `add` refuses a file or ends early, the library stays as it was. Refused files are named."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import pytest
 from ipfsfuse.errors import AddFailed, StoreFailed, UsageError
 from ipfsfuse.importer.add import AddOptions, add
 from ipfsfuse.sources.local.library import Library
-from tests.importer.checks import ADD_STDIN, MIB, PLAIN, changed, refuse, snapshot, told
+from tests.importer.checks import ADD_STDIN, MIB, PLAIN, names_of, refuse, refuse_changed, snapshot
 
 
 def test_an_add_that_is_killed_leaves_the_library_as_it_was(library: Library, tree: Path) -> None:
@@ -26,7 +26,7 @@ def test_an_add_that_is_killed_leaves_the_library_as_it_was(library: Library, tr
         process.stdin.write(bytes(5 * MIB))
         process.stdin.flush()
         process.send_signal(signal.SIGKILL)
-    library.compact()  # as every add does first
+    library.compact()  # every `add` does this first
     assert snapshot(library) == before
 
 
@@ -52,28 +52,28 @@ def test_an_interrupted_add_leaves_the_library_as_it_was(
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tree: Path, library: Library) -> None:
     file = tree / "b" / "c"
-    changed(library, file, lambda: os.truncate(file, 4 * MIB), f"{file} grew while it was read")
+    refuse_changed(library, file, lambda: os.truncate(file, 4 * MIB), f"{file} grew while it was read")
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_refused(tree: Path, library: Library) -> None:
     file = tree / "b" / "c"
-    changed(library, file, lambda: os.truncate(file, 2 * MIB), f"{file} shrank while it was read")
+    refuse_changed(library, file, lambda: os.truncate(file, 2 * MIB), f"{file} shrank while it was read")
 
 
 def test_a_file_that_is_written_while_it_is_read_is_refused(tree: Path, library: Library) -> None:
     file = tree / "b" / "c"
-    changed(library, file, lambda: os.utime(file, ns=(1, 1)), f"{file} changed while it was read")
+    refuse_changed(library, file, lambda: os.utime(file, ns=(1, 1)), f"{file} changed while it was read")
 
 
 def test_a_file_that_vanishes_before_its_turn_is_named(tree: Path, library: Library) -> None:
-    changed(library, tree, (tree / "l").unlink, f"{tree / 'l'}: No such file")
+    refuse_changed(library, tree, (tree / "l").unlink, f"{tree / 'l'}: No such file")
 
 
 def test_a_directory_that_vanishes_before_its_turn_is_named(tree: Path, library: Library) -> None:
-    changed(library, tree, (tree / "z").rmdir, f"{tree / 'z'}: No such file")
+    refuse_changed(library, tree, (tree / "z").rmdir, f"{tree / 'z'}: No such file")
 
 
-def test_no_such_path(tmp_path: Path, library: Library) -> None:
+def test_a_path_that_does_not_exist_is_named(tmp_path: Path, library: Library) -> None:
     refuse(library, tmp_path / "none", f"{tmp_path / 'none'}: No such file or directory")
     refuse(library, tmp_path / "library" / "lock" / "x", "Not a directory")
 
@@ -91,7 +91,7 @@ def test_other_kinds_of_files_are_refused_by_name(tmp_path: Path, library: Libra
 
 
 def test_an_unreadable_file_is_named() -> None:
-    with tempfile.TemporaryDirectory() as folder:  # tmp_path lies where only this user may enter
+    with tempfile.TemporaryDirectory() as folder:  # only this user may enter the folders above tmp_path
         Path(folder).chmod(0o755)
         file = Path(folder) / "file"
         file.write_bytes(b"x")
@@ -128,15 +128,15 @@ def test_two_paths_of_one_name_can_not_be_wrapped(tree: Path, tmp_path: Path) ->
     both = [str(tree / "a"), str(tmp_path / "a")]
     with pytest.raises(UsageError, match="two PATHs are called 'a'"):
         list(add(both, AddOptions(wrap=True), None))
-    assert told(list(add(both, AddOptions(), None))) == ["a", "a"]
+    assert names_of(list(add(both, AddOptions(), None))) == ["a", "a"]
 
 
-def test_nothing_to_add() -> None:
+def test_an_add_without_a_path_is_refused() -> None:
     with pytest.raises(UsageError, match="PATH"):
         list(add([], AddOptions(), None))
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tree: Path, tmp_path: Path) -> None:
+def test_a_full_disk_gives_one_line_of_error_and_leaves_nothing(tree: Path, tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can make a small file system")
     small = tmp_path / "small"
@@ -150,11 +150,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tree: Path, tmp_path: Path) 
         subprocess.run(["umount", small], check=True)
 
 
-def test_store_failed_is_what_a_lost_folder_gives(tree: Path, library: Library) -> None:
+def test_a_library_without_its_folder_of_roots_gives_store_failed(tree: Path, library: Library) -> None:
     (library.folder / "roots").rmdir()
     with pytest.raises(StoreFailed):
         list(add([str(tree)], PLAIN, library))
 
 
-def test_a_file_that_says_it_is_empty_and_is_not_is_refused(library: Library) -> None:
+def test_a_file_that_has_content_though_its_size_is_0_is_refused(library: Library) -> None:
     refuse(library, Path("/proc/version"), "/proc/version has content but says it is empty")

@@ -1,4 +1,4 @@
-"""`export`: verified CARs in one order, that a real Kubo takes and unpacks to the same tree."""
+"""`export`: CARs of verified blocks in a fixed order. A real Kubo imports them and returns the same tree."""
 
 import os
 import subprocess
@@ -88,7 +88,7 @@ def test_two_exports_are_the_same_bytes(tmp_path: Path, library: Library) -> Non
     assert (tmp_path / "one.car").read_bytes() == (tmp_path / "two.car").read_bytes()
 
 
-def test_a_failed_export_leaves_what_was_there(tmp_path: Path, library: Library) -> None:
+def test_a_failed_export_leaves_the_old_file(tmp_path: Path, library: Library) -> None:
     root = added(some_tree(tmp_path), library)
     file = tmp_path / "out.car"
     file.write_bytes(b"as it was")
@@ -111,7 +111,7 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path, library: Library)
         assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
 
-def test_what_can_not_be_written_or_walked_is_named(tmp_path: Path, library: Library) -> None:
+def test_files_that_can_not_be_written_and_unknown_codecs_are_named(tmp_path: Path, library: Library) -> None:
     root = added(some_tree(tmp_path), library)
     with pytest.raises(StoreFailed, match=r"none/out\.car: No such file"):
         exported(root, library, tmp_path / "none" / "out.car")
@@ -145,7 +145,7 @@ def blocks_of_export(root: Cid, blocks: list[tuple[Cid, bytes]], file: Path) -> 
     return found
 
 
-def test_a_block_that_is_linked_as_bytes_and_as_a_node_is_there_with_all_below_it(tmp_path: Path) -> None:
+def test_a_block_that_is_linked_as_raw_and_as_dag_pb_is_exported_with_its_children(tmp_path: Path) -> None:
     leaf = raw(1)
     node = parent([leaf])
     as_bytes = (cids.make(cids.RAW, cids.multihash(node[0])), node[1])
@@ -154,7 +154,7 @@ def test_a_block_that_is_linked_as_bytes_and_as_a_node_is_there_with_all_below_i
     assert found == [cids.multihash(cid) for cid, _block in (root, node, leaf)]
 
 
-def test_what_dag_cbor_links_is_exported(tmp_path: Path) -> None:
+def test_blocks_that_dag_cbor_links_are_exported(tmp_path: Path) -> None:
     leaf = raw(1)
     block = b"\xa1\x61x\xd8\x2a\x58\x25\0" + leaf[0]
     root = (cids.make(cids.DAG_CBOR, multihash(block)), block)
@@ -163,7 +163,9 @@ def test_what_dag_cbor_links_is_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_kubo_takes_our_cars_and_gives_the_tree_back(profile: str, tmp_path: Path, library: Library) -> None:
+def test_kubo_imports_our_cars_and_returns_the_same_tree(
+    profile: str, tmp_path: Path, library: Library
+) -> None:
     need_kubo()
     tree = some_tree(tmp_path)
     root = added(tree, library, profile)

@@ -1,4 +1,4 @@
-"""`import` and `fsck` of CAR files and of the library: all of it verified, and nothing kept of what is not whole."""
+"""`import` and `fsck` of CAR files and of the library: blocks are verified, and only whole DAGs are kept."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def test_an_exported_tree_is_imported_and_reads_the_same(tmp_path: Path, version
     assert listed[0]["cid"] == listed[1]["cid"] == root
 
 
-def test_a_car_that_lacks_a_block_is_refused_and_nothing_stays(tmp_path: Path) -> None:
+def test_a_car_that_lacks_a_block_is_refused_and_nothing_is_kept(tmp_path: Path) -> None:
     home, blocks = Home(tmp_path), some_dag()
     root = blocks[-1][0]
     lacking = write_car(tmp_path / "lacking.car", [root], blocks[1:])
@@ -88,14 +88,14 @@ def test_damage_of_the_library_is_named_by_its_path(tmp_path: Path) -> None:
     home, blocks = Home(tmp_path), some_dag()
     home.run("import", write_car(tmp_path / "good.car", [blocks[-1][0]], blocks))
     assert run(home, "fsck", "--library").returncode == 0
-    assert "no mount" in run(home, "fsck").stderr, "that asks a mount, whatever names the library"
+    assert "no mount" in run(home, "fsck").stderr, "without --library, `fsck` asks a mount"
     (pack,) = home.library.glob("*.car")
     data = pack.read_bytes()
     pack.write_bytes(data.replace(blocks[1][1], blocks[1][1][:-1] + b"?"))
     done = run(home, "fsck", "--library", home.library)
     assert done.returncode == 1
     assert done.stdout.startswith(f"damaged: {cids.text(blocks[-1][0])} good/0/1: ")
-    home.run("import", tmp_path / "good.car")  # which mends it
+    home.run("import", tmp_path / "good.car")  # this repairs the pack
     assert pack.read_bytes() == data
     assert run(home, "fsck", "--library").returncode == 0
     (root,) = (home.library / "roots").iterdir()
@@ -106,7 +106,7 @@ def test_damage_of_the_library_is_named_by_its_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("roots", [0, 1])
-def test_what_can_not_be_imported_is_one_line(tmp_path: Path, roots: int) -> None:
+def test_a_file_that_can_not_be_imported_gives_one_line_of_error(tmp_path: Path, roots: int) -> None:
     home = Home(tmp_path)
     block = b"{}"
     git_root = (cids.make(0x78, multihash(block)), block)
@@ -149,15 +149,15 @@ def test_cat_writes_files_and_blocks(tmp_path: Path) -> None:
 
 
 def test_a_library_is_backed_up_while_it_is_mounted_and_added_to(home: Home) -> None:
-    """By the line in docs/SOURCES.md. An add merged small packs between the two copies, so that roots of the
-    backup named packs that it did not have."""
+    """Runs the line in docs/SOURCES.md. Once, an `add` merged small packs between the two copies, and roots
+    of the backup named packs that the backup did not have."""
     before = [home.add(_file(home, f"before-{number}")) for number in range(3)]
     backup, page = home.folder / "backup", Path("docs/SOURCES.md").read_text()
     library = Library(home.library)
     (line,) = [each.strip() for each in page.splitlines() if each.startswith("    flock ")]
     script = line.replace("LIBRARY", str(home.library)).replace("BACKUP", str(backup))
-    half, added = home.folder / "half", home.folder / "added"
-    script = script.replace("&&", f"&& touch {half} && until [ -e {added} ]; do sleep 0.05; done &&")
+    roots_copied, added = home.folder / "roots_copied", home.folder / "added"
+    script = script.replace("&&", f"&& touch {roots_copied} && until [ -e {added} ]; do sleep 0.05; done &&")
     adding = [sys.executable, "-m", "ipfsfuse", "add", "-Q"]
     with home.mounted("--from", "library") as mount:
         for turn in range(1, 3):
@@ -166,11 +166,11 @@ def test_a_library_is_backed_up_while_it_is_mounted_and_added_to(home: Home) -> 
                 add(library, [raw(1000 * turn + number)])
             copy = subprocess.Popen(["sh", "-c", script])
             new = _file(home, f"meanwhile-{time.monotonic_ns()}")
-            wait_until(half.exists, "the roots are copied")
+            wait_until(roots_copied.exists, "the roots are copied")
             subprocess.run([*adding, new], env=home.env, check=True, capture_output=True)
             added.touch()
             assert copy.wait() == 0
-            half.unlink()
+            roots_copied.unlink()
             added.unlink()
             assert all((mount.path / cid).read_text().startswith("before") for cid in before)
     shutil.rmtree(home.library)

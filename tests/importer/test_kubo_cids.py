@@ -1,5 +1,5 @@
-"""Each tree gets the CID that Kubo gave it: by the pure importer, by `add` from a disk, and by a Kubo here
-and now."""
+"""Each tree gets the CID that Kubo gave it: from `tests.importer.pure`, from `add`, and again from a real
+Kubo."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ON_DISK = [
 ]
 
 
-def test_every_case_is_known() -> None:
+def test_every_case_has_a_recorded_cid() -> None:
     assert {(profile, name) for profile, of in KNOWN.items() for name in of} == set(CASES)
 
 
@@ -56,7 +56,7 @@ def repos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Repo]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ALL)
-def test_kubo_still_says_so(case: Case, repos: dict[str, Repo], tmp_path: Path) -> None:
+def test_kubo_still_gives_the_recorded_cids(case: Case, repos: dict[str, Repo], tmp_path: Path) -> None:
     _need_root(case)
     assert ask(repos[case.profile.name], case, tmp_path) == KNOWN[case.profile.name][case.name]
 

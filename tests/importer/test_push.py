@@ -1,4 +1,4 @@
-"""`push`: a DAG of the library on a real Kubo node, and pinned there."""
+"""`push` sends a DAG of the library to a real Kubo node, and pins it there."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def to(own_node: Node) -> str:
     return f"kubo+{own_node.api_url}"
 
 
-def test_a_dag_of_the_library_is_pushed_pinned_and_there(home: Home, own_node: Node, to: str) -> None:
+def test_a_dag_of_the_library_is_pushed_and_pinned(home: Home, own_node: Node, to: str) -> None:
     cid = tree(home)
     first = home.json("push", cid, "--to", to, "--json")
     assert first["blocks"] > 6
@@ -62,21 +62,21 @@ def test_a_push_that_was_killed_goes_on_where_it_ended(home: Home, own_node: Nod
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert not pinned(own_node, cid)
-    told = home.json("push", cid, "--to", to, "--json")
-    assert told["present"] >= 2
-    assert told["blocks"] >= 1
+    pushed = home.json("push", cid, "--to", to, "--json")
+    assert pushed["present"] >= 2
+    assert pushed["blocks"] >= 1
     assert pinned(own_node, cid)
     assert int(own_node.rpc("dag/stat", arg=cid, progress=False)["TotalSize"]) > 24 << 20
 
 
-def test_a_terminal_sees_a_bar(home: Home, to: str) -> None:
+def test_push_shows_a_bar_on_a_terminal(home: Home, to: str) -> None:
     cid = tree(home, 8 << 20)
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
     command = [sys.executable, "-m", "ipfsfuse", "push", cid, "--to", to]
-    with os.fdopen(ours, "rb", buffering=0) as terminal:
-        process = subprocess.Popen(command, env=home.env, stdout=subprocess.PIPE, stderr=theirs)
-        os.close(theirs)
+    with os.fdopen(leader, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(command, env=home.env, stdout=subprocess.PIPE, stderr=follower)
+        os.close(follower)
         shown = b""
         try:
             while data := terminal.read(4096):
@@ -94,14 +94,14 @@ def test_dag_cbor_and_identity_blocks_are_pushed(home: Home, own_node: Node, to:
     other = own_node.cmd("dag", "put", "--pin=false", stdin=json.dumps({"a": [1, {"/": tree(home)}]}))
     car = home.folder / "one.car"
     car.write_bytes(own_node.cmd("block", "get", other, text=False))
-    raw = ("--from", to, "--from", "library")
-    told = home.json("push", other, "--to", to, "--json", *raw)
-    assert told["present"] == 1
+    sources = ("--from", to, "--from", "library")
+    pushed = home.json("push", other, "--to", to, "--json", *sources)
+    assert pushed["present"] == 1
     assert pinned(own_node, other)
 
 
 class OddNode(HttpAnswering):
-    """A node that takes all and keeps nothing, or answers nonsense."""
+    """A node that accepts all blocks and keeps none, or answers nonsense."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ MISSING = 500, b'{"Message": "block was not found locally (offline): ipld: could
 
 
 @pytest.mark.parametrize(
-    ("pin", "says"),
+    ("pin", "message"),
     [
         (MISSING, "lost blocks"),
         ((200, b'{"Progress":1}\n'), "lost blocks"),
@@ -140,16 +140,16 @@ MISSING = 500, b'{"Message": "block was not found locally (offline): ipld: could
         ((403, b"no"), "refused us"),
     ],
 )
-def test_a_node_that_does_not_keep_what_it_was_sent_is_told_in_one_line(
-    home: Home, odd: OddNode, pin: tuple[int, bytes], says: str
+def test_a_node_that_does_not_keep_the_blocks_gives_one_line_of_error(
+    home: Home, odd: OddNode, pin: tuple[int, bytes], message: str
 ) -> None:
     cid = tree(home, 1000)
     odd.answers = {"block/stat": MISSING, "pin/add": pin}
-    home.refused("push", cid, "--to", odd.source, names=says)
+    home.refused("push", cid, "--to", odd.source, names=message)
 
 
 @pytest.mark.parametrize("stat", [b'{"Size": 1e999}', b'{"Size": -1}', b"[" * 60_000, b"\xff", b"null"])
-def test_whatever_a_node_says_of_a_block_that_it_has_the_push_goes_on(
+def test_an_odd_answer_about_a_block_that_the_node_has_does_not_stop_a_push(
     home: Home, odd: OddNode, stat: bytes
 ) -> None:
     (home.folder / "file").write_text("small")
@@ -158,7 +158,7 @@ def test_whatever_a_node_says_of_a_block_that_it_has_the_push_goes_on(
     assert home.json("push", cid, "--to", odd.source, "--json")["present"] == 1
 
 
-def test_what_can_not_be_pushed_is_said_in_one_line(home: Home, odd: OddNode) -> None:
+def test_a_dag_that_can_not_be_pushed_gives_one_line_of_error(home: Home, odd: OddNode) -> None:
     absent = "bafybeigdyrzt5sfp7udm7hu76uh7y26nf3efuylqabf3oclgtqy55fbzdi"
     home.refused("push", absent, "--to", "https://gateway.example", names="not a Kubo node", code=2)
     home.refused("push", "nothing", "--to", odd.source, names="not a CID", code=2)

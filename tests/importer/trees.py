@@ -1,7 +1,7 @@
-"""Trees to add, made from nothing but their description: the same bytes on every machine.
+"""Trees to add, made from a description: their bytes are the same on every machine.
 
-A tree is a dict of names to entries. `CASES` are those whose CIDs Kubo gave (data/kubo-cids.json, written by
-`python -m tests.importer.record`): sizes around each chunk and fan-out boundary, directories around the
+A tree is a dict of names to entries. `CASES` are the trees whose CIDs Kubo gave (data/kubo-cids.json, written
+by `python -m tests.importer.record`): sizes around each chunk and fan-out boundary, directories around the
 threshold, names.
 """
 
@@ -16,7 +16,7 @@ from ipfsfuse.dag.builder import PROFILES, Profile
 
 @dataclass(frozen=True)
 class Bytes:
-    """A file of `size` bytes: random ones by `seed`, or zeros (sparse) where that is None."""
+    """A file of `size` bytes: random bytes by `seed`, or zeros (a sparse file) if `seed` is None."""
 
     size: int
     seed: int | None = 1
@@ -47,7 +47,7 @@ Entry = Bytes | To | Dir
 
 @dataclass(frozen=True)
 class Case:
-    """What is added with which options of `ipfs add`, in a profile."""
+    """A tree, and the profile and the options with which `ipfs add` adds it."""
 
     name: str
     profile: Profile
@@ -55,7 +55,7 @@ class Case:
     """The PATHs, in one folder."""
     options: tuple[str, ...] = ()
     large: bool = False
-    """Too much to lie on a disk in every run of the tests: only the pure importer gets it."""
+    """Too large to be written to disk in every run of the tests. Only `tests.importer.pure` gets it."""
     only_root: bool = False
     """Only root can read the files."""
 
@@ -93,11 +93,11 @@ def many(count: int, template: str = "entry {}") -> Dir:
 
 
 def at_threshold(profile: Profile, over: int) -> Dir:
-    """A directory of empty files whose size, as the profile tells it, is the threshold and `over` bytes."""
-    # 4 bytes of data; 145 for each link whose name has 100, 125 for one whose name has 81
+    """A directory of empty files. Its size, by the estimate of the profile, is the threshold plus `over`."""
+    # 4 bytes of data, 145 bytes for a link with a name of 100 bytes, and 125 for one with a name of 81
     if profile.estimate == "block":
         count, last = 1807, 81
-    else:  # name and CID: 134 bytes each, then 34 + 6
+    else:  # the name and the CID of a link: 134 bytes, and 34 + 6 for the last one
         count, last = 1956, 6
     entries: dict[str, Entry] = {f"{index:0100}": EMPTY for index in range(count)}
     return Dir(entries | {"x" * (last + over): EMPTY})

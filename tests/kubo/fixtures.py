@@ -9,7 +9,7 @@ from .node import Node, find_ipfs
 
 
 def need_kubo() -> None:
-    """Skips the test where there is no node's program, or fails it where one is demanded."""
+    """Skips the test if there is no Kubo program. Fails it instead if IPFSFUSE_REQUIRE_KUBO is 1."""
     if find_ipfs() is None:
         why = "no Kubo: put ipfs on PATH or run tests/kubo/build (needs Go)"
         if os.environ.get("IPFSFUSE_REQUIRE_KUBO") == "1":
@@ -27,7 +27,7 @@ def kubo_node() -> Iterator[Node]:
 
 @pytest.fixture
 def own_node() -> Iterator[Node]:
-    """A running node of this test's own: to stop, to collect garbage in."""
+    """A running node for one test, which may stop it and collect its garbage."""
     need_kubo()
     with Node() as node:
         yield node
@@ -35,7 +35,7 @@ def own_node() -> Iterator[Node]:
 
 @pytest.fixture
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """Two running nodes of this test's own, joined over loopback."""
+    """Two running nodes for one test, connected over loopback."""
     need_kubo()
     with Node() as one, Node() as other:
         one.connect(other)

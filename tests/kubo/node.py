@@ -1,24 +1,23 @@
-"""A real Kubo node for tests and measurements, on this machine alone.
+"""A real Kubo node for tests and measurements. It uses only the loopback network.
 
     with Node() as node:                        # own repository in a temporary folder, daemon started, ready
-        cid = node.add(b"hello")                # or node.cmd("add", "-Q", path); what the program prints
+        cid = node.add(b"hello")                # or node.cmd("add", "-Q", path), which returns the output
         node.cmd("cat", cid, text=False)        # bytes
         node.rpc("pin/ls", arg=cid)             # the RPC API without starting a program, 100 times as fast
         node.api_url, node.gateway_url          # http://127.0.0.1:PORT, the same after a restart
         node.repo                               # its IPFS_PATH
         node.restart(); node.stop(); node.start(); node.kill()
         with Node() as other:
-            node.connect(other)                 # two of them are a network
+            node.connect(other)                 # the two are a network
 
-In pytest ask for the fixtures `kubo_node` (one for the whole session: leave nothing pinned behind, and do not
-stop it), `own_node` (of the test's own: to stop, to collect garbage in) or `two_nodes` (of its own, joined).
-They skip where there is no `ipfs` on PATH, in $IPFSFUSE_IPFS or built by `tests/kubo/build`; with
-IPFSFUSE_REQUIRE_KUBO=1 they fail instead.
+In pytest use the fixtures `kubo_node` (one for the whole session: unpin what you pin, and do not stop it),
+`own_node` (one for the test, which may stop it and collect its garbage) or `two_nodes` (two for the test,
+connected). They skip the test if there is no `ipfs` on PATH, in $IPFSFUSE_IPFS or built by
+`tests/kubo/build`. With IPFSFUSE_REQUIRE_KUBO=1 they fail it instead.
 
-A node is ready after about 0.1 s. Do not `add` while garbage is collected in a loop: Kubo 0.43 then locks
-itself up.
+A node is ready after about 0.1 s. Do not `add` while garbage is collected in a loop: Kubo 0.43 deadlocks.
 
-Concurrency: blocking, from any thread but no event loop. A node is ended by its process id.
+Concurrency: all calls block. Any thread may call them, but not an event loop.
 """
 
 import json
@@ -40,8 +39,8 @@ from typing import Any, Literal, Self, overload
 VERSION = "v0.43.0"
 READY = "Daemon is ready"
 PATIENCE = 60.0
-"""Seconds for a daemon to be ready or to end: far more than it takes, so that a busy machine fails
-nothing."""
+"""Seconds for a daemon to be ready or to end. It is far more than they need, so that no test fails on a busy
+machine."""
 
 
 def cache_folder() -> Path:
@@ -51,8 +50,8 @@ def cache_folder() -> Path:
 
 
 def find_ipfs() -> Path | None:
-    """The program: $IPFSFUSE_IPFS, else `ipfs` on PATH, else what `tests/kubo/build` made. None where there
-    is none."""
+    """The program: $IPFSFUSE_IPFS, else `ipfs` on PATH, else what `tests/kubo/build` made. None if there is
+    none."""
     named = os.environ.get("IPFSFUSE_IPFS")
     if named:
         return Path(named)
@@ -70,7 +69,7 @@ def free_port() -> int:
 
 
 def keep_on_loopback(config: dict[str, Any], swarm: int, api: int, gateway: int) -> None:
-    """Edits a node's configuration so that it neither speaks to nor listens on anything but 127.0.0.1."""
+    """Edits a node's configuration so that it connects to, and listens on, only 127.0.0.1."""
     config["AutoConf"] = {"Enabled": False}
     config["AutoTLS"] = {"Enabled": False}
     config["AutoNAT"] = {"ServiceMode": "disabled"}
@@ -135,7 +134,7 @@ class Node:
         self._stack.close()
 
     def init(self) -> None:
-        """Makes the repository, which must not be there."""
+        """Makes the repository, which must not exist."""
         self.cmd("init", "--profile=test")
         path = self.repo / "config"
         config = json.loads(path.read_text())
@@ -192,7 +191,7 @@ class Node:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
-            # what a crash leaves would make the next command ask a dead port
+            # the file that a crash leaves would make the next command ask a dead port
             (self.repo / "api").unlink(missing_ok=True)
         self.process = None
 
@@ -201,7 +200,7 @@ class Node:
         self.start()
 
     def pause(self) -> None:
-        """The daemon hangs: it takes connections and answers nothing, until `resume`."""
+        """Makes the daemon hang until `resume`: it accepts connections and answers nothing."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
@@ -219,9 +218,9 @@ class Node:
     def cmd(self, *args: str | Path, stdin: bytes | str = b"", text: Literal[False]) -> bytes: ...
 
     def cmd(self, *args: str | Path, stdin: bytes | str = b"", text: bool = True) -> str | bytes:
-        """Runs `ipfs ARGS`; what it prints, without the newline at the end (or as bytes, whole).
+        """Runs `ipfs ARGS`. Returns what it prints: as text without the newline at the end, or as bytes.
 
-        Raises RuntimeError with what it said on standard error."""
+        Raises RuntimeError with its standard error."""
         data = stdin.encode() if isinstance(stdin, str) else stdin
         done = subprocess.run(
             [self.program, *args],
@@ -238,8 +237,8 @@ class Node:
         return done.stdout.decode().rstrip("\n") if text else done.stdout
 
     def rpc(self, path: str, timeout: float = 60.0, **args: str | int | bool) -> Any:
-        """POSTs to the RPC API; the answer's JSON, or its text where it is none. Raises RuntimeError as the
-        node says."""
+        """POSTs to the RPC API. Returns the JSON of the answer, or its text if it is not JSON. Raises
+        RuntimeError with the node's message."""
         texts = {
             key.replace("_", "-"): str(value).lower() if isinstance(value, bool) else value
             for key, value in args.items()
@@ -261,7 +260,7 @@ class Node:
         return self.cmd("add", "-Q", *options, stdin=data)
 
     def has(self, cid: str) -> bool:
-        """Whether the block is in this very node; never asks another."""
+        """Whether the node has the block. The node does not ask other nodes for it."""
         try:
             self.rpc("block/stat", arg=cid, offline=True)
         except RuntimeError:

@@ -1,4 +1,4 @@
-"""The harness itself: a node keeps to this machine, and its life is ours to end."""
+"""The harness: a node uses only the loopback network, and survives restarts and crashes."""
 
 import os
 from pathlib import Path
@@ -10,8 +10,8 @@ UDP_OPEN = "07"
 
 
 def listening_addresses(pid: int) -> set[str]:
-    """The addresses (hexadecimal, as the kernel writes them) on which a process takes connections or
-    datagrams."""
+    """The addresses on which a process accepts connections or datagrams, in hexadecimal, as the kernel writes
+    them."""
     inodes = set()
     for file in os.listdir(f"/proc/{pid}/fd"):
         try:
@@ -27,20 +27,20 @@ def listening_addresses(pid: int) -> set[str]:
     return found
 
 
-def test_a_node_listens_on_loopback_alone(two_nodes: tuple[Node, Node]) -> None:
+def test_a_node_listens_only_on_loopback(two_nodes: tuple[Node, Node]) -> None:
     for node in two_nodes:
         assert node.process is not None
         assert listening_addresses(node.process.pid) == {"0100007F"}
 
 
-def test_two_nodes_know_nobody_but_each_other(two_nodes: tuple[Node, Node]) -> None:
+def test_two_nodes_know_only_each_other(two_nodes: tuple[Node, Node]) -> None:
     one, other = two_nodes
     for node, peer in ((one, other), (other, one)):
         assert [peers["Peer"] for peers in node.rpc("swarm/peers")["Peers"]] == [peer.rpc("id")["ID"]]
         assert node.rpc("bootstrap/list")["Peers"] in (None, [])
 
 
-def test_content_and_addresses_outlive_restarts_and_crashes(own_node: Node) -> None:
+def test_content_and_addresses_survive_restarts_and_crashes(own_node: Node) -> None:
     addresses = own_node.api_url, own_node.gateway_url
     cid = own_node.add(b"stays")
     own_node.restart()

@@ -1,10 +1,10 @@
-"""Loaded by a daemon whose PYTHONPATH begins with this folder: notes how long one step of its event loop took
-at most.
+"""Notes the longest steps of a daemon's event loop. A daemon loads this module if its PYTHONPATH begins with
+this folder.
 
-A step is what one task does between two checkpoints: meanwhile nobody else is answered. Its time is counted
-in CPU time of the loop's thread, so that a busy machine makes no step longer. What Python's cycle collector
-takes within a step is left out and noted by itself: it grows with the number of objects alive, whatever the
-step does. `tests.looptime.steps` starts such daemons and reads what they note.
+A step is what one task does between two checkpoints. No other task runs meanwhile. The time of a step is the
+CPU time of the loop's thread, so that a busy machine makes no step longer. The time of Python's cycle
+collector within a step is left out and noted separately: it grows with the number of live objects, whatever
+the step does. `tests.looptime.steps` starts such daemons and reads what they note.
 """
 
 import gc
@@ -18,8 +18,9 @@ from typing import Any
 import trio
 
 FILE = os.environ.get("IPFSFUSE_TEST_STEPS", "")
-"""Each step that was longer than all before it, and than NOTED, gets a line here: seconds, task, and where it
-was, if that was seen. So does each pass of the collector."""
+"""Each step that takes longer than NOTED and longer than all steps before it gets a line in this file:
+seconds, task, and where the step was, if that was seen. Each pass of the collector gets a line by the same
+rule."""
 NOTED = 0.02
 
 
@@ -62,7 +63,7 @@ class LongestStep(trio.abc.Instrument):
             out.write(line + "\n")
 
     def _watch(self) -> None:
-        """Looks now and then where the loop is: the same step twice is a long one."""
+        """Looks again and again where the loop is. A step that is seen twice is a long one."""
         before = 0.0
         while True:
             time.sleep(0.01)

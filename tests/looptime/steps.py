@@ -1,4 +1,4 @@
-"""Daemons whose event loop is watched (`sitecustomize` beside this says how)."""
+"""Starts daemons whose event loop is watched by `sitecustomize` in this folder."""
 
 import os
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ LONGEST = 0.05
 
 
 @contextmanager
-def none_is_long(home: Home) -> Iterator[None]:
-    """No event loop of what `home` starts within the block has a step of over LONGEST, and no pass of the
-    cycle collector takes longer."""
+def no_step_is_long(home: Home) -> Iterator[None]:
+    """A context manager. Checks that no step of the event loops of the daemons that `home` starts within the
+    block takes longer than LONGEST, and no pass of the cycle collector."""
     notes = home.folder / "steps"
-    here = {
+    added = {
         "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{home.env['PYTHONPATH']}",
         "IPFSFUSE_TEST_STEPS": str(notes),
     }
-    before = {name: home.env.get(name) for name in here}
-    home.env |= here
+    before = {name: home.env.get(name) for name in added}
+    home.env |= added
     try:
         yield
     finally:

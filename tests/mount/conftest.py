@@ -15,7 +15,7 @@ def home(tmp_path: Path) -> Home:
 
 
 def sample_tree(folder: Path) -> Path:
-    """A folder with one of each thing that IPFS can hold, and a file of several leaves."""
+    """A folder with every kind of file that IPFS can hold, and a file of several leaves."""
     tree = folder / "tree"
     (tree / "dir" / "nested").mkdir(parents=True)
     (tree / "dir" / "nested" / "deep.txt").write_text("deep\n")
@@ -44,7 +44,7 @@ class Sample:
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sample]:
-    """Mounted with --allow-other where root runs the tests, so that other users may try too."""
+    """Mounted with --allow-other if root runs the tests, so that other users may try too."""
     folder = tmp_path_factory.mktemp("sample")
     os.chmod(folder, 0o755)
     home = Home(folder)

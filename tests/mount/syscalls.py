@@ -1,4 +1,4 @@
-"""System calls by name, made in a process of their own: prints the errno's name, or `ok`.
+"""Makes one system call, which is given by name. Prints the errno's name, or `ok`.
 
 usage: python syscalls.py CALL FOLDER    (FOLDER is a mounted copy of the sample tree)
 """
@@ -70,7 +70,7 @@ CALLS: dict[str, Callable[[str], object]] = {
     "setxattr": lambda f: os.setxattr(f"{f}/hello.txt", "user.x", b"1"),
     "setxattr-own": lambda f: os.setxattr(f"{f}/hello.txt", "ipfs.cid", b"1"),
     "removexattr": lambda f: os.removexattr(f"{f}/hello.txt", "ipfs.cid"),
-    # what the kernel answers before the mount is asked
+    # calls that the kernel answers before the mount is asked
     "rename-out": lambda f: os.rename(f"{f}/hello.txt", "/tmp/ipfsfuse-test-never-there"),
     "link-out": lambda f: os.link(f"{f}/hello.txt", "/tmp/ipfsfuse-test-never-there"),
     "ftruncate-rdonly": with_file(lambda fd: os.ftruncate(fd, 1)),
@@ -88,7 +88,7 @@ CALLS: dict[str, Callable[[str], object]] = {
     "open-tmpfile": lambda f: os.open(f"{f}/dir", os.O_WRONLY | O_TMPFILE, 0o600),
     "rename-same-inode": lambda f: os.rename(f"{f}/hello.txt", f"{f}/dir/same.txt"),
     "mmap-shared-write": with_file(lambda fd: __import__("mmap").mmap(fd, 6, prot=2, flags=1)),
-    # reading, and asking whether one may write
+    # calls that read, and calls that ask for rights
     "open-rdonly": opened(os.O_RDONLY),
     "lookup-absent": lambda f: os.stat(f"{f}/absent"),
     "lookup-no-cid": lambda f: os.stat(f"{f}/../no-cid"),

@@ -36,7 +36,7 @@ from tests.mounting import Home
         "open-rdonly": "ok",
     }.items(),
 )
-def test_questions_have_their_answers(sample: Sample, name: str, answer: str) -> None:
+def test_read_only_calls_give_the_expected_answers(sample: Sample, name: str, answer: str) -> None:
     assert call(name, sample.root) == answer
 
 
@@ -46,7 +46,7 @@ def test_with_allow_other_another_user_reads(sample: Sample, name: str) -> None:
     assert call(name, sample.root, 65534) == "ok"
 
 
-def test_what_is_not_stored_has_modes_0444_and_0555_and_time_0(sample: Sample) -> None:
+def test_default_modes_are_0444_and_0555_and_the_default_time_is_0(sample: Sample) -> None:
     file, folder, link = (os.lstat(sample.root / name) for name in ("hello.txt", "dir", "link"))
     assert [stat.filemode(s.st_mode) for s in (file, folder, link)] == [
         "-r--r--r--",
@@ -74,7 +74,7 @@ def test_stored_modes_and_times_are_shown(home: Home) -> None:
         )
 
 
-def test_times_that_the_kernel_can_not_be_told_are_shown_as_the_nearest_one(home: Home) -> None:
+def test_times_that_the_kernel_cannot_hold_are_shown_as_the_nearest_one(home: Home) -> None:
     dag = Dag()
     seconds = {
         "0001": -62_135_596_800,
@@ -105,7 +105,7 @@ def test_times_that_the_kernel_can_not_be_told_are_shown_as_the_nearest_one(home
         )
 
 
-def test_blocks_come_from_the_size_so_that_tar_and_du_see_no_holes(sample: Sample) -> None:
+def test_st_blocks_follows_from_the_size_so_that_tar_and_du_see_no_holes(sample: Sample) -> None:
     big = os.stat(sample.root / "big.bin")
     assert big.st_blocks == -(-big.st_size // 512)
     archived = subprocess.run(
@@ -125,12 +125,12 @@ def test_blocks_come_from_the_size_so_that_tar_and_du_see_no_holes(sample: Sampl
     )
 
 
-def test_statfs_tells_the_budget_and_what_is_staged(home: Home) -> None:
+def test_statfs_shows_the_budget_and_the_staged_bytes(home: Home) -> None:
     with home.mounted("--budget", "64MiB") as mount:
-        told = os.statvfs(mount.path)
-        assert told.f_blocks * told.f_frsize == 64 << 20
-        assert told.f_bavail <= told.f_bfree <= told.f_blocks
-        assert told.f_namemax == 255
+        shown = os.statvfs(mount.path)
+        assert shown.f_blocks * shown.f_frsize == 64 << 20
+        assert shown.f_bavail <= shown.f_bfree <= shown.f_blocks
+        assert shown.f_namemax == 255
         assert b"ipfsfuse" in subprocess.run(["df", mount.path], capture_output=True, check=True).stdout
 
 
@@ -138,7 +138,7 @@ def test_test_w_says_no_even_to_root(sample: Sample) -> None:
     assert subprocess.run(["sh", "-c", f"test -w '{sample.root}/hello.txt'"]).returncode == 1
 
 
-def test_every_file_directory_and_symlink_tells_its_cid(sample: Sample) -> None:
+def test_every_file_directory_and_symlink_has_its_cid_in_an_xattr(sample: Sample) -> None:
     assert os.getxattr(sample.root, "ipfs.cid").decode() == sample.cid
     for name in ("hello.txt", "dir", "empty", "big.bin", "link"):
         shown = os.getxattr(sample.root / name, "ipfs.cid", follow_symlinks=False).decode()
@@ -165,7 +165,7 @@ def test_the_mount_is_nosuid_nodev_and_rw_so_that_writes_are_eperm(sample: Sampl
     assert {"rw", "nosuid", "nodev"} <= set(options)
 
 
-def test_what_several_tools_copy_is_what_was_added(sample: Sample, home: Home) -> None:
+def test_copies_by_several_tools_equal_the_original(sample: Sample, home: Home) -> None:
     for number, command in enumerate(
         ("cp -a {0}/. {1}", "rsync -a {0}/ {1}/", "tar -C {0} -cf - . | tar -C {1} -xf -")
     ):

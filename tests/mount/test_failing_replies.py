@@ -1,4 +1,4 @@
-"""Writes of replies to the device that fail, in a real daemon: no caller waits for ever, and each gets the
+"""Replies of a real daemon that can't be written to the device: no caller waits for ever, and each gets the
 right bytes."""
 
 import errno
@@ -26,8 +26,8 @@ FILES = 12
 def test_replies_that_fail_are_tried_again_or_left_to_python(
     home: Home, tmp_path: Path, number: int, failures: int, asked: bool
 ) -> None:
-    """More than six failures in a row meet the thread's own answers alone. With seven it answers the opens,
-    and leaves each release of them to Python."""
+    """With more than three failures in a row, only writes of the device thread fail. The thread gives up
+    after seven. With exactly seven failures it answers the opens and leaves their releases to Python."""
     tree = home.folder / "tree"
     tree.mkdir()
     contents = {f"{place:02}": os.urandom(1000 + place) for place in range(FILES)}

@@ -1,5 +1,5 @@
-"""Faults that can't be caused from outside, put into a real daemon: a libfuse that takes no device, a
-compiled part that is gone, a bug in a handler."""
+"""Faults that can't be caused from outside, so a real daemon is changed: a libfuse that takes no device, a
+missing compiled part, a bug in a handler."""
 
 import errno
 import os
@@ -42,7 +42,7 @@ sys.exit(main(["mount", "--foreground", "--json", sys.argv[1]]))
 
 @contextmanager
 def daemon(home: Home, fault: str) -> Iterator[Path]:
-    """A daemon in the foreground with `fault` in it; yields its log."""
+    """Runs a daemon in the foreground with `fault` in it. Yields its log."""
     log = home.folder / "log"
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -68,7 +68,7 @@ def tree(home: Home) -> str:
     return home.add(folder)
 
 
-def test_where_libfuse_takes_no_device_the_mount_is_refused_in_one_line(home: Home, tree: str) -> None:
+def test_a_mount_is_refused_in_one_line_if_libfuse_takes_no_device(home: Home, tree: str) -> None:
     command = [sys.executable, "-c", NO_DEVICE + RUN, str(home.mountpoint)]
     done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -79,7 +79,7 @@ def test_where_libfuse_takes_no_device_the_mount_is_refused_in_one_line(home: Ho
     assert fuse_mounts(home.folder) == []
 
 
-def test_where_pyfuse3_was_imported_first_the_mount_is_refused_in_one_line(home: Home) -> None:
+def test_a_mount_is_refused_in_one_line_if_pyfuse3_was_imported_first(home: Home) -> None:
     command = [sys.executable, "-c", "import pyfuse3\n" + RUN, str(home.mountpoint)]
     done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -90,7 +90,7 @@ def test_where_pyfuse3_was_imported_first_the_mount_is_refused_in_one_line(home:
     assert fuse_mounts(home.folder) == []
 
 
-def test_without_its_compiled_part_a_mount_is_refused_in_one_line(home: Home) -> None:
+def test_a_mount_is_refused_in_one_line_if_the_compiled_part_is_missing(home: Home) -> None:
     command = [sys.executable, "-c", GONE + RUN, str(home.mountpoint)]
     done = subprocess.run(command, env=home.env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
@@ -100,7 +100,7 @@ def test_without_its_compiled_part_a_mount_is_refused_in_one_line(home: Home) ->
     assert done.stderr.count("\n") == 1
 
 
-def test_a_bug_costs_one_call_eio_and_a_traceback_never_the_mount(home: Home, tree: str) -> None:
+def test_a_bug_fails_one_call_with_eio_and_a_traceback_but_not_the_mount(home: Home, tree: str) -> None:
     with daemon(home, BUG) as log:
         with pytest.raises(OSError) as raised:
             os.readlink(home.mountpoint / tree / "link")

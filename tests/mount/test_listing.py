@@ -1,4 +1,4 @@
-"""Listings: what the root shows, order, resuming, inode numbers, and that no child is fetched."""
+"""Listings: the names in the root, resuming at any offset, types, and inode numbers."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from tests.mount.conftest import Sample
 from tests.mounting import Home
 
 
-def test_the_root_lists_what_was_added(sample: Sample) -> None:
+def test_the_root_lists_added_content(sample: Sample) -> None:
     assert os.listdir(sample.mount.path) == [sample.cid]
 
 
@@ -18,21 +18,21 @@ def test_ls_a_shows_dot_and_dot_dot(sample: Sample) -> None:
     assert names[:2] == [".", ".."]
 
 
-def test_dot_dot_leads_back(sample: Sample) -> None:
+def test_dot_dot_leads_to_the_parent(sample: Sample) -> None:
     assert os.stat(sample.root / "dir" / "nested" / "..").st_ino == os.stat(sample.root / "dir").st_ino
     assert os.stat(sample.root / "..").st_ino == os.stat(sample.mount.path).st_ino
     listed = {entry.name: entry.inode() for entry in os.scandir(sample.root / "dir")}
     assert listed["same.txt"] == os.stat(sample.root / "hello.txt").st_ino
 
 
-def test_a_file_is_one_inode_on_all_its_paths_a_directory_one_per_path(home: Home) -> None:
+def test_a_file_has_one_inode_for_all_paths_and_a_directory_one_for_each_path(home: Home) -> None:
     tree = home.folder / "tree"
     for name in ("a", "b"):
         (tree / name / "sub").mkdir(parents=True)
         (tree / name / "sub" / "file").write_text("same\n")
     cid = home.add(tree)
     numbers = []
-    for _ in range(2):  # the second time by another daemon
+    for _ in range(2):  # the second time with another daemon
         with home.mounted() as mount:
             a, b = mount.path / cid / "a", mount.path / cid / "b"
             assert os.stat(a / "sub/file").st_ino == os.stat(b / "sub/file").st_ino
@@ -42,7 +42,7 @@ def test_a_file_is_one_inode_on_all_its_paths_a_directory_one_per_path(home: Hom
     assert numbers[0] == numbers[1]
 
 
-def test_a_reader_resumes_anywhere(home: Home) -> None:
+def test_a_listing_resumes_at_any_offset(home: Home) -> None:
     folder = home.folder / "many"
     folder.mkdir()
     for number in range(3000):
@@ -76,7 +76,7 @@ print("resumed")
         assert sorted(os.listdir(mount.path / cid)) == sorted(os.listdir(folder))
 
 
-def test_entries_carry_the_type_where_the_link_tells_it(sample: Sample) -> None:
+def test_entries_carry_the_type_if_the_link_tells_it(sample: Sample) -> None:
     entries = {entry.name: entry for entry in os.scandir(sample.root)}
     assert entries["hello.txt"].is_file(follow_symlinks=False)
     assert entries["dir"].is_dir()

@@ -1,5 +1,4 @@
-"""Opens of small files, and reads of large ones, that Python is not asked about: what they may do, and what
-becomes of them."""
+"""Opens of small files, and reads of large ones, that C answers without asking Python."""
 
 import errno
 import os
@@ -16,12 +15,12 @@ from tests.mounting import Home
 
 FILES = 200
 MAX_OPENS = FILES // 32 + 2
-"""Every 33rd open in a row comes to Python; and one more, of who else looks in."""
+"""Every 33rd open in a row reaches Python. One more open may come from another program."""
 
 
 @pytest.fixture
 def small(home: Home) -> dict[str, bytes]:
-    """Contents of small files by name; they are in the library, in a folder of their own."""
+    """The contents of small files by name. The files are in one folder, which is added to the library."""
     dice = random.Random(3)
     tree = home.folder / "tree"
     tree.mkdir()
@@ -46,21 +45,25 @@ def read_all(root: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: (root / name).read_bytes() for name in names}
 
 
-def test_who_opened_a_small_file_once_is_not_asked_again(
+def test_a_small_file_that_was_opened_once_is_opened_again_without_python(
     kernel: Counted, root: Path, small: dict[str, bytes]
 ) -> None:
     assert read_all(root, small) == small
     before = kernel.now()
     assert read_all(root, small) == small
     asked = kernel.since(before)
-    assert asked["open"] <= MAX_OPENS + asked["lookup"], "but for those that the kernel has forgotten"
+    assert asked["open"] <= MAX_OPENS + asked["lookup"], (
+        "files that the kernel has forgotten are opened by Python"
+    )
 
 
 @pytest.mark.parametrize(
     "how",
     [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_APPEND, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_CREAT],
 )
-def test_nobody_gets_past_for_writing(kernel: Counted, root: Path, small: dict[str, bytes], how: int) -> None:
+def test_an_open_for_writing_fails_after_opens_for_reading(
+    kernel: Counted, root: Path, small: dict[str, bytes], how: int
+) -> None:
     names = list(small)[:3]
     for _ in range(2):
         assert read_all(root, names) == {name: small[name] for name in names}
@@ -70,7 +73,7 @@ def test_nobody_gets_past_for_writing(kernel: Counted, root: Path, small: dict[s
         assert refused.value.errno == errno.EPERM
 
 
-def test_what_the_kernel_has_dropped_is_read_through_such_an_open(
+def test_pages_that_the_kernel_dropped_are_read_through_an_open_without_python(
     kernel: Counted, root: Path, small: dict[str, bytes]
 ) -> None:
     names = list(small)[:20]
@@ -87,13 +90,13 @@ def test_what_the_kernel_has_dropped_is_read_through_such_an_open(
             os.close(file)
 
 
-def test_many_who_open_read_and_close_in_any_order(
+def test_many_threads_open_read_and_close_in_any_order(
     kernel: Counted, root: Path, small: dict[str, bytes]
 ) -> None:
     names = list(small)[:30]
     read_all(root, names)
 
-    def one(seed: int) -> None:
+    def use_at_random(seed: int) -> None:
         dice = random.Random(seed)
         opened: list[tuple[str, int]] = []
         for _ in range(600):
@@ -111,7 +114,7 @@ def test_many_who_open_read_and_close_in_any_order(
             os.close(file)
 
     with ThreadPoolExecutor(4) as crowd:
-        for each in [crowd.submit(one, seed) for seed in range(4)]:
+        for each in [crowd.submit(use_at_random, seed) for seed in range(4)]:
             each.result()
     assert read_all(root, names) == {name: small[name] for name in names}
 
@@ -121,7 +124,7 @@ def test_many_who_open_read_and_close_in_any_order(
 
 @pytest.fixture
 def folders(home: Home) -> dict[str, list[str]]:
-    """The names in some directories by their names; they are in the library, in a folder of their own."""
+    """The names in each of some directories. They are in one folder, which is added to the library."""
     made = {
         f"folder-{number}": [f"{number}-{place:04}" for place in range(size)]
         for number, size in enumerate((1, 7, 300, 2500))
@@ -133,7 +136,7 @@ def folders(home: Home) -> dict[str, list[str]]:
     return made
 
 
-def test_a_directory_that_was_listed_is_opened_without_asking(
+def test_a_directory_that_was_listed_is_opened_again_without_python(
     home: Home, folders: dict[str, list[str]]
 ) -> None:
     root = home.mountpoint / home.add(home.folder / "folders")
@@ -148,7 +151,7 @@ def test_a_directory_that_was_listed_is_opened_without_asking(
             )
 
 
-def test_a_listing_that_the_kernel_has_dropped_is_read_through_such_an_open(
+def test_a_listing_that_the_kernel_dropped_is_read_through_an_open_without_python(
     home: Home, folders: dict[str, list[str]]
 ) -> None:
     root = home.mountpoint / home.add(home.folder / "folders")
@@ -172,10 +175,10 @@ def test_a_listing_that_the_kernel_has_dropped_is_read_through_such_an_open(
         assert not kernel.since(before)["opendir"], "the kernel has the listings again"
 
 
-def test_many_who_list_directories_in_any_order(home: Home, folders: dict[str, list[str]]) -> None:
+def test_many_threads_list_directories_in_any_order(home: Home, folders: dict[str, list[str]]) -> None:
     root = home.mountpoint / home.add(home.folder / "folders")
 
-    def one(seed: int) -> None:
+    def use_at_random(seed: int) -> None:
         dice = random.Random(seed)
         opened: list[tuple[str, int]] = []
         for _ in range(150):
@@ -194,7 +197,7 @@ def test_many_who_list_directories_in_any_order(home: Home, folders: dict[str, l
             os.close(file)
 
     with counted(home, "library"), ThreadPoolExecutor(4) as crowd:
-        for each in [crowd.submit(one, seed) for seed in range(4)]:
+        for each in [crowd.submit(use_at_random, seed) for seed in range(4)]:
             each.result()
 
 
@@ -208,8 +211,8 @@ def drop_listing(directory: int) -> None:
 LARGE = 24 << 20
 
 
-def test_of_what_was_read_ahead_python_is_asked_for_a_part(home: Home) -> None:
-    """Each time the reader gives what is fetched ahead more time to be there before him."""
+def test_most_reads_of_bytes_fetched_ahead_do_not_reach_python(home: Home) -> None:
+    """In each round the reader waits longer, so that more bytes are fetched ahead of it."""
     content = random.Random(5).randbytes(LARGE)
     (home.folder / "large").write_bytes(content)
     path = home.mountpoint / home.add(home.folder / "large")
@@ -218,7 +221,7 @@ def test_of_what_was_read_ahead_python_is_asked_for_a_part(home: Home) -> None:
         for patience in (0, 0.01, 0.05, 0.2, 1):
             file = os.open(path, os.O_RDONLY)
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            # the kernel reads nothing ahead: it asks for each piece when that is read
+            # turns off the kernel's read-ahead: it asks for each piece when that is read
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
             before = kernel.now()
             for at in range(0, LARGE, 128 << 10):
@@ -228,4 +231,4 @@ def test_of_what_was_read_ahead_python_is_asked_for_a_part(home: Home) -> None:
             fewest = min(fewest, kernel.since(before)["read"])
             if fewest < LARGE >> 20:
                 break
-        assert fewest < LARGE >> 20, "fewer than one for each leaf, of eight"
+        assert fewest < LARGE >> 20, "fewer than one read for each leaf, which is 8 reads long"

@@ -1,4 +1,4 @@
-"""`--passthrough`: the kernel reads staging files that were verified whole itself."""
+"""`--passthrough`: the kernel itself reads staging files that were verified whole."""
 
 import contextlib
 import ctypes
@@ -33,8 +33,8 @@ LEAF, LEAVES = 256 << 10, 6
 FILES = 20
 
 
-class Passed:
-    """A mount with --passthrough, and one file at its gateway that nobody has read yet."""
+class PassthroughFile:
+    """A mount with --passthrough, and one file at its gateway that was not read yet."""
 
     def __init__(self, home: Home, gateway: Gateway, mount: Mounted, cid: Cid, content: bytes) -> None:
         self.home, self.gateway, self.mount, self.cid, self.content = home, gateway, mount, cid, content
@@ -47,7 +47,7 @@ class Passed:
         return state
 
     def read_and_verify(self) -> None:
-        """Reads it once, and waits until it was verified whole."""
+        """Reads the file once, and waits until it is verified whole."""
         assert self.path.read_bytes() == self.content
         self.wait_until_verified()
 
@@ -57,7 +57,7 @@ class Passed:
             "it is verified",
         )
 
-    def is_passed(self) -> bool:
+    def is_passed_through(self) -> bool:
         return bool(self.state()["open"])
 
     def evict(self) -> None:
@@ -75,8 +75,8 @@ def files_of(dag: Dag, count: int, size: int = LEAF) -> dict[Cid, bytes]:
 
 @pytest.fixture(scope="module", autouse=True)
 def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the kernel takes backing files: it refuses those on an overlay, on which a container's folders often
-    lie. There it is a tmpfs."""
+    """A folder in which the kernel takes backing files. It refuses backing files on an overlay, where the
+    folders of a container often lie; then the folder is a tmpfs."""
     if tuple(map(int, platform.release().split(".")[:2])) < (6, 9):
         pytest.skip("passthrough needs Linux 6.9 or newer")
     folder = tmp_path_factory.mktemp("disk")
@@ -93,150 +93,152 @@ def tmp_path(disk: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unread(disk: Path) -> Iterator[Iterator[Passed]]:
-    """Files of one mount, each once."""
+def unread_files(disk: Path) -> Iterator[Iterator[PassthroughFile]]:
+    """The files of one mount. Each is given once."""
     dag = Dag()
     home = Home(disk / "passthrough")
     made = files_of(dag, FILES)
     with mounted(home, dag, "--passthrough") as (gateway, mount):
-        yield (Passed(home, gateway, mount, cid, content) for cid, content in made.items())
+        yield (PassthroughFile(home, gateway, mount, cid, content) for cid, content in made.items())
 
 
 @pytest.fixture
-def passed(unread: Iterator[Passed]) -> Passed:
-    return next(unread)
+def target(unread_files: Iterator[PassthroughFile]) -> PassthroughFile:
+    return next(unread_files)
 
 
-def test_the_kernel_reads_a_file_that_was_verified_whole(passed: Passed) -> None:
-    """By read, pread, mmap, sendfile and copy, after a fork, and however many have it open."""
-    passed.read_and_verify()
-    asked = sum(passed.gateway.asked.values())
-    with passed.path.open("rb") as file, passed.path.open("rb") as other:
-        assert passed.state()["open"] == 1
-        assert "disk is trusted" in passed.state()["trust"]
-        assert file.read() == other.read() == passed.content
+def test_the_kernel_reads_a_file_that_was_verified_whole(target: PassthroughFile) -> None:
+    """With read, pread, mmap, sendfile and copy, after a fork, and with several opens at a time."""
+    target.read_and_verify()
+    asked = sum(target.gateway.asked.values())
+    with target.path.open("rb") as file, target.path.open("rb") as other:
+        assert target.state()["open"] == 1
+        assert "disk is trusted" in target.state()["trust"]
+        assert file.read() == other.read() == target.content
         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            assert mapped[:] == passed.content
-        copy = passed.home.folder / "copy"
+            assert mapped[:] == target.content
+        copy = target.home.folder / "copy"
         with copy.open("wb") as out:
             at = 0
-            while at < len(passed.content):
-                at += os.sendfile(out.fileno(), file.fileno(), at, len(passed.content))
-        assert copy.read_bytes() == passed.content
-        shutil.copyfile(passed.path, copy)
-        assert copy.read_bytes() == passed.content
+            while at < len(target.content):
+                at += os.sendfile(out.fileno(), file.fileno(), at, len(target.content))
+        assert copy.read_bytes() == target.content
+        shutil.copyfile(target.path, copy)
+        assert copy.read_bytes() == target.content
         child = os.fork()
         if not child:
             os._exit(
-                os.pread(file.fileno(), 100, 5 * LEAF - 50) != passed.content[5 * LEAF - 50 : 5 * LEAF + 50]
+                os.pread(file.fileno(), 100, 5 * LEAF - 50) != target.content[5 * LEAF - 50 : 5 * LEAF + 50]
             )
         assert os.waitpid(child, 0)[1] == 0
-        assert passed.is_passed()
-    wait_until(lambda: not passed.is_passed(), "it is closed")
-    assert sum(passed.gateway.asked.values()) == asked
+        assert target.is_passed_through()
+    wait_until(lambda: not target.is_passed_through(), "it is closed")
+    assert sum(target.gateway.asked.values()) == asked
 
 
-def test_an_inode_that_is_open_through_the_daemon_stays_so_until_its_last_release(passed: Passed) -> None:
-    """Else the kernel fails the open with EIO."""
-    with passed.path.open("rb") as first:
-        assert first.read() == passed.content
-        passed.wait_until_verified()
-        with passed.path.open("rb") as second:
-            assert second.read() == passed.content
-            assert not passed.is_passed()
-        with passed.path.open("rb") as third:
-            assert not passed.is_passed()
+def test_an_inode_that_is_open_through_the_daemon_stays_so_until_its_last_release(
+    target: PassthroughFile,
+) -> None:
+    """An open that the kernel passes through would fail with EIO meanwhile."""
+    with target.path.open("rb") as first:
+        assert first.read() == target.content
+        target.wait_until_verified()
+        with target.path.open("rb") as second:
+            assert second.read() == target.content
+            assert not target.is_passed_through()
+        with target.path.open("rb") as third:
+            assert not target.is_passed_through()
             first.close()
-            assert third.read() == passed.content
-    with passed.path.open("rb") as fourth:
-        assert passed.is_passed()
-        assert fourth.read() == passed.content
+            assert third.read() == target.content
+    with target.path.open("rb") as fourth:
+        assert target.is_passed_through()
+        assert fourth.read() == target.content
 
 
-def test_many_open_and_close_while_it_is_being_verified(passed: Passed) -> None:
+def test_many_threads_open_and_close_a_verified_file(target: PassthroughFile) -> None:
     failed: list[BaseException] = []
 
     def work(seed: int) -> None:
         dice = random.Random(seed)
         try:
             for _ in range(60):
-                with passed.path.open("rb") as file:
-                    at = dice.randrange(len(passed.content) - 5000)
-                    assert os.pread(file.fileno(), 5000, at) == passed.content[at : at + 5000]
+                with target.path.open("rb") as file:
+                    at = dice.randrange(len(target.content) - 5000)
+                    assert os.pread(file.fileno(), 5000, at) == target.content[at : at + 5000]
                     if dice.random() < 0.2:
                         with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-                            assert mapped[at : at + 5000] == passed.content[at : at + 5000]
+                            assert mapped[at : at + 5000] == target.content[at : at + 5000]
         except BaseException as exc:
             failed.append(exc)
 
-    passed.read_and_verify()
+    target.read_and_verify()
     workers = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for each in workers:
         each.start()
     for each in workers:
         each.join()
     assert failed == []
-    wait_until(lambda: not passed.is_passed(), "all are closed")
+    wait_until(lambda: not target.is_passed_through(), "all are closed")
 
 
 @pytest.mark.parametrize("how", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND])
-def test_nobody_writes_to_a_backing_file(passed: Passed, how: int) -> None:
-    passed.read_and_verify()
-    with passed.path.open("rb"):
-        assert passed.is_passed()
+def test_a_backing_file_cannot_be_opened_for_writing(target: PassthroughFile, how: int) -> None:
+    target.read_and_verify()
+    with target.path.open("rb"):
+        assert target.is_passed_through()
         with pytest.raises(PermissionError):
-            os.open(passed.path, how)
+            os.open(target.path, how)
     with pytest.raises(PermissionError):
-        os.open(passed.path, how)
-    assert passed.staged.read_bytes() == passed.content
+        os.open(target.path, how)
+    assert target.staged.read_bytes() == target.content
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_who_changed_the_staging_file_has_it_verified_again(passed: Passed, when: str) -> None:
-    """Before the proof a flip fails it; after it, the file's times tell."""
+def test_a_changed_staging_file_is_verified_again(target: PassthroughFile, when: str) -> None:
+    """A flip before the verification makes it fail. A later flip changes the file's times."""
     if when == "after":
-        passed.read_and_verify()
+        target.read_and_verify()
     else:
-        assert passed.path.read_bytes() == passed.content
-        wait_until(passed.staged.exists, "it is staged")
+        assert target.path.read_bytes() == target.content
+        wait_until(target.staged.exists, "it is staged")
     for leaf in range(3):
-        flip(passed.staged, leaf * LEAF + 77)
-        with passed.path.open("rb") as file:
+        flip(target.staged, leaf * LEAF + 77)
+        with target.path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            assert file.read() == passed.content
-    assert passed.path.read_bytes() == passed.content
-    passed.wait_until_verified()
-    with passed.path.open("rb") as file:
-        assert passed.is_passed()
-        assert file.read() == passed.content
+            assert file.read() == target.content
+    assert target.path.read_bytes() == target.content
+    target.wait_until_verified()
+    with target.path.open("rb") as file:
+        assert target.is_passed_through()
+        assert file.read() == target.content
 
 
-def test_a_file_that_somebody_may_write_to_is_read_through_the_daemon(passed: Passed) -> None:
-    """A store through a mapping changes no time where the page was written to, and not cleaned, before."""
-    passed.read_and_verify()
-    with passed.staged.open("r+b") as writer, mmap.mmap(writer.fileno(), 0) as mapped:
+def test_a_file_that_is_mapped_for_writing_is_read_through_the_daemon(target: PassthroughFile) -> None:
+    """A store through a mapping changes no file time if the page is dirty already."""
+    target.read_and_verify()
+    with target.staged.open("r+b") as writer, mmap.mmap(writer.fileno(), 0) as mapped:
         writer.close()
-        with passed.path.open("rb") as file:
-            assert not passed.is_passed()
+        with target.path.open("rb") as file:
+            assert not target.is_passed_through()
             mapped[77] ^= 1
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            assert file.read() == passed.content
-    assert passed.path.read_bytes() == passed.content
-    passed.wait_until_verified()  # the next test counts what is verified
+            assert file.read() == target.content
+    assert target.path.read_bytes() == target.content
+    target.wait_until_verified()  # the next test counts the files that are verified
 
 
-def test_an_evicted_file_is_read_to_its_end_and_counts_until_then(passed: Passed) -> None:
-    passed.read_and_verify()
-    used = client.call(passed.mount.control, "status")["cache"]["used"]
-    with passed.path.open("rb") as file:
-        assert passed.is_passed()
-        passed.evict()
-        assert not passed.staged.exists()
-        assert passed.state()["lingering"] >= len(passed.content)
-        assert client.call(passed.mount.control, "status")["cache"]["used"] >= used - LEAF
-        assert file.read() == passed.content
-    assert passed.path.read_bytes() == passed.content, "fetched again"
-    wait_until(lambda: not passed.state()["lingering"], "its space is free")
+def test_an_evicted_file_is_read_to_its_end_and_counts_until_then(target: PassthroughFile) -> None:
+    target.read_and_verify()
+    used = client.call(target.mount.control, "status")["cache"]["used"]
+    with target.path.open("rb") as file:
+        assert target.is_passed_through()
+        target.evict()
+        assert not target.staged.exists()
+        assert target.state()["lingering"] >= len(target.content)
+        assert client.call(target.mount.control, "status")["cache"]["used"] >= used - LEAF
+        assert file.read() == target.content
+    assert target.path.read_bytes() == target.content, "it is fetched again"
+    wait_until(lambda: not target.state()["lingering"], "its space is free")
 
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -247,7 +249,7 @@ _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 
 @contextlib.contextmanager
 def mapped_alone(path: Path, size: int) -> Iterator[int]:
-    """The address of a mapping of a file that is not open any more (Python's mmap keeps it open)."""
+    """The address of a mapping of a file that is closed (Python's mmap would keep it open)."""
     with path.open("rb") as file:
         address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
     try:
@@ -257,30 +259,30 @@ def mapped_alone(path: Path, size: int) -> Iterator[int]:
 
 
 def is_intact(address: int, content: bytes) -> bool:
-    """Whether `content` is mapped there. A hole in it would end a process by SIGBUS: a child looks."""
+    """Whether `content` is mapped at `address`. A child looks, because a hole would end it by SIGBUS."""
     child = os.fork()
     if not child:
         os._exit(ctypes.string_at(address, len(content)) != content)
     return os.waitpid(child, 0)[1] == 0
 
 
-def test_a_mapping_outlives_the_last_release_and_is_never_cut_short(passed: Passed) -> None:
-    """The kernel maps the backing file itself: no RELEASE tells when that ends."""
-    passed.read_and_verify()
-    with mapped_alone(passed.path, len(passed.content)) as address:
-        wait_until(lambda: passed.state()["mapped"] and not passed.state()["open"], "it is closed")
-        with passed.path.open("rb") as file:
-            assert passed.is_passed(), "and may be opened again"
-            assert file.read() == passed.content
-        wait_until(lambda: not passed.state()["open"], "it is closed again")
-        passed.evict()
-        assert passed.state()["lingering"] >= len(passed.content)
-        assert is_intact(address, passed.content)
-    wait_until(lambda: not passed.state()["lingering"] and not passed.state()["mapped"], "its space is free")
+def test_a_mapping_outlives_the_last_release_and_is_never_cut_short(target: PassthroughFile) -> None:
+    """The kernel maps the backing file itself, and no RELEASE shows when that ends."""
+    target.read_and_verify()
+    with mapped_alone(target.path, len(target.content)) as address:
+        wait_until(lambda: target.state()["mapped"] and not target.state()["open"], "it is closed")
+        with target.path.open("rb") as file:
+            assert target.is_passed_through(), "it may be opened again"
+            assert file.read() == target.content
+        wait_until(lambda: not target.state()["open"], "it is closed again")
+        target.evict()
+        assert target.state()["lingering"] >= len(target.content)
+        assert is_intact(address, target.content)
+    wait_until(lambda: not target.state()["lingering"] and not target.state()["mapped"], "its space is free")
 
 
 def bytes_on_disk(folder: Path) -> int:
-    """What its files take. One that gets its final name meanwhile may be left out."""
+    """The bytes that the files in `folder` take. A file that is renamed meanwhile may be left out."""
     total = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
@@ -288,15 +290,17 @@ def bytes_on_disk(folder: Path) -> int:
     return total
 
 
-def test_what_is_open_is_not_chosen_for_eviction_and_the_budget_holds(home: Home) -> None:
+def test_an_open_file_is_not_evicted_for_room_and_the_budget_holds(home: Home) -> None:
     budget = 20 * MIB
     dag = Dag()
     made = files_of(dag, 5, MIB)
     with mounted(home, dag, "--passthrough", "--budget", "20MiB", "--reserve", "0") as (gateway, mount):
-        first, *others = [Passed(home, gateway, mount, cid, content) for cid, content in made.items()]
+        first, *others = [
+            PassthroughFile(home, gateway, mount, cid, content) for cid, content in made.items()
+        ]
         first.read_and_verify()
         with first.path.open("rb") as file:
-            assert first.is_passed()
+            assert first.is_passed_through()
             for other in others:
                 assert other.path.read_bytes() == other.content
                 assert bytes_on_disk(home.store) <= budget
@@ -312,7 +316,7 @@ def test_readers_of_a_mount_that_was_killed_are_not_cut_short(home: Home) -> Non
     dag = Dag()
     [(cid, content)] = files_of(dag, 1).items()
     with mounted(home, dag, "--passthrough") as (gateway, mount):
-        one = Passed(home, gateway, mount, cid, content)
+        one = PassthroughFile(home, gateway, mount, cid, content)
         one.read_and_verify()
         file = one.path.open("rb")
         with mapped_alone(one.path, len(content)) as address:
@@ -326,26 +330,26 @@ def test_readers_of_a_mount_that_was_killed_are_not_cut_short(home: Home) -> Non
         file.close()
 
 
-def test_an_overlay_on_the_mount_shows_the_same(passed: Passed) -> None:
-    passed.read_and_verify()
-    upper = passed.home.folder / "overlay"
+def test_an_overlay_on_the_mount_shows_the_same_bytes(target: PassthroughFile) -> None:
+    target.read_and_verify()
+    upper = target.home.folder / "overlay"
     upper.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "tmpfs", upper], check=True)
     try:
         for name in ("upper", "work", "merged"):
             (upper / name).mkdir()
-        options = f"lowerdir={passed.mount.path},upperdir={upper}/upper,workdir={upper}/work"
+        options = f"lowerdir={target.mount.path},upperdir={upper}/upper,workdir={upper}/work"
         made = subprocess.run(
             ["mount", "-t", "overlay", "overlay", "-o", options, upper / "merged"], capture_output=True
         )
         if made.returncode:
             pytest.skip(f"no overlay on a mount here: {made.stderr.decode()}")
         try:
-            with (upper / "merged" / cids.text(passed.cid)).open("rb") as file:
-                assert passed.is_passed()
-                assert file.read() == passed.content
+            with (upper / "merged" / cids.text(target.cid)).open("rb") as file:
+                assert target.is_passed_through()
+                assert file.read() == target.content
                 with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-                    assert mapped[:] == passed.content
+                    assert mapped[:] == target.content
         finally:
             subprocess.run(["umount", upper / "merged"], check=True)
     finally:
@@ -384,7 +388,7 @@ def test_an_ordinary_user_is_refused(home: Home) -> None:
     home.refused("mount", "--passthrough", home.mountpoint, names="root", wrapper=command_of(NOBODY))
 
 
-def test_recording_needs_to_see_every_read(home: Home) -> None:
+def test_passthrough_with_record_is_refused(home: Home) -> None:
     record = home.folder / "record"
     home.refused("mount", "--passthrough", "--record", record, home.mountpoint, names="--record", code=2)
 

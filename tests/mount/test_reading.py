@@ -1,4 +1,4 @@
-"""Reading: right bytes, whatever the pattern, and only what was asked for."""
+"""Reads: the bytes are right for every pattern, and few other blocks are fetched."""
 
 import hashlib
 import mmap
@@ -92,7 +92,7 @@ def test_the_first_byte_of_a_large_file_costs_the_path_and_one_leaf(home: Home) 
     assert len(used) == 2, used
 
 
-def test_the_same_tree_again_offline_after_unmount(home: Home, sample: Sample) -> None:
+def test_a_tree_is_read_again_offline_after_unmount(home: Home, sample: Sample) -> None:
     cid = home.add(sample.source)
     for options in ([], ["--offline"]):
         with home.mounted(*options) as mount:
@@ -104,9 +104,9 @@ def test_the_same_tree_again_offline_after_unmount(home: Home, sample: Sample) -
             )
 
 
-def test_random_reads_of_what_was_verified_are_right_whatever_became_of_the_staging_file(home: Home) -> None:
-    """Most of them are answered without Python. What it is asked for is verified whole, or fetched again. The
-    file is too large for such a reader to be taken for one who goes through it."""
+def test_random_reads_are_right_after_flips_and_eviction_of_the_staging_file(home: Home) -> None:
+    """Most of the reads are answered without Python. A read that reaches Python is verified whole, or fetched
+    again. The file is so large that random reads are not taken for sequential ones."""
     dag, dice = Dag(), random.Random(7)
     leaves = [dice.randbytes(1 << 20) for _ in range(24)]
     cid, content = dag.file(leaves), b"".join(leaves)

@@ -1,4 +1,4 @@
-"""A real tree that no one here wrote: the running Python's standard library."""
+"""A real tree: the standard library of the running Python."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""References between the kernel and the daemon, on real mounts: whatever is listed, dropped and listed again,
-each path gives its own bytes and its own CID."""
+"""The kernel's references to the daemon's inodes, on real mounts: each path gives its own bytes and its own
+CID, in whatever order paths are listed, dropped and listed again."""
 
 import ctypes
 import os
@@ -20,7 +20,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse.inodes import MAX_INODES
 from tests.counting import counted
 from tests.dagging import Dag
-from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Forest, Thing, dagpb_file, forest, identity, v0
+from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Expected, Forest, dagpb_file, forest, identity, v0
 from tests.mounting import Home, wait_until
 
 STEPS = int(os.environ.get("IPFSFUSE_WALK_STEPS", "120"))
@@ -78,15 +78,15 @@ def mounted(
     slow: str = "",
     limit: int = MAX_INODES,
 ) -> Iterator[Path]:
-    """A mount of the blocks of `dag` that remembers the attributes of `known` CIDs, should hold `limit`
-    inodes at most, and notes how many it holds in the file `held`."""
+    """A mount of the blocks of `dag`. It remembers the attributes of `known` CIDs and should hold at most
+    `limit` inodes. It writes into the file `held` how many it holds."""
     car = dag.car(home.folder / "content.car", roots)
     with counted(home, str(car), slow + FEW_KNOWN % (known, str(home.folder / "held"), limit)):
         yield home.mountpoint
 
 
 def held(home: Home) -> tuple[int, int]:
-    """How many inodes the daemon holds, and held at most."""
+    """The number of inodes that the daemon holds now, and the most that it has held."""
     now, most = (home.folder / "held").read_text().split() or ("2", "2")
     return int(now), int(most)
 
@@ -112,7 +112,7 @@ def names_by_small_buffers(folder: Path) -> Iterator[list[str]]:
 
 
 def dagpb_files(dag: Dag, count: int) -> dict[bytes, tuple[Cid, int]]:
-    """Small files whose attributes only their own block tells."""
+    """Small files whose attributes are only in their own blocks."""
     return {
         f"file-{number:04}".encode(): (dag.block(dagpb_file(b"%d" % number), cids.DAG_PB), 8)
         for number in range(count)
@@ -122,7 +122,7 @@ def dagpb_files(dag: Dag, count: int) -> dict[bytes, tuple[Cid, int]]:
 # -- a listing must not take references away -----------------------------------------------------------------
 
 
-def test_a_file_of_cid_version_0_reads_after_the_root_was_listed(home: Home) -> None:
+def test_a_file_of_cid_version_0_can_be_read_after_the_root_was_listed(home: Home) -> None:
     dag = Dag()
     cid = v0(dag.block(dagpb_file(b"trusted\n"), cids.DAG_PB))
     name = cids.text(cid)
@@ -140,7 +140,7 @@ def test_a_file_of_cid_version_0_reads_after_the_root_was_listed(home: Home) -> 
             )
 
 
-def test_a_file_that_is_opened_between_two_parts_of_a_listing_reads_after_it(home: Home) -> None:
+def test_a_file_that_is_opened_between_two_parts_of_a_listing_can_be_read_after_it(home: Home) -> None:
     dag = Dag()
     root = cids.text(dag.directory(dagpb_files(dag, 300)))
     with mounted(home, dag) as mount:
@@ -157,7 +157,7 @@ def test_a_file_that_is_opened_between_two_parts_of_a_listing_reads_after_it(hom
         ]
 
 
-def test_files_read_after_their_directory_was_listed_by_another_path_and_their_attributes_are_not_known_any_more(
+def test_files_can_be_read_after_a_listing_by_another_path_once_attributes_are_dropped(
     home: Home,
 ) -> None:
     dag = Dag()
@@ -171,15 +171,15 @@ def test_files_read_after_their_directory_was_listed_by_another_path_and_their_a
             assert len(os.listdir(mount / root / "two")) == 200
 
 
-# -- as many inodes as the daemon can bear -------------------------------------------------------------------
+# -- the limit of inodes -------------------------------------------------------------------------------------
 
 
 def raw_leaves(dag: Dag, count: int) -> dict[bytes, tuple[Cid, int]]:
     return {b"%05d" % number: (dag.block(b"leaf %d" % number), 9) for number in range(count)}
 
 
-def test_a_listing_of_millions_of_names_does_not_fill_the_daemon(home: Home) -> None:
-    """Beyond the limit it gives names alone."""
+def test_a_listing_with_more_names_than_the_limit_of_inodes_keeps_to_the_limit(home: Home) -> None:
+    """Beyond the limit a listing gives only names."""
     dag = Dag()
     root = cids.text(dag.directory(raw_leaves(dag, 4000)))
     with mounted(home, dag, limit=500) as mount, (mount / root / "00000").open("rb") as opened:
@@ -195,15 +195,15 @@ def test_a_listing_of_millions_of_names_does_not_fill_the_daemon(home: Home) -> 
 
 
 def drop_listing(folder: Path) -> None:
-    """The kernel asks for it again."""
+    """Drops the listing of `folder` from the kernel's page cache."""
     file = os.open(folder, os.O_RDONLY)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(file)
 
 
 @since_6_18
-def test_what_programs_have_looked_up_is_forgotten_when_it_is_too_much_and_not_in_use(home: Home) -> None:
-    """Names that are looked up one by one, as a guest can with CIDs that it makes up."""
+def test_looked_up_inodes_beyond_the_limit_are_forgotten_unless_in_use(home: Home) -> None:
+    """The names are looked up one by one, as a guest can do with CIDs that it makes up."""
     dag = Dag()
     below = dag.directory({b"file": (dag.block(b"below"), 5)})
     root = cids.text(dag.directory({**raw_leaves(dag, 3000), b"below": (below, 5)}))
@@ -218,7 +218,7 @@ def test_what_programs_have_looked_up_is_forgotten_when_it_is_too_much_and_not_i
         for name in range(3000):
             os.stat(mount / root / f"{name:05}")
         assert held(home)[1] > 500
-        wait_until(lambda: held(home)[0] < 500, "the kernel has forgotten what nobody uses")
+        wait_until(lambda: held(home)[0] < 500, "the kernel has forgotten inodes that are not in use")
         assert os.readlink(f"/proc/self/fd/{opened.fileno()}") == str(mount / root / "00000")
         assert opened.read() == b"leaf 0"
         assert os.stat(mount / root / "00000").st_ino == number
@@ -232,8 +232,8 @@ def test_what_programs_have_looked_up_is_forgotten_when_it_is_too_much_and_not_i
 
 
 def test_content_made_for_a_trusted_files_inode_number_does_not_take_it_over(home: Home) -> None:
-    """The inode number of the trusted file is known, and stays the same over a restart. Once each number was
-    the last eight bytes of the CID."""
+    """The attacker knows the inode number of the trusted file, which stays the same over a restart. Once, an
+    inode number was the last eight bytes of the CID."""
     dag = Dag()
     trusted = dag.block(dagpb_file(b"the trusted bytes\n"), cids.DAG_PB)
     with mounted(home, dag) as mount:
@@ -266,9 +266,9 @@ def test_content_made_for_a_trusted_files_inode_number_does_not_take_it_over(hom
                 opened.seek(0)
 
 
-def test_20000_cids_that_end_alike_cost_no_more_than_others(home: Home) -> None:
-    """They once had one number, and each lookup counted up from there: 70 s, and other lookups waited 44
-    s."""
+def test_20000_cids_with_equal_last_bytes_do_not_slow_lookups(home: Home) -> None:
+    """Once, all of them hashed to one number, and each lookup counted up from there. The listing took 70 s,
+    and other lookups waited 44 s."""
     dag = Dag()
     tail = b"\x00" * 7 + b"\x07"
     alike = [identity(cids.RAW, number.to_bytes(8, "big") + tail) for number in range(20_000)]
@@ -296,62 +296,62 @@ def test_20000_cids_that_end_alike_cost_no_more_than_others(home: Home) -> None:
             looking.result()
         assert len(shown.splitlines()) == 20_001
         print(f"ls -l took {took:.2f} s, another lookup at most {max(waited):.2f} s")
-        assert took < 30, "6 s where the machine has nothing else to do"
-        assert max(waited) < 5, "1 s where the machine has nothing else to do"
+        assert took < 30, "it takes 6 s on an idle machine"
+        assert max(waited) < 5, "it takes 1 s on an idle machine"
 
 
-# -- any sequence --------------------------------------------------------------------------------------------
+# -- random sequences ----------------------------------------------------------------------------------------
 
 
 class Walker:
-    """Uses the mount at random, and knows what it must get."""
+    """Uses the mount at random, and checks what it gets."""
 
     def __init__(self, mount: Path, forest: Forest, seed: int) -> None:
         self._mount, self._forest, self._dice = mount, forest, random.Random(seed)
-        self._open: list[tuple[int, Thing]] = []
-        self._paths = list(forest.things)
+        self._open: list[tuple[int, Expected]] = []
+        self._paths = list(forest.expected)
 
-    def path(self, *kinds: str) -> tuple[Path, Thing]:
+    def path(self, *kinds: str) -> tuple[Path, Expected]:
         path = self._dice.choice(self._forest.of_kind(*kinds) if kinds else self._paths)
-        return self._mount.joinpath(*map(os.fsdecode, path)), self._forest.things[path]
+        return self._mount.joinpath(*map(os.fsdecode, path)), self._forest.expected[path]
 
-    def check(self, path: Path, thing: Thing) -> None:
-        if thing.kind == BAD:
+    def check(self, path: Path, expected: Expected) -> None:
+        if expected.kind == BAD:
             with pytest.raises(OSError, match=path.name):
                 os.stat(path)
             return
         cid = cids.parse(os.getxattr(path, "ipfs.cid", follow_symlinks=False).decode())
-        assert cids.canonical(cid) == cids.canonical(thing.cid)
-        if thing.kind == FILE:
-            assert path.read_bytes() == thing.content
-        elif thing.kind == LINK:
-            assert os.fsencode(os.readlink(path)) == thing.content
+        assert cids.canonical(cid) == cids.canonical(expected.cid)
+        if expected.kind == FILE:
+            assert path.read_bytes() == expected.content
+        elif expected.kind == LINK:
+            assert os.fsencode(os.readlink(path)) == expected.content
         else:
-            assert sorted(map(os.fsencode, os.listdir(path))) == sorted(thing.names)
+            assert sorted(map(os.fsencode, os.listdir(path))) == sorted(expected.names)
 
     def step(self) -> None:
         match self._dice.randrange(8):
             case 0 | 1:
                 self.check(*self.path())
             case 2:
-                path, thing = self.path(FILE)
-                self._open.append((os.open(path, os.O_RDONLY), thing))
+                path, expected = self.path(FILE)
+                self._open.append((os.open(path, os.O_RDONLY), expected))
             case 3 if self._open:
                 os.close(self._open.pop(self._dice.randrange(len(self._open)))[0])
             case 4 if self._open:
-                file, thing = self._dice.choice(self._open)
+                file, expected = self._dice.choice(self._open)
                 if self._dice.random() < 0.5:
                     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-                assert os.pread(file, 1 << 20, 0) == thing.content
+                assert os.pread(file, 1 << 20, 0) == expected.content
             case 5:
-                path, _thing = self.path(DIRECTORY)
+                path, _expected = self.path(DIRECTORY)
                 subprocess.run(
                     ["ls", "-l", path if self._dice.random() < 0.8 else self._mount], capture_output=True
                 )
             case 6:
-                path, thing = self.path(DIRECTORY)
+                path, expected = self.path(DIRECTORY)
                 for names in names_by_small_buffers(path):
-                    other, _thing = self.path(FILE, DIRECTORY)
+                    other, _expected = self.path(FILE, DIRECTORY)
                     os.stat(other)
                     inside = path / self._dice.choice(names)
                     if (
@@ -364,12 +364,12 @@ class Walker:
                 drop_caches()
 
     def close(self) -> None:
-        for file, _thing in self._open:
+        for file, _expected in self._open:
             os.close(file)
 
 
 def drop_caches() -> None:
-    """What nobody uses of dentries and inodes."""
+    """Makes the kernel drop the dentries and inodes that are not in use."""
     DROP.write_text("2\n")
 
 
@@ -378,7 +378,7 @@ def drop_caches() -> None:
 def test_after_any_walk_with_dropped_caches_each_path_gives_its_own_bytes_and_cid(
     home: Home, crowd: int, limit: int
 ) -> None:
-    """Also where the daemon asks the kernel all the time to forget."""
+    """This holds also if the daemon asks the kernel all the time to forget inodes."""
     content = forest()
     with mounted(home, content.dag, known=10, roots=content.listed, limit=limit) as mount:
 
@@ -394,26 +394,26 @@ def test_after_any_walk_with_dropped_caches_each_path_gives_its_own_bytes_and_ci
             for each in [walkers.submit(walk, seed) for seed in range(crowd)]:
                 each.result()
         last = Walker(mount, content, 0)
-        for path, thing in content.things.items():
-            last.check(mount.joinpath(*map(os.fsdecode, path)), thing)
+        for path, expected in content.expected.items():
+            last.check(mount.joinpath(*map(os.fsdecode, path)), expected)
 
         wait_until_forgotten(home)
 
 
 def wait_until_forgotten(home: Home) -> None:
-    """Nothing is in use any more: the daemon must let go of all but the root."""
+    """Nothing is in use any more, so the daemon must let go of all inodes but the root."""
 
     def only_the_root_is_held() -> bool:
         drop_caches()
         return held(home)[0] == 1
 
-    wait_until(only_the_root_is_held, "the daemon has let go of all that the kernel has forgotten")
+    wait_until(only_the_root_is_held, "the daemon holds only the root")
     assert "forgets inode" not in (home.folder / "told").read_text()
 
 
 @as_root
 def test_callers_that_are_killed_while_they_wait_leave_no_reference(home: Home) -> None:
-    """Some before, some after the answer."""
+    """Some are killed before the answer, some after it."""
     dag = Dag()
     root = cids.text(dag.directory(dagpb_files(dag, 40) | {b"raw": (dag.block(b"raw"), 3)}))
     with mounted(home, dag, slow=SLOW) as mount:

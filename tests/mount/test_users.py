@@ -1,4 +1,4 @@
-"""A mount of an ordinary user, isolated mounts, and mounts that live while they are held."""
+"""Mounts of an ordinary user, isolated mounts, and mounts that end with their last holder."""
 
 import hashlib
 import os
@@ -60,7 +60,7 @@ def test_an_ordinary_user_mounts_reads_and_unmounts(users_home: Home) -> None:
         )
         assert read.stdout.strip() == hashlib.sha256(data).hexdigest(), read.stderr
         with pytest.raises(PermissionError):
-            os.listdir(home.mountpoint)  # root itself may not enter without allow_other
+            os.listdir(home.mountpoint)  # without allow_other, even root may not enter
     finally:
         run("unmount", str(home.mountpoint))
     assert fuse_mounts(home.folder) == []
@@ -87,9 +87,9 @@ def lets_others_in() -> bool:
 @open_device
 @has_mtab
 @pytest.mark.skipif(
-    lets_others_in(), reason="this machine's /etc/fuse.conf allows --allow-other to everybody"
+    lets_others_in(), reason="this machine's /etc/fuse.conf allows --allow-other to every user"
 )
-def test_allow_other_is_for_the_administrator_to_allow(users_home: Home) -> None:
+def test_allow_other_needs_the_administrators_permission(users_home: Home) -> None:
     home = users_home
     home.refused(
         "mount",
@@ -101,7 +101,7 @@ def test_allow_other_is_for_the_administrator_to_allow(users_home: Home) -> None
 
 
 @has_mtab
-def test_an_ordinary_user_mounts_by_a_device_that_is_open_to_all() -> None:
+def test_an_ordinary_user_mounts_with_a_device_that_is_open_to_all() -> None:
     pass_with_open_device(__file__)
 
 
@@ -118,7 +118,7 @@ def test_an_isolated_mount_leaves_nothing_and_shares_nothing(home: Home, tmp_pat
     wait_until(lambda: not private.exists(), "its folder is gone")
 
 
-def test_an_isolated_mount_whose_daemon_was_killed_is_swept_by_the_next(home: Home) -> None:
+def test_the_next_isolated_mount_removes_the_folder_of_a_killed_one(home: Home) -> None:
     with home.mounted("--isolated") as mount:
         left = mount.control.parent
         os.kill(mount.pid, 9)
@@ -129,23 +129,23 @@ def test_an_isolated_mount_whose_daemon_was_killed_is_swept_by_the_next(home: Ho
 
 
 def test_a_mount_that_is_held_ends_with_its_last_holder(home: Home) -> None:
-    told = home.json("mount", "--json", "--while-held", home.mountpoint)
-    with client.Connection(Path(told["control"])) as first:
+    started = home.json("mount", "--json", "--while-held", home.mountpoint)
+    with client.Connection(Path(started["control"])) as first:
         first.ask("hold")
-        with client.Connection(Path(told["control"])) as second:
+        with client.Connection(Path(started["control"])) as second:
             second.ask("hold")
-        assert alive(told["pid"])
+        assert alive(started["pid"])
         assert os.listdir(home.mountpoint) == []
-    wait_until(lambda: not alive(told["pid"]), "the daemon ends")
+    wait_until(lambda: not alive(started["pid"]), "the daemon ends")
     assert fuse_mounts(home.folder) == []
 
 
 def test_a_stale_mountpoint_is_freed_and_used(home: Home) -> None:
     (home.folder / "file").write_text("x\n")
     cid = home.add(home.folder / "file")
-    told = home.json("mount", "--json", home.mountpoint)
-    os.kill(told["pid"], 9)
-    wait_until(lambda: not alive(told["pid"]), "it was killed")
+    started = home.json("mount", "--json", home.mountpoint)
+    os.kill(started["pid"], 9)
+    wait_until(lambda: not alive(started["pid"]), "it was killed")
     with home.mounted() as mount:
         assert (mount.path / cid).read_text() == "x\n"
 

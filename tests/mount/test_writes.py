@@ -1,5 +1,4 @@
-"""Nothing can be changed: every mutating call that reaches the mount is EPERM, whoever makes it, and nothing
-changes."""
+"""Nothing can be changed: every mutating call that reaches the mount fails with EPERM, for every user."""
 
 import os
 import subprocess
@@ -73,7 +72,7 @@ KERNEL_ANSWERS = {
 
 
 def call(name: str, folder: Path, user: int | None = None) -> str:
-    """What the call answers when another process makes it."""
+    """The answer to a call that another process makes."""
     options = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     # another user may not enter the tests' environment
     python = sys.executable if user is None else "/usr/bin/python3"
@@ -109,13 +108,13 @@ def test_every_mutating_call_is_eperm_for_another_user(sample: Sample, name: str
 
 
 @pytest.mark.parametrize("name", KERNEL_ANSWERS)
-def test_where_the_kernel_answers_first_its_errno_stands(sample: Sample, name: str) -> None:
+def test_calls_that_the_kernel_answers_itself_give_its_errno(sample: Sample, name: str) -> None:
     before = fingerprint(sample.root)
     assert call(name, sample.root) == KERNEL_ANSWERS[name]
     assert fingerprint(sample.root) == before
 
 
-def test_after_all_of_that_the_tree_is_the_one_that_was_added(sample: Sample) -> None:
+def test_the_tree_is_unchanged_after_all_these_calls(sample: Sample) -> None:
     assert (
         subprocess.run(
             ["diff", "-r", "--no-dereference", sample.source, sample.root], capture_output=True

@@ -1,4 +1,4 @@
-"""One user's home for each test."""
+"""A home for each test."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What these tests share: mounts that ask a real node, trees for it, and its own mount."""
+"""Shared by these tests: mounts that ask a real node, trees for the node, and Kubo's own mount."""
 
 import os
 import random
@@ -34,8 +34,8 @@ def mounted(
 
 
 def write_tree(folder: Path, *, many: int = 250) -> Path:
-    """Files around the chunk sizes, nested folders, symlinks, odd names, and a folder of `many` entries for a
-    HAMT."""
+    """Files of about the chunk sizes, nested folders, symlinks, odd names, and a folder of `many`
+    entries, for a HAMT."""
     dice = random.Random(SEED)
     tree = folder / "tree"
     (tree / "deep" / "deeper").mkdir(parents=True)
@@ -56,7 +56,7 @@ def write_tree(folder: Path, *, many: int = 250) -> Path:
 
 
 def dated(tree: Path) -> Path:
-    """Gives everything modes and times that are not the usual ones."""
+    """Gives all files and folders unusual modes and times."""
     dice = random.Random(SEED)
     for path in sorted(tree.rglob("*"), reverse=True):
         if not path.is_symlink():
@@ -76,14 +76,14 @@ def same(one: Path, other: Path) -> None:
 
 
 def drop_pages(path: Path) -> None:
-    """The kernel forgets what it has of a file, so that the next read asks the mount."""
+    """Makes the kernel drop the pages of a file, so that the next read asks the mount."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
 def again_and_again(do: Callable[[], Any]) -> Iterator[threading.Event]:
-    """Does it in a loop in a thread until the block ends; the event is set each time it was done."""
+    """Calls `do` in a loop in a thread until the block ends. The event is set after each call."""
     done, end = threading.Event(), threading.Event()
     failure: list[BaseException] = []
 
@@ -109,7 +109,7 @@ def again_and_again(do: Callable[[], Any]) -> Iterator[threading.Event]:
 
 @contextmanager
 def kubos_own_mount(node: Node) -> Iterator[Path]:
-    """Kubo's mount of the same node; skips where it can't mount."""
+    """Kubo's own mount of the node. Skips the test if Kubo can't mount."""
     folders = [node.folder / name for name in ("kubo-ipfs", "kubo-ipns", "kubo-mfs")]
     for folder in folders:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Paths through dag-cbor and dag-json: on real mounts, of what a real Kubo node made."""
+"""Paths through dag-cbor and dag-json blocks that a real Kubo node made, on real mounts."""
 
 import functools
 import json
@@ -27,8 +27,8 @@ CODECS = ("dag-cbor", "dag-json")
 
 
 @functools.cache
-def made(node: Node) -> str:
-    """A dag-cbor root that links one tree of each codec, by the codec's name."""
+def add_mixed_dag(node: Node) -> str:
+    """A dag-cbor root that links one tree of each codec by the name of the codec."""
     links = {codec: {"/": _tree(node, codec)} for codec in CODECS}
     return node.cmd("dag", "put", stdin=json.dumps(links))
 
@@ -66,7 +66,7 @@ VALUES = {
 
 
 @functools.cache
-def kubo_finds(node: Node, path: str) -> bytes:
+def kubo_cat(node: Node, path: str) -> bytes:
     """What `ipfs cat` prints."""
     query = urllib.parse.urlencode({"arg": path})
     request = urllib.request.Request(f"{node.api_url}/api/v0/cat?{query}", method="POST")
@@ -74,7 +74,7 @@ def kubo_finds(node: Node, path: str) -> bytes:
         return bytes(answer.read())
 
 
-def check(whole: Path, node: Node, root: str) -> None:
+def check_tree(whole: Path, node: Node, root: str) -> None:
     """All that Kubo finds below `root` is at `whole`."""
     assert sorted(os.listdir(whole)) == sorted(CODECS)
     names = ["bytes", "deeper", "file", "folder", "large", "list", "text", "truth", "umlaut ü"]
@@ -82,7 +82,7 @@ def check(whole: Path, node: Node, root: str) -> None:
         path = whole / codec
         assert sorted(os.listdir(path)) == names
         for name in FILES:
-            assert (path / name).read_bytes() == kubo_finds(node, f"/ipfs/{root}/{codec}/{name}"), name
+            assert (path / name).read_bytes() == kubo_cat(node, f"/ipfs/{root}/{codec}/{name}"), name
         for name, content in VALUES.items():
             assert (path / name).read_bytes() == content
             assert (path / name).stat().st_size == len(content)
@@ -97,41 +97,42 @@ def check(whole: Path, node: Node, root: str) -> None:
 
 
 def test_a_mount_shows_the_paths_that_kubo_finds(home: Home, kubo_node: Node) -> None:
-    root = made(kubo_node)
+    root = add_mixed_dag(kubo_node)
     home.env["IPFS_PATH"] = str(kubo_node.repo)  # read in place
     for source in (f"kubo+{kubo_node.api_url}", kubo_node.gateway_url, "kubo"):
         with home.mounted("--isolated", "--from", source) as mount:
-            check(mount.path / root, kubo_node, root)
+            check_tree(mount.path / root, kubo_node, root)
             for codec in CODECS:
                 path = mount.path / root / codec
                 for name in ("deeper", "file", "folder", "large"):
-                    told = kubo_node.rpc("dag/resolve", arg=f"/ipfs/{root}/{codec}/{name}")
-                    assert os.getxattr(path / name, "ipfs.cid").decode() == told["Cid"]["/"]
+                    resolved = kubo_node.rpc("dag/resolve", arg=f"/ipfs/{root}/{codec}/{name}")
+                    assert os.getxattr(path / name, "ipfs.cid").decode() == resolved["Cid"]["/"]
                 own = os.getxattr(path / "umlaut ü" / "nested", "ipfs.cid").decode()
                 assert (mount.path / own / "twice").read_bytes() == b"yes"
     tree = kubo_node.rpc("dag/resolve", arg=f"/ipfs/{root}/dag-json")["Cid"]["/"]
-    told_raw = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-m", "ipfsfuse", "cat", "--raw", tree, "--from", kubo_node.gateway_url],
         env=home.env,
         capture_output=True,
     )
     block = kubo_node.cmd("block", "get", tree, text=False)
-    assert (told_raw.returncode, told_raw.stdout) == (0, block)
+    assert (printed.returncode, printed.stdout) == (0, block)
 
 
-def test_commands_go_through_such_blocks_too(home: Home, kubo_node: Node) -> None:
-    root = made(kubo_node)
+def test_commands_follow_paths_through_dag_cbor_and_dag_json(home: Home, kubo_node: Node) -> None:
+    root = add_mixed_dag(kubo_node)
     source = ("--from", f"kubo+{kubo_node.api_url}")
     with home.mounted(*source) as mount:
-        told = home.json("prefetch", "--json", root)
-        assert (told["files"], told["directories"]) == (16, 14)
+        fetched = home.json("prefetch", "--json", root)
+        assert (fetched["files"], fetched["directories"]) == (16, 14)
         home.run("pin", root)
         assert root in home.run("pin", "ls").stdout
         car = home.folder / "all.car"
         home.run("export", root, car)
         assert car.read_bytes() == kubo_node.cmd("dag", "export", "--progress=false", root, text=False)
         os.kill(mount.pid, signal.SIGKILL)
-        subprocess.run(["fusermount3", "-u", "-z", mount.path], check=False)  # auto_unmount may be first
+        # auto_unmount may have unmounted it already
+        subprocess.run(["fusermount3", "-u", "-z", mount.path], check=False)
     with home.mounted("--offline") as mount:
         for codec in CODECS:
             check_offline(mount.path / root / codec)
@@ -157,8 +158,8 @@ async def _through_python(home: Home, root: str, source: str) -> None:
             assert await fs.read_bytes(f"{inside.cid}/twice") == b"yes"
 
 
-def test_python_programs_other_hosts_and_a_second_node_read_them(home: Home, kubo_node: Node) -> None:
-    root = made(kubo_node)
+def test_the_python_interface_and_other_hosts_read_dag_cbor_and_dag_json(home: Home, kubo_node: Node) -> None:
+    root = add_mixed_dag(kubo_node)
     trio.run(_through_python, home, root, kubo_node.gateway_url)
     car = home.folder / "all.car"
     car.write_bytes(kubo_node.cmd("dag", "export", "--progress=false", root, text=False))
@@ -174,11 +175,11 @@ def test_python_programs_other_hosts_and_a_second_node_read_them(home: Home, kub
         whole = server.ask(f"/ipfs/{root}?format=car").blocks()
         assert len(whole) == len(set(whole)) > 30
         with home.mounted("--isolated", "--from", server.url) as mount:
-            check(mount.path / root, kubo_node, root)
+            check_tree(mount.path / root, kubo_node, root)
 
 
-def test_blocks_that_break_the_rules_are_errors_and_never_end_the_mount(home: Home) -> None:
-    """Made without a node: Kubo refuses to store most of them."""
+def test_malformed_blocks_give_errors_and_never_end_the_mount(home: Home) -> None:
+    """The blocks are made without a node: Kubo refuses to store most of them."""
     deep, much = b"\x81" * 200 + b"\x01", b"\x9a\x00\x10\x00\x00" + b"\x00" * 0x100000
     bad = {
         "EIO": [b"\xa1", b"\xa2\x61b\x01\x61a\x02", b"\x81" * 100_000, b"\x18\x01", b"\xc1\x01"],

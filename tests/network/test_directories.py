@@ -1,5 +1,5 @@
-"""Whole directories from a real node: what a reader who goes through them costs, and what reaches the kernel
-unasked."""
+"""Whole directories from a real node: how many requests a reader causes that reads all their files, and what
+the kernel gets before it asks."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def requests(home: Home) -> int:
 
 
 @pytest.mark.parametrize("crowd", [1, 4])
-def test_who_reads_directories_in_order_is_given_the_files_before_he_asks(
+def test_the_files_of_directories_that_are_read_in_order_are_fetched_ahead(
     kubo_node: Node, home: Home, crowd: int
 ) -> None:
     contents = folders(home.folder / "tree", 8, 30)
@@ -62,14 +62,16 @@ def test_who_reads_directories_in_order_is_given_the_files_before_he_asks(
             assert read_in_order(root, names) == {name: contents[name] for name in names}
             for reader in readers:
                 assert reader.communicate()[0] == b"".join(contents[name] for name in names)
-        assert requests(home) < len(contents) // 4, "one answer for many files"
+        assert requests(home) < len(contents) // 4, "one answer brings many files"
         if crowd == 1:
             assert kernel.now()["read"] < len(contents) // 2, (
-                "most were in the page cache when they were opened"
+                "most files were in the page cache when they were opened"
             )
 
 
-def test_a_listing_is_given_to_the_kernel_once_the_roots_each_time(kubo_node: Node, home: Home) -> None:
+def test_the_kernel_asks_for_a_listing_once_and_for_that_of_the_root_each_time(
+    kubo_node: Node, home: Home
+) -> None:
     folders(home.folder / "tree", 1, 30)
     root = home.mountpoint / kubo_node.cmd(
         "add", "-Q", "-r", "--cid-version=1", "--raw-leaves", home.folder / "tree"
@@ -97,10 +99,12 @@ def test_a_listing_is_given_to_the_kernel_once_the_roots_each_time(kubo_node: No
         named = subprocess.run(
             ["ls", home.mountpoint], check=True, capture_output=True, text=True
         ).stdout.split()
-        assert sorted(named) == sorted([root.name, other]), "names may appear in the root at any time"
+        assert sorted(named) == sorted([root.name, other]), (
+            "the root is listed anew each time, because names may appear in it"
+        )
 
 
-def test_a_large_listing_is_one_answer_and_no_childs_content(kubo_node: Node, home: Home) -> None:
+def test_a_large_listing_needs_few_requests_and_fetches_no_child(kubo_node: Node, home: Home) -> None:
     tree = home.folder / "tree"
     tree.mkdir()
     for number in range(3000):
@@ -112,11 +116,11 @@ def test_a_large_listing_is_one_answer_and_no_childs_content(kubo_node: Node, ho
             ["ls", "-l", home.mountpoint / cid], check=True, capture_output=True, text=True
         ).stdout
         assert len(listed.splitlines()) == 3001
-        assert requests(home) - before < 20, "a HAMT of hundreds of nodes"
+        assert requests(home) - before < 20, "one answer brings hundreds of HAMT nodes"
         assert kernel.now()["getattr"] < 100, "sizes come with the names"
 
 
-def test_what_was_let_in_unasked_is_pinned_all_the_same_and_staged_again_after_an_eviction(
+def test_files_that_were_opened_without_python_are_pinned_and_staged_again_after_an_eviction(
     kubo_node: Node, home: Home
 ) -> None:
     contents = folders(home.folder / "tree", 3, 30)
@@ -129,19 +133,19 @@ def test_what_was_let_in_unasked_is_pinned_all_the_same_and_staged_again_after_a
                 subprocess.run(["ls", root / f"{number:02}"], check=True, stdout=subprocess.DEVNULL)
             assert read_in_order(root, list(contents)) == contents
         asked = kernel.now()
-        assert asked["open"] < len(contents) + asked["lookup"], "some were let in"
+        assert asked["open"] < len(contents) + asked["lookup"], "some files were opened without Python"
         wait_until(
             lambda: all(os.getxattr(root / name, "ipfsfuse.pinned") == b"cache" for name in contents),
-            "all are pinned",
+            "all files are pinned",
         )
 
         def nothing_is_staged() -> bool:
-            home.run("evict", "--all")  # again, if something was being staged the last time
-            return home.json("ls", "--json")["small"]["blocks"] == 0  # about a second ago
+            home.run("evict", "--all")  # repeated, because something may have been staged meanwhile
+            return home.json("ls", "--json")["small"]["blocks"] == 0  # the count is up to a second old
 
         wait_until(nothing_is_staged, "nothing is staged")
         assert read_in_order(root, list(contents)) == contents
         wait_until(
             lambda: all(os.getxattr(root / name, "ipfsfuse.staged") != b"0" for name in contents),
-            "all are staged again",
+            "all files are staged again",
         )

@@ -1,5 +1,5 @@
-"""A mount that asks one node for what only another one has, over loopback; the other one ends and comes
-back."""
+"""A mount asks one node for content that only another node has. They are connected over loopback. The other
+node ends and comes back."""
 
 import errno
 import random
@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 
 def reads(path: Path, content: bytes) -> bool:
-    """Whether it reads, and right; False where it is not to be had."""
+    """Whether a read gives `content`; False if it times out. Wrong bytes fail the test."""
     try:
         return path.read_bytes() == content or pytest.fail("wrong bytes")
     except OSError as exc:
@@ -25,7 +25,9 @@ def reads(path: Path, content: bytes) -> bool:
         return False
 
 
-def test_a_tree_that_only_the_other_node_has(two_nodes: tuple[Node, Node], home: Home) -> None:
+def test_a_tree_that_only_the_other_node_has_is_read_through_the_first(
+    two_nodes: tuple[Node, Node], home: Home
+) -> None:
     near, far = two_nodes
     tree = write_tree(home.folder, many=50)
     root = far.cmd("add", "-r", "-Q", "--cid-version=1", tree)
@@ -34,7 +36,7 @@ def test_a_tree_that_only_the_other_node_has(two_nodes: tuple[Node, Node], home:
         same(tree, mount.path / root)
 
 
-def test_the_other_ends_in_the_middle_of_a_read_and_comes_back(
+def test_reads_go_on_after_the_other_node_was_killed_and_started_again(
     two_nodes: tuple[Node, Node], home: Home
 ) -> None:
     near, far = two_nodes
@@ -56,9 +58,9 @@ def test_the_other_ends_in_the_middle_of_a_read_and_comes_back(
 
         begun = time.monotonic()
         assert not reads(mount.path / other, unread)
-        assert time.monotonic() - begun >= 0.9 * DEADLINE, "it was asked for until the deadline"
+        assert time.monotonic() - begun >= 0.9 * DEADLINE, "the block was asked for until the deadline"
 
         far.start()
         near.connect(far)
-        wait_until(lambda: reads(mount.path / other, unread), "what failed reads")
-        wait_until(lambda: reads(mount.path / large, content), "what was cut off reads")
+        wait_until(lambda: reads(mount.path / other, unread), "the read that failed works again")
+        wait_until(lambda: reads(mount.path / large, content), "the read that was cut off works again")

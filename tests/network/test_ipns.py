@@ -1,4 +1,4 @@
-"""`mount --ipns`: names as symlinks, on real mounts, from real nodes and from servers that lie and stall."""
+"""`mount --ipns`: names as symlinks, on real mounts, with records of real nodes and of test servers."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ NAMES = [str(name_of(key)) for key in KEYS]
 
 
 @contextmanager
-def both(home: Home, *options: str | Path) -> Iterator[tuple[Mounted, Path]]:
+def mounted_with_names(home: Home, *options: str | Path) -> Iterator[tuple[Mounted, Path]]:
     names = home.folder / "ipns"
     names.mkdir(exist_ok=True)
     with home.mounted(*options, "--ipns", names) as mount:
@@ -33,7 +33,7 @@ def both(home: Home, *options: str | Path) -> Iterator[tuple[Mounted, Path]]:
     assert fuse_mounts(home.folder) == []
 
 
-def added(home: Home, text: str) -> str:
+def add_folder(home: Home, text: str) -> str:
     folder = home.folder / f"tree-{text}"
     folder.mkdir()
     (folder / "file").write_text(text)
@@ -61,39 +61,42 @@ def test_names_of_a_real_node_are_links_to_what_it_published(home: Home) -> None
         for key in ("self", "rsa"):
             node.cmd("name", "publish", "--allow-offline", f"--key={key}", "--ttl=1s", f"/ipfs/{cid}")
         for source in (f"kubo+{node.api_url}", node.gateway_url):
-            with both(home, "--from", source) as (mount, names):
+            with mounted_with_names(home, "--from", source) as (mount, names):
                 for line in keys:
                     link = names / line.split()[0]
                     assert os.readlink(link) == f"{mount.path}/{cid}"
                     assert link.read_bytes() == b"hello"
-                assert len(os.listdir(names)) == 2  # each in its usual spelling
+                assert len(os.listdir(names)) == 2  # each name is listed once, in its usual spelling
         home.env["IPFS_PATH"] = str(node.repo)
         for line in keys[:2]:  # without a mount, the node is a source by default
             assert home.run("cat", f"/ipns/{line.split()[0]}").stdout == "hello"
         newer = node.add(b"newer")
-        with both(home, "--from", f"kubo+{node.api_url}") as (mount, names):
+        with mounted_with_names(home, "--from", f"kubo+{node.api_url}") as (mount, names):
             link = names / keys[0].split()[0]
             assert link.read_bytes() == b"hello"
             node.cmd("name", "publish", "--allow-offline", "--ttl=1s", f"/ipfs/{newer}")
-            wait_until(lambda: link.read_bytes() == b"newer", "the name leads to what was published last")
+            wait_until(
+                lambda: link.read_bytes() == b"newer", "the name leads to the content that was published last"
+            )
 
 
 @pytest.mark.kubo
 def test_a_router_gives_records_too(home: Home, server: NameServer) -> None:
     need_kubo()
-    cid = added(home, "one")
+    cid = add_folder(home, "one")
     server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{cid}")
     settings = {"Routing": {"Type": "dhtclient"}, "Gateway": {"ExposeRoutingAPI": True}}
     with Node(settings=settings) as node:
         name = node.cmd("key", "list", "-l").split()[0]
         node.cmd("name", "publish", "--allow-offline", "--resolve=false", f"/ipfs/{cid}")
         routers = "--router", node.gateway_url, "--router", f"{server.url}/routing/v1"
-        with both(home, *routers) as (mount, names):
+        with mounted_with_names(home, *routers) as (mount, names):
             for each in (name, NAMES[0]):
                 assert os.readlink(names / each) == f"{mount.path}/{cid}"
-        with both(home, *routers, "--offline") as (mount, names):
+        with mounted_with_names(home, *routers, "--offline") as (mount, names):
             asked = server.asked[NAMES[0]]
-            assert os.readlink(names / NAMES[0]) == f"{mount.path}/{cid}"  # it was seen
+            # the mount before has kept the record
+            assert os.readlink(names / NAMES[0]) == f"{mount.path}/{cid}"
             assert error_of((names / NAMES[1]).lstat) == errno.ETIMEDOUT
             assert server.asked[NAMES[0]] == asked
 
@@ -101,11 +104,11 @@ def test_a_router_gives_records_too(home: Home, server: NameServer) -> None:
 def test_a_name_is_a_symlink_that_costs_no_block_and_is_kept_for_its_time_to_live(
     home: Home, server: NameServer
 ) -> None:
-    one, two = added(home, "one"), added(home, "two")
+    one, two = add_folder(home, "one"), add_folder(home, "two")
     server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{one}/file", ttl=2)
     absent = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
     server.records[NAMES[1]] = make(KEYS[1], f"/ipfs/{absent}/a/ü")
-    with both(home, "--from", "library", "--from", server.url) as (mount, names):
+    with mounted_with_names(home, "--from", "library", "--from", server.url) as (mount, names):
         link = names / NAMES[0]
         for _ in range(3):
             assert link.read_text() == "one"
@@ -122,8 +125,8 @@ def test_a_name_is_a_symlink_that_costs_no_block_and_is_kept_for_its_time_to_liv
 
 
 def test_commands_take_names(home: Home, server: NameServer) -> None:
-    """With a mount and without one, and with paths below the names' own folder."""
-    cid = added(home, "one")
+    """With a mount and without one, and with paths below the folder of names."""
+    cid = add_folder(home, "one")
     server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{cid}")
     named = f"/ipns/{NAMES[0]}"
 
@@ -139,16 +142,19 @@ def test_commands_take_names(home: Home, server: NameServer) -> None:
 
     check("--from", "library", "--from", server.url)
     home.refused("cat", f"{NAMES[0]}/file", names=f"is the name of a key: write {named}", code=2)
-    with both(home, "--from", "library", "--from", server.url, "--deadline", "5s") as (_mount, names):
+    with mounted_with_names(home, "--from", "library", "--from", server.url, "--deadline", "5s") as (
+        _mount,
+        names,
+    ):
         check()
         path = names / NAMES[0] / "file"
         assert home.json("pin", f"{named}/file", path, "--json")[1]["files"] == 1
 
 
-def test_enoent_is_what_is_proved_absent_and_all_else_is_etimedout(home: Home, server: NameServer) -> None:
+def test_only_a_name_that_is_proved_absent_is_enoent(home: Home, server: NameServer) -> None:
     with DnsServer().serving() as dns:
         ways = "--from", server.url, "--dns", f"{dns.url}/dns-query"
-        with both(home, *ways) as (mount, names):
+        with mounted_with_names(home, *ways) as (mount, names):
             for name in ("README", "nowhere.example", "other.example", ".hidden", "1.2.3.4"):
                 assert error_of((names / name).lstat) == errno.ENOENT
             for name in (NAMES[0], "broken.example"):
@@ -160,9 +166,9 @@ def test_enoent_is_what_is_proved_absent_and_all_else_is_etimedout(home: Home, s
 
 
 def test_writes_among_names_are_eperm(home: Home, server: NameServer) -> None:
-    cid = added(home, "one")
+    cid = add_folder(home, "one")
     server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{cid}")
-    with both(home, "--from", "library", "--from", server.url) as (_mount, names):
+    with mounted_with_names(home, "--from", "library", "--from", server.url) as (_mount, names):
         link, new = names / NAMES[0], names / "new"
         link.lstat()
         calls: list[Callable[[], object]] = [
@@ -178,14 +184,14 @@ def test_writes_among_names_are_eperm(home: Home, server: NameServer) -> None:
         assert sorted(os.listdir(f"{link}/")) == ["file"]
 
 
-def test_a_name_that_stalls_delays_no_other_and_its_caller_can_be_interrupted(
+def test_a_name_that_stalls_delays_no_other_name_and_its_caller_can_be_interrupted(
     home: Home, server: NameServer
 ) -> None:
-    cid = added(home, "one")
+    cid = add_folder(home, "one")
     with NameServer().serving() as slow:
         slow.stalled = True
         server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{cid}/file")
-        with both(
+        with mounted_with_names(
             home, "--from", "library", "--from", server.url, "--from", slow.url, "--deadline", "4s"
         ) as (_, names):
             waiting = [subprocess.Popen(["stat", names / name], stderr=subprocess.PIPE) for name in NAMES[1:]]
@@ -195,21 +201,21 @@ def test_a_name_that_stalls_delays_no_other_and_its_caller_can_be_interrupted(
             waiting[0].send_signal(signal.SIGINT)
             assert waiting[0].wait(3) == -signal.SIGINT
             for each in waiting[1:]:
-                _out, said = each.communicate(timeout=20)
-                assert b"timed out" in said
+                _out, errors = each.communicate(timeout=20)
+                assert b"timed out" in errors
             waiting[0].communicate()
 
 
 def test_an_older_record_replayed_after_a_restart_of_the_mount_is_not_shown(
     home: Home, server: NameServer
 ) -> None:
-    one, two = added(home, "one"), added(home, "two")
+    one, two = add_folder(home, "one"), add_folder(home, "two")
     server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{two}", 8)
     for _ in range(2):
-        with both(home, "--from", server.url) as (mount, names):
+        with mounted_with_names(home, "--from", server.url) as (mount, names):
             assert os.readlink(names / NAMES[0]) == f"{mount.path}/{two}"
         server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{one}", 7)
-    with both(home, "--from", server.url, "--offline") as (mount, names):
+    with mounted_with_names(home, "--from", server.url, "--offline") as (mount, names):
         assert os.readlink(names / NAMES[0]) == f"{mount.path}/{two}"
 
 
@@ -217,20 +223,22 @@ def test_an_older_record_replayed_after_a_restart_of_the_mount_is_not_shown(
 def test_ending_either_mount_ends_both(home: Home, which: str) -> None:
     names = home.folder / "ipns"
     names.mkdir()
-    told = home.json("mount", "--json", "--ipns", names, home.mountpoint)
+    mount = home.json("mount", "--json", "--ipns", names, home.mountpoint)
     assert sorted(fuse_mounts(home.folder)) == sorted([str(home.mountpoint), str(names)])
     if which in ("mount", "names"):
         home.run("unmount", home.mountpoint if which == "mount" else names)
     else:
-        os.kill(told["pid"], signal.SIGTERM if which == "term" else signal.SIGKILL)
-    wait_until(lambda: not alive(told["pid"]), "the daemon ended")
+        os.kill(mount["pid"], signal.SIGTERM if which == "term" else signal.SIGKILL)
+    wait_until(lambda: not alive(mount["pid"]), "the daemon ended")
     wait_until(lambda: fuse_mounts(home.folder) == [], "both mounts are gone")
 
 
-def test_a_crowd_asks_a_thousand_names_and_the_mount_goes_on(home: Home, server: NameServer) -> None:
-    cid = added(home, "one")
+def test_the_mount_survives_lookups_of_many_absent_names_at_the_same_time(
+    home: Home, server: NameServer
+) -> None:
+    cid = add_folder(home, "one")
     server.records[NAMES[0]] = make(KEYS[0], f"/ipfs/{cid}/file", ttl=0)
-    with both(home, "--from", "library", "--from", server.url) as (_mount, names):
+    with mounted_with_names(home, "--from", "library", "--from", server.url) as (_mount, names):
 
         def look() -> None:
             for number in range(100):
@@ -261,7 +269,7 @@ def test_a_second_mountpoint_that_can_not_be_used_is_refused_in_one_line(home: H
 
 
 @pytest.mark.kubo
-def test_doctor_asks_the_routers_it_is_given(home: Home) -> None:
+def test_doctor_checks_the_routers_that_it_is_given(home: Home) -> None:
     need_kubo()
     settings = {"Routing": {"Type": "dhtclient"}, "Gateway": {"ExposeRoutingAPI": True}}
     with Node(settings=settings) as node:

@@ -1,7 +1,7 @@
-"""The daemon is killed with readers running, again and again: it mounts again, and nothing is wrong, lost or
+"""The daemon is killed many times while readers run. It mounts again each time, and nothing is wrong, lost or
 left over.
 
-IPFSFUSE_KILLS says how often (30), half of them under a budget that has no room for all.
+IPFSFUSE_KILLS is the number of kills (30). Half of them happen with a budget that has no room for all files.
 """
 
 import os
@@ -23,7 +23,7 @@ from tests.mounting import PATIENCE, Home, alive, wait_until
 KILLS = int(os.environ.get("IPFSFUSE_KILLS", "30"))
 MIB = 1 << 20
 TIGHT, AMPLE = 14 * MIB, 256 * MIB
-"""Budgets: one that has no room for all, and one in which nothing is ever evicted."""
+"""Budgets: one that has no room for all files, and one in which nothing is ever evicted."""
 READERS = 3
 
 READER = """
@@ -54,7 +54,7 @@ class Kills:
         self.truth = home.folder / "truth"
         self.truth.mkdir()
         self.leaves: dict[str, tuple[str, list[str]]] = {}
-        """By CID of a large file: its name, its leaves."""
+        """Large files by CID: the name and the leaves of each."""
         entries = {}
         for number in range(8):
             leaves = [self.dice.randbytes(MIB) for _ in range(self.dice.randrange(1, 4))] + [
@@ -73,26 +73,26 @@ class Kills:
             (self.truth / f"small{number}").write_bytes(content)
         self.root = cids.text(self.dag.directory(entries))
         self.gateway = Gateway(self.dag.blocks)
-        self.again = 0
-        """So many complete files were read again."""
+        self.read_again = 0
+        """The number of complete files that were read again after a kill."""
 
     @property
     def folder(self) -> Path:
         return self.home.mountpoint / self.root
 
     def mount(self) -> int:
-        told: dict[str, Any] = self.home.json(
+        mount: dict[str, Any] = self.home.json(
             "mount", "--json", "--from", self.gateway.url, "--budget", str(self.budget), self.home.mountpoint
         )
-        return int(told["pid"])
+        return int(mount["pid"])
 
-    def one(self, seed: int) -> None:
-        """Mounts, looks at what the last kill left, lets readers run, and kills."""
+    def mount_and_kill(self, seed: int) -> None:
+        """Mounts, checks what the last kill left, lets readers run, and kills the daemon."""
         complete = [name for name in self.staged() if not name.endswith(".part")]
         pid = self.mount()
         try:
-            self.no_orphans()
-            self.nothing_complete_again(complete)
+            self.check_no_orphans()
+            self.check_complete_files_are_not_fetched(complete)
             command = [sys.executable, "-S", "-c", READER, str(self.folder), str(self.truth)]
             readers = [
                 subprocess.Popen([*command, str(READERS * seed + n)], stderr=subprocess.PIPE, text=True)
@@ -102,33 +102,33 @@ class Kills:
         finally:
             os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not alive(pid), "the daemon is dead")
-        assert [(self.ended(reader), reader.returncode) for reader in readers] == [("", 0)] * READERS
+        assert [(self.errors_of(reader), reader.returncode) for reader in readers] == [("", 0)] * READERS
         assert self.on_disk() <= self.budget
 
-    def ended(self, reader: "subprocess.Popen[str]") -> str:
-        """What a reader said at its end, which the end of the mount brings about."""
+    def errors_of(self, reader: "subprocess.Popen[str]") -> str:
+        """The error output of a reader. The reader ends because the mount has ended."""
         try:
             return reader.communicate(timeout=PATIENCE)[1]
         except subprocess.TimeoutExpired:
             where = Path(f"/proc/{reader.pid}/stack").read_text() if os.geteuid() == 0 else ""
-            # what nothing but this ends
+            # only this ends such a mount
             subprocess.run(["umount", "-f", self.home.mountpoint], check=False, capture_output=True)
             return f"it hung in a mount whose daemon was killed:\n{where}"
 
-    def nothing_complete_again(self, complete: list[str]) -> None:
+    def check_complete_files_are_not_fetched(self, complete: list[str]) -> None:
         for cid in complete:
             name, leaves = self.leaves[cid]
             before, evictions = [self.gateway.asked[leaf] for leaf in leaves], self.evictions()
             assert (self.folder / name).read_bytes() == (self.truth / name).read_bytes()
             if evictions == self.evictions() == 0:
                 assert [self.gateway.asked[leaf] for leaf in leaves] == before, (
-                    f"{name} was complete, and fetched again"
+                    f"{name} was complete, but it was fetched again"
                 )
-                self.again += 1
+                self.read_again += 1
 
     def evictions(self) -> int:
-        """Since this mount began: a small block that a crash took needs room again, and may push a file
-        out."""
+        """Evictions since this mount began. A small block that a crash lost is staged again, which may evict
+        a file."""
         count = int(self.home.json("status", "--json")["cache"]["evictions"])
         assert count == 0 or self.budget == TIGHT
         return count
@@ -137,14 +137,14 @@ class Kills:
         folder = self.home.store / "staging"
         return sorted(os.listdir(folder)) if folder.exists() else []
 
-    def no_orphans(self) -> None:
-        """The daemon knows each file that stands there, and counts within its budget."""
+    def check_no_orphans(self) -> None:
+        """The daemon knows each staging file, and what it counts is within the budget."""
         known = {entry["cid"] for entry in self.home.json("ls", "--json")["entries"]}
         assert {name.removesuffix(".part") for name in self.staged()} <= known
         assert self.home.json("status", "--json")["cache"]["used"] <= self.budget
 
     def on_disk(self) -> int:
-        """What the cache takes of the disk (the log and the lock aside)."""
+        """The bytes that the cache takes on disk, without the log and the lock."""
         counted = [
             self.home.store / "staging",
             self.home.store / "packs",
@@ -160,15 +160,15 @@ class Kills:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [TIGHT, AMPLE])
-def test_killed_at_any_moment_it_mounts_again_with_no_wrong_byte_and_nothing_lost(
+def test_a_daemon_killed_at_any_moment_mounts_again_with_nothing_wrong_or_lost(
     home: Home, budget: int
 ) -> None:
     kills = Kills(home, budget)
     with kills.gateway.serving():
         try:
             for seed in range(KILLS // 2):
-                kills.one(seed)
-            assert kills.again > KILLS // 4, "kills left complete files to look at"
+                kills.mount_and_kill(seed)
+            assert kills.read_again > KILLS // 4, "too few complete files were left to check"
             pid = kills.mount()
             for path in kills.truth.iterdir():
                 assert (kills.folder / path.name).read_bytes() == path.read_bytes()

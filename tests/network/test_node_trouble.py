@@ -1,4 +1,4 @@
-"""The node collects its garbage, starts anew, dies, hangs: what is cached is served all the time."""
+"""The node collects garbage, restarts, dies and hangs. Cached content is served all the time."""
 
 import random
 import threading
@@ -9,14 +9,14 @@ from tests.mounting import PATIENCE, Home
 from tests.network.nodes import again_and_again, drop_pages, mounted, same, write_tree
 
 
-def once_more(done: threading.Event) -> None:
-    """Everything was read from beginning to end, begun after now."""
+def wait_for_a_full_read(done: threading.Event) -> None:
+    """Waits until everything was read once more from beginning to end."""
     for _ in range(2):
         done.clear()
         assert done.wait(PATIENCE)
 
 
-def test_what_is_cached_is_served_all_the_time(own_node: Node, home: Home) -> None:
+def test_cached_content_is_served_whatever_the_node_does(own_node: Node, home: Home) -> None:
     node = own_node
     tree = write_tree(home.folder, many=30)
     large = random.Random(3).randbytes(9 << 20)
@@ -34,15 +34,15 @@ def test_what_is_cached_is_served_all_the_time(own_node: Node, home: Home) -> No
         read_all()
         with again_and_again(read_all) as done:
             node.gc()
-            assert not node.has(root), "the node has it no more"
-            once_more(done)
+            assert not node.has(root), "the node has collected it"
+            wait_for_a_full_read(done)
             node.restart()
-            once_more(done)
+            wait_for_a_full_read(done)
             node.kill()
-            once_more(done)
+            wait_for_a_full_read(done)
             node.start()
             node.pause()
-            once_more(done)
+            wait_for_a_full_read(done)
             node.resume()
         assert (
             errno_of(
@@ -54,7 +54,7 @@ def test_what_is_cached_is_served_all_the_time(own_node: Node, home: Home) -> No
         assert (mount.path / new).read_bytes() == b"added since"
 
 
-def test_the_node_restarted_between_cold_reads(own_node: Node, home: Home) -> None:
+def test_reads_go_on_after_the_node_was_restarted_between_them(own_node: Node, home: Home) -> None:
     contents = {
         own_node.add(data, "--cid-version=1"): data
         for data in (random.Random(n).randbytes(600_000) for n in range(6))

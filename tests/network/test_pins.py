@@ -16,8 +16,8 @@ from tests.mounting import Home, Mounted, wait_until
 from tests.network.nodes import again_and_again, drop_pages, mounted, source
 
 
-def held(mount: Mounted, node: Node, files: int) -> None:
-    """Waits until the node is told of all that is staged, which is `files` files at least."""
+def wait_until_held(mount: Mounted, node: Node, files: int) -> None:
+    """Waits until the node holds all that is staged, which is at least `files` files."""
 
     def settled() -> bool:
         pins = mount.home.json("status", "--json", "--cache-dir", mount.control.parent.parent)["pins"][
@@ -25,16 +25,16 @@ def held(mount: Mounted, node: Node, files: int) -> None:
         ]
         return bool(pins["queued"] == 0 and pins["held"] >= files and not pins["failing"])
 
-    wait_until(settled, "the node holds what is staged")
+    wait_until(settled, "the node holds all staged files")
 
 
 def add(node: Node, seed: int, size: int = 300_000, *options: str) -> tuple[str, bytes]:
-    """A file at the node which nothing there protects; (CID, content)."""
+    """Adds a file that nothing pins at the node. Returns its CID and its content."""
     content = random.Random(seed).randbytes(size)
     return node.add(content, "--pin=false", "--cid-version=1", *options), content
 
 
-def test_garbage_is_collected_in_a_loop_while_files_are_read(
+def test_files_are_read_while_the_node_collects_garbage_in_a_loop(
     two_nodes: tuple[Node, Node], home: Home
 ) -> None:
     near, far = two_nodes
@@ -53,7 +53,7 @@ def test_garbage_is_collected_in_a_loop_while_files_are_read(
             assert (mount.path / cid).read_bytes() == content
 
 
-def test_what_is_staged_stays_at_the_node(two_nodes: tuple[Node, Node], home: Home) -> None:
+def test_staged_files_stay_at_the_node(two_nodes: tuple[Node, Node], home: Home) -> None:
     near, far = two_nodes
     contents = {
         far.add(data, "--cid-version=1"): data
@@ -62,18 +62,18 @@ def test_what_is_staged_stays_at_the_node(two_nodes: tuple[Node, Node], home: Ho
     with mounted(home, near) as mount:
         for cid, content in contents.items():
             assert (mount.path / cid).read_bytes() == content
-        held(mount, near, len(contents))
+        wait_until_held(mount, near, len(contents))
         near.gc()
         below = [cid for root in contents for cid in (root, *far.cmd("refs", "-r", "-u", root).split())]
         assert [cid for cid in below if not near.has(cid)] == []
 
 
 @pytest.mark.parametrize("evicted", ["the file", "all"])
-def test_what_is_read_again_stays_at_a_node_that_had_lost_it(
+def test_leaves_that_are_read_again_stay_at_a_node_that_had_lost_them(
     two_nodes: tuple[Node, Node], home: Home, evicted: str
 ) -> None:
-    """The mount has the blocks above the leaves yet, in packs or in memory: the node is asked for the leaves
-    alone."""
+    """The mount still has the blocks above the leaves, in packs or in memory. So it asks the node only for
+    leaves."""
     near, far = two_nodes
     size = 65_536
     content = random.Random(3).randbytes(200 * size)
@@ -91,18 +91,18 @@ def test_what_is_read_again_stays_at_a_node_that_had_lost_it(
                         os.pread(file.fileno(), size, number * size)
                         == content[number * size : (number + 1) * size]
                     )
-            held(mount, near, 1)
+            wait_until_held(mount, near, 1)
 
         read_some()
         home.run("evict", *(["--all"] if evicted == "all" else [root]))
-        wait_until(lambda: near.gc() or not near.has(root), "the node collected it")
+        wait_until(lambda: near.gc() or not near.has(root), "the node has collected the file")
         read_some()
         near.gc()
         assert [number for number in (150, 20, 90) if not near.has(leaves[number])] == []
         assert near.has(root)
 
 
-def test_what_the_user_pinned_is_never_touched(own_node: Node, home: Home) -> None:
+def test_pins_of_the_user_are_never_changed(own_node: Node, home: Home) -> None:
     node = own_node
     tree = home.folder / "tree"
     tree.mkdir()
@@ -122,7 +122,7 @@ def test_what_the_user_pinned_is_never_touched(own_node: Node, home: Home) -> No
     with mounted(home, node) as mount:
         for path in (f"{root}/file", direct, named):
             (mount.path / path).read_bytes()
-        held(mount, node, 3)
+        wait_until_held(mount, node, 3)
         untouched()
         home.run("pin", root)
         home.run("unpin", root)
@@ -130,25 +130,28 @@ def test_what_the_user_pinned_is_never_touched(own_node: Node, home: Home) -> No
         untouched()
         drop_pages(mount.path / named)
         (mount.path / named).read_bytes()
-        held(mount, node, 1)
+        wait_until_held(mount, node, 1)
     untouched()
     (left,) = mounts(node)
     shutil.rmtree(home.cache)
     with mounted(Home(home.folder / "next"), node) as mount:
-        held(mount, node, 0)
-        wait_until(lambda: left not in mounts(node), "what a mount left whose folder is gone is swept")
+        wait_until_held(mount, node, 0)
+        wait_until(
+            lambda: left not in mounts(node),
+            "the folder at the node of a mount without a cache folder is removed",
+        )
     untouched()
 
 
-def test_content_stays_while_any_mount_holds_it(own_node: Node, tmp_path: Path) -> None:
+def test_content_stays_at_the_node_while_any_mount_holds_it(own_node: Node, tmp_path: Path) -> None:
     cid, content = add(own_node, 1)
     one, other = Home(tmp_path / "one"), Home(tmp_path / "other")
     with mounted(one, own_node) as first, mounted(other, own_node) as second:
         for mount in (first, second):
             assert (mount.path / cid).read_bytes() == content
-            held(mount, own_node, 1)
+            wait_until_held(mount, own_node, 1)
         one.run("evict", "--all")
-        held(first, own_node, 0)
+        wait_until_held(first, own_node, 0)
         own_node.gc()
         assert own_node.has(cid)
         other.run("evict", "--all")
@@ -157,7 +160,7 @@ def test_content_stays_while_any_mount_holds_it(own_node: Node, tmp_path: Path) 
             own_node.gc()
             return not own_node.has(cid)
 
-        wait_until(collected, "nobody holds it any more")
+        wait_until(collected, "no mount holds the content any more")
 
 
 def test_pins_none_leaves_nothing_at_the_node(own_node: Node, home: Home) -> None:
@@ -172,7 +175,7 @@ def test_pins_none_leaves_nothing_at_the_node(own_node: Node, home: Home) -> Non
         mounts(own_node)
 
 
-def test_pin_holds_a_tree_through_evictions_collections_and_restarts(own_node: Node, home: Home) -> None:
+def test_a_pinned_tree_survives_evictions_garbage_collection_and_restarts(own_node: Node, home: Home) -> None:
     node = own_node
     tree = home.folder / "tree"
     (tree / "folder").mkdir(parents=True)
@@ -183,9 +186,9 @@ def test_pin_holds_a_tree_through_evictions_collections_and_restarts(own_node: N
     with mounted(home, node) as mount:
         home.run("pin", root)
         home.run("evict", "--all")
-        held(mount, node, 1)
+        wait_until_held(mount, node, 1)
     with mounted(home, node) as mount:
-        held(mount, node, 1)
+        wait_until_held(mount, node, 1)
         node.gc()
         assert [cid for cid in below if not node.has(cid)] == []
         assert os.getxattr(mount.path / root / "folder" / "3", "ipfsfuse.pinned") != b"no"
@@ -199,14 +202,14 @@ def test_pin_holds_a_tree_through_evictions_collections_and_restarts(own_node: N
             node.gc()
             return not any(node.has(cid) for cid in below)
 
-        wait_until(collected, "nobody holds it any more")
+        wait_until(collected, "no mount holds the content any more")
 
 
-def test_an_isolated_mount_lets_go_of_everything_at_its_end(own_node: Node, home: Home) -> None:
+def test_an_isolated_mount_releases_everything_at_its_end(own_node: Node, home: Home) -> None:
     cid, content = add(own_node, 1)
     with mounted(home, own_node, options=["--isolated"]) as mount:
         assert (mount.path / cid).read_bytes() == content
-        held(mount, own_node, 1)
+        wait_until_held(mount, own_node, 1)
         own_node.gc()
         assert own_node.has(cid)
     assert mounts(own_node) == []
@@ -219,21 +222,23 @@ def kill(mount: Mounted) -> None:
     mount.home.unmount(mount)
 
 
-def test_a_killed_mount_keeps_what_it_pinned_and_its_next_start_goes_on(own_node: Node, home: Home) -> None:
+def test_content_of_a_killed_mount_stays_held_and_its_next_start_uses_the_same_folder(
+    own_node: Node, home: Home
+) -> None:
     node = own_node
     contents = dict(add(node, seed, size) for seed, size in enumerate((2_000, 300_000, 400_000)))
     with mounted(home, node) as mount:
         for cid in contents:
             (mount.path / cid).read_bytes()
-        held(mount, node, 3)
+        wait_until_held(mount, node, 3)
         kill(mount)
     (folder,) = mounts(node)
     before = folder_of(node, folder)
     with mounted(Home(home.folder / "another"), node) as mount:
-        held(mount, node, 0)
+        wait_until_held(mount, node, 0)
     assert folder_of(node, folder) == before
     with mounted(home, node) as mount:
-        held(mount, node, 3)  # the small file too, which no list of files names
+        wait_until_held(mount, node, 3)  # also the small file, which is in a pack
         assert mount.status()["pins"][source(node)]["folder"] == f"/ipfsfuse/{folder}"
         assert folder_of(node, folder) == before
         node.gc()
@@ -243,7 +248,7 @@ def test_a_killed_mount_keeps_what_it_pinned_and_its_next_start_goes_on(own_node
     ) == ["mount-id", "pinned"]
 
 
-def test_what_a_killed_isolated_mount_pinned_goes_with_the_next_isolated_start(
+def test_the_next_isolated_mount_releases_what_a_killed_isolated_mount_held(
     own_node: Node, home: Home
 ) -> None:
     node = own_node
@@ -251,42 +256,44 @@ def test_what_a_killed_isolated_mount_pinned_goes_with_the_next_isolated_start(
     cid, _content = add(node, 1)
     with mounted(home, node, options=["--isolated"]) as mount:
         (mount.path / cid).read_bytes()
-        held(mount, node, 1)
+        wait_until_held(mount, node, 1)
         kill(mount)
     (left,) = mounts(node)
     with mounted(home, node, options=["--isolated"]) as mount:
-        held(mount, node, 0)
-        wait_until(lambda: left not in mounts(node), "it is released")
+        wait_until_held(mount, node, 0)
+        wait_until(lambda: left not in mounts(node), "what the killed mount held is released")
     assert mounts(node) == []
     node.gc()
     assert not node.has(cid)
 
 
-def test_two_mounts_of_one_copied_cache_folder_have_a_folder_each(own_node: Node, home: Home) -> None:
+def test_mounts_of_a_cache_folder_and_its_copy_have_different_folders_at_the_node(
+    own_node: Node, home: Home
+) -> None:
     cid, content = add(own_node, 1)
     copy = Home(home.folder / "copy")
     with mounted(home, own_node) as first:
         assert (first.path / cid).read_bytes() == content
-        held(first, own_node, 1)
+        wait_until_held(first, own_node, 1)
         subprocess.run(["cp", "-a", home.cache, copy.cache], check=True)
         with mounted(copy, own_node) as second:
-            held(second, own_node, 1)
+            wait_until_held(second, own_node, 1)
             assert len(mounts(own_node)) == 2
             assert first.status()["pins"] != second.status()["pins"]
             copy.run("evict", "--all")
-            held(second, own_node, 0)
+            wait_until_held(second, own_node, 0)
             own_node.gc()
             assert own_node.has(cid)
 
 
-def test_garbage_in_mount_id_stops_no_mount(own_node: Node, home: Home) -> None:
+def test_garbage_in_mount_id_does_not_stop_a_mount(own_node: Node, home: Home) -> None:
     cid, content = add(own_node, 1)
     with mounted(home, own_node) as mount:
-        held(mount, own_node, 0)
+        wait_until_held(mount, own_node, 0)
     (path,) = home.cache.rglob("mount-id")
     path.write_bytes(b"../../\xff")
     with mounted(home, own_node) as mount:
         assert (mount.path / cid).read_bytes() == content
-        held(mount, own_node, 1)
+        wait_until_held(mount, own_node, 1)
         assert "does not hold the name of a mount: it is replaced" in mount.log()
     assert [name.rpartition("-")[0] for name in mounts(own_node)] == [host_name()] * len(mounts(own_node))

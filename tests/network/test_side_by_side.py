@@ -1,4 +1,4 @@
-"""Our mount shows the content of a real node, and the same as Kubo's own mount of that node."""
+"""Our mount shows the content of a real node, and it shows the same as Kubo's own mount of that node."""
 
 import os
 import re
@@ -30,7 +30,7 @@ HAMT_AT = {"Import": {"UnixFSHAMTDirectorySizeThreshold": "16KiB"}}
 
 
 class Shown:
-    """One tree in our mount, in Kubo's, and where it came from."""
+    """One tree: in our mount, in Kubo's mount, and on the disk."""
 
     def __init__(self, node: Node, mount: Mounted, kubos: Path, tree: Path, roots: dict[str, str]) -> None:
         self.node = node
@@ -52,8 +52,8 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
 
 
 def listing(folder: Path) -> list[str]:
-    """`ls -lR` but for two columns of Kubo's: link counts, which it shows as 0, and the totals, where it
-    counts folders as 512 bytes."""
+    """`ls -lR` without two columns in which Kubo differs: it shows link counts as 0, and its totals count
+    folders as 512 bytes."""
     command = ["ls", "-lR", "--time-style=+%s.%N"]
     lines = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, check=True
@@ -66,13 +66,13 @@ def everything(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_kubo_adds_is_shown(shown: Shown, way: str) -> None:
+def test_trees_that_kubo_added_are_shown(shown: Shown, way: str) -> None:
     same(shown.tree, shown.mount.path / shown.roots[way])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_crowd_is_a_hamt(shown: Shown, way: str) -> None:
-    """Else the tests here show less than they say."""
+def test_the_large_folder_is_a_hamt(shown: Shown, way: str) -> None:
+    """If it were not, these tests would not cover HAMTs."""
     cid = cid_of(shown.mount.path / shown.roots[way] / "many")
     assert isinstance(parse(cids.parse(cid), shown.node.cmd("block", "get", cid, text=False)), Shard)
 
@@ -94,7 +94,7 @@ def test_ls_is_the_same_as_in_kubos_own_mount(shown: Shown, way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_stat_and_xattr_are_the_same_as_in_kubos_own_mount(shown: Shown, way: str, home: Home) -> None:
-    """In a mount that saw no other tree: an inode keeps the spelling of its CID by which it was first met."""
+    """In a new mount, because an inode keeps the spelling of its CID that was looked up first."""
     with mounted(home, shown.node) as mount:
         ours, kubos = mount.path / shown.roots[way], shown.kubos / shown.roots[way]
         assert everything(ours) == everything(kubos)
@@ -106,7 +106,7 @@ def test_stat_and_xattr_are_the_same_as_in_kubos_own_mount(shown: Shown, way: st
             assert cid_of(ours / path) == cid_of(kubos / path), path
         assert cid_of(ours) == shown.roots[way]
         assert cids.multihash(cids.parse(cid_of(kubos))) == cids.multihash(cids.parse(shown.roots[way])), (
-            "Kubo shows it as version 0"
+            "Kubo shows the CID as version 0"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a release consists of, built once from a copy of the checkout."""
+"""The files of a release, built once from a copy of the checkout."""
 
 import shutil
 import subprocess
@@ -10,15 +10,15 @@ import pytest
 from tests.mounting import Home
 
 TOP = Path(__file__).parents[2]
-_MADE = shutil.ignore_patterns(
+_GENERATED = shutil.ignore_patterns(
     ".git", ".venv", ".*_cache", ".hypothesis", "*.egg-info", "*.so", "__pycache__", "*.pyc"
 )
 
 
 def not_source(folder: str, names: list[str]) -> set[str]:
-    """What a copy of the checkout leaves out. Below the top, `build` is the name of scripts."""
+    """The names that a copy of the checkout leaves out. Below the top folder, `build` is a script."""
     top = {"build", "dist"} if Path(folder) == TOP else set()
-    return _MADE(folder, names) | top
+    return _GENERATED(folder, names) | top
 
 
 @pytest.fixture(scope="session")

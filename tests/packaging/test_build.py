@@ -11,7 +11,7 @@ import pytest
 TOP = Path(__file__).parents[2]
 
 
-def test_an_installation_that_can_not_compile_fails_and_says_what_it_needs(tmp_path: Path) -> None:
+def test_an_installation_that_can_not_compile_fails_and_names_what_it_needs(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(
         TOP,
@@ -30,18 +30,18 @@ def test_an_installation_that_can_not_compile_fails_and_says_what_it_needs(tmp_p
         source,
     ]
     done = subprocess.run(command, env=os.environ | {"CC": "/bin/false"}, capture_output=True, text=True)
-    said = done.stdout + done.stderr
-    if "No matching distribution found for setuptools" in said:
+    output = done.stdout + done.stderr
+    if "No matching distribution found for setuptools" in output:
         pytest.skip("no package index can be reached, and pip needs one to build")
     assert done.returncode != 0
     assert not (tmp_path / "wheels").exists() or not list((tmp_path / "wheels").iterdir())
-    (line,) = [line for line in said.splitlines() if "ipfsfuse can't be installed" in line]
+    (line,) = [line for line in output.splitlines() if "ipfsfuse can't be installed" in line]
     assert "libfuse3-dev" in line
-    assert "Traceback" not in said
+    assert "Traceback" not in output
 
 
-def test_a_change_in_any_of_the_c_files_is_built() -> None:
-    """scripts/setup compares a stamp, which must change with each of them."""
+def test_the_stamp_of_setup_covers_every_c_file() -> None:
+    """scripts/setup builds if its stamp has changed, so the stamp must change with every C file."""
     stamped = next(
         line for line in (TOP / "scripts" / "setup").read_text().splitlines() if line.startswith("stamp() ")
     )

@@ -14,7 +14,7 @@ from ipfsfuse.extras import EXTRAS
 from tests.mounting import Home
 
 BLOCKED = "import sys\nsys.modules.update(dict.fromkeys({modules!r}))\n"
-"""A module that is None there can't be imported, nor found."""
+"""A module that is None in sys.modules can't be imported or found."""
 KECCAK = cids.text(b"\x01\x55\x1b\x20" + bytes(32))
 """A raw block with a keccak-256 hash."""
 
@@ -28,13 +28,13 @@ def without(tmp_path: Path, user: Home) -> Home:
     return user
 
 
-def said(user: Home, module: str, *words: str | Path) -> tuple[int, str]:
+def run_module(user: Home, module: str, *words: str | Path) -> tuple[int, str]:
     command = [sys.executable, "-m", module, *map(str, words)]
     done = subprocess.run(command, env=user.env, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
 
-def test_a_missing_extra_is_one_line_that_says_what_to_install(without: Home) -> None:
+def test_a_missing_extra_gives_one_line_that_says_what_to_install(without: Home) -> None:
     guest = without.folder / "guest.wat"
     guest.write_text('(module (func (export "_start")))')
     for extra, module, words in (
@@ -43,7 +43,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(without: Home) ->
         ("names", "ipfsfuse", ["mount", "--ipns", without.folder / "names", without.mountpoint]),
     ):
         (without.folder / "names").mkdir(exist_ok=True)
-        code, line = said(without, module, *words)
+        code, line = run_module(without, module, *words)
         assert code == (125 if extra == "run" else 1), (extra, line)
         assert line.count("\n") == 1, line
         assert f"ipfsfuse with its extra [{extra}]" in line
@@ -51,7 +51,7 @@ def test_a_missing_extra_is_one_line_that_says_what_to_install(without: Home) ->
 
 
 def test_the_live_view_needs_rich(without: Home) -> None:
-    """It needs a terminal too, and a mount; neither is looked for first."""
+    """It needs a terminal and a mount too, but checks for rich first."""
     leader, follower = pty.openpty()
     try:
         command = [sys.executable, "-m", "ipfsfuse", "status", "--watch"]
@@ -66,9 +66,9 @@ def test_the_live_view_needs_rich(without: Home) -> None:
     assert b"the live view needs the package rich" in done.stderr
 
 
-def test_the_runners_help_and_receipts_need_no_wasmtime(without: Home) -> None:
-    assert said(without, "ipfsfuse_run", "--help") == (0, "")
-    code, line = said(without, "ipfsfuse_run", "inspect", without.folder / "none.car")
+def test_help_and_receipts_of_the_runner_need_no_wasmtime(without: Home) -> None:
+    assert run_module(without, "ipfsfuse_run", "--help") == (0, "")
+    code, line = run_module(without, "ipfsfuse_run", "inspect", without.folder / "none.car")
     assert code == 1
     assert "wasmtime" not in line
 

@@ -1,5 +1,5 @@
-"""Installed as users do: by pipx, by uv, and as a Debian package in a fresh Debian. Minutes each, so only with
-IPFSFUSE_PACKAGES=1 (CI has a job for it)."""
+"""Installed as users install it: by pipx, by uv, and as a Debian package in a fresh Debian. Each test takes
+minutes, so they run only with IPFSFUSE_PACKAGES=1 (CI has a job for it)."""
 
 import os
 import shutil
@@ -20,9 +20,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("tool", ["pipx", "uv"])
-def test_a_tool_installs_the_sdist_and_it_runs(tool: str, release: Path, tmp_path: Path) -> None:
+def test_a_tool_installs_the_sdist_and_the_commands_run(tool: str, release: Path, tmp_path: Path) -> None:
     if shutil.which(tool) is None:
-        pytest.skip(f"{tool} is not here: pip install {tool}")
+        pytest.skip(f"{tool} is not installed: pip install {tool}")
     [sdist] = release.glob("*.tar.gz")
     env = {
         **os.environ,
@@ -62,15 +62,14 @@ def test_a_tool_installs_the_sdist_and_it_runs(tool: str, release: Path, tmp_pat
 
 
 def mirror() -> list[str]:
-    """Where this machine's own apt finds Debian, for debootstrap; its default where that is not known."""
+    """The mirror from which this machine's apt installs Debian, for debootstrap. If it is not known, the list
+    is empty, and debootstrap uses its default."""
     command = ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Origin: Debian"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.split()[:1]
 
 
-@pytest.mark.skipif(
-    os.getuid() != 0 or not shutil.which("debootstrap"), reason="needs root and debootstrap, to make a Debian"
-)
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("debootstrap"), reason="needs root and debootstrap")
 @pytest.mark.parametrize("suite", ["bookworm", "trixie"])
 def test_the_debian_package_in_a_fresh_debian(suite: str, tmp_path: Path) -> None:
     """Built in one Debian, and installed, used, removed and purged in another (packaging/deb/check)."""

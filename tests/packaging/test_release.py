@@ -1,4 +1,4 @@
-"""The sdist and the wheel: what is in them, and that they do what the checkout does."""
+"""The sdist and the wheel: their files, and that they work as the checkout does."""
 
 import ctypes
 import email
@@ -54,8 +54,8 @@ def test_the_sdist_has_every_file_of_the_checkout(release: Path, unpacked: Path)
     }
 
 
-def test_tests_pass_from_the_sdist(unpacked: Path, wheel: Path) -> None:
-    """Some of them, with the compiled parts of the wheel that was built from it. CI runs them all."""
+def test_the_tests_of_the_sdist_pass(unpacked: Path, wheel: Path) -> None:
+    """Runs some of them, with the compiled parts of the wheel that was built from the sdist. CI runs all."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked, [each for each in archive.namelist() if each.endswith(".so")])
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/dag/test_cid.py"]
@@ -78,28 +78,28 @@ def test_the_wheel_has_the_two_packages_and_nothing_else(wheel: Path) -> None:
 
 
 def test_one_wheel_serves_every_python(wheel: Path, tmp_path: Path) -> None:
-    """PEP 425: cp311-abi3. Its libraries use nothing but the stable ABI, so any newer Python loads them."""
+    """PEP 425: cp311-abi3. Its libraries use only the stable ABI, so any newer Python loads them."""
     assert re.fullmatch(r"ipfsfuse-[\d.]+-cp311-abi3-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         libraries = [name for name in archive.namelist() if ".so" in name]
         archive.extractall(tmp_path, libraries)
     assert sorted(libraries) == ["ipfsfuse/fileio/_native.abi3.so", "ipfsfuse/fuse/_native.abi3.so"]
     for library in libraries:
-        said = subprocess.run(
+        symbols = subprocess.run(
             ["nm", "-D", "-u", tmp_path / library], capture_output=True, text=True, check=True
         )
-        used = set(re.findall(r"\b_?Py\w+", said.stdout))
+        used = set(re.findall(r"\b_?Py\w+", symbols.stdout))
         assert used <= STABLE, library
         ctypes.CDLL(str(tmp_path / library))
     for newer in filter(shutil.which, ("python3.12", "python3.13", "python3.14")):
         if subprocess.run([newer, "-V"], capture_output=True, check=False).returncode:
-            continue  # pyenv's name for a version that it does not run here
+            continue  # a command of pyenv for a version that is not installed
         script = "import ctypes, sys; [ctypes.CDLL(path) for path in sys.argv[1:]]"
         subprocess.run([newer, "-c", script, *(tmp_path / each for each in libraries)], check=True)
 
 
 STABLE = {"PyBuffer_Release", "PyErr_Clear", "PyMem_Free", "PyMem_Malloc", "PyObject_GetBuffer"}
-"""What our C calls, all in the stable ABI of Python 3.11 (its Misc/stable_abi.toml)."""
+"""The functions that our C code calls, all in the stable ABI of Python 3.11 (its Misc/stable_abi.toml)."""
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +109,7 @@ def metadata(wheel: Path) -> Message:
         return email.message_from_bytes(archive.read(name))
 
 
-def test_the_metadata_stands_by_itself(metadata: Message) -> None:
+def test_the_metadata_is_complete_and_its_links_are_absolute(metadata: Message) -> None:
     description = metadata.get_payload()
     assert isinstance(description, str)
     assert "# ipfsfuse" in description
@@ -126,11 +126,11 @@ def test_the_extras_are_those_that_the_code_names(metadata: Message) -> None:
     for heavy in ("wasmtime", "pycryptodome", "cryptography", "dnspython", "rich", "pytest"):
         assert not [each for each in needed if each.startswith(heavy)], heavy
     [runner] = [each for each in metadata.get_all("Requires-Dist") or () if each.startswith("wasmtime")]
-    assert "<" in runner  # a major version of it breaks what is used here
+    assert "<" in runner  # a new major version breaks the calls that we use
 
 
-def test_what_is_imported_is_what_is_asked_for(metadata: Message) -> None:
-    """Each dependency bounds itself from below; the test tools are in dependency groups, not in extras."""
+def test_dependencies_have_lower_bounds_and_test_tools_are_not_in_extras(metadata: Message) -> None:
+    """The test tools are in dependency groups."""
     project = tomllib.loads((TOP / "pyproject.toml").read_text())
     assert all(">=" in each for each in project["project"]["dependencies"])
     assert "pytest" in str(project["dependency-groups"]["test"])

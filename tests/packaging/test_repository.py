@@ -1,4 +1,4 @@
-"""The repository's own files: what CI installs, what its workflows call, the site, and the examples."""
+"""Files of the repository: what CI installs and calls, the site, the examples and the scripts."""
 
 import os
 import re
@@ -56,7 +56,7 @@ def jobs(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_workflows_call_what_is_there(path: Path) -> None:
+def test_workflows_call_files_that_exist(path: Path) -> None:
     assert "permissions" in yaml.safe_load(path.read_text())
     called = set()
     for name, job in jobs(path).items():
@@ -80,7 +80,7 @@ def test_ci_runs_every_python_both_debians_the_sanitizers_and_fuzzing() -> None:
         assert yaml.safe_load(path.read_text()), path
 
 
-def test_the_workflow_does_what_ci_run_does() -> None:
+def test_the_workflow_calls_all_scripts_of_ci_run() -> None:
     ci = yaml.safe_load((TOP / ".github/workflows/ci.yml").read_text())
     steps = [step.get("run", "") for job in ci["jobs"].values() for step in job["steps"]]
     called = set(re.findall(r"scripts/\w+", (TOP / ".ci/run").read_text()))
@@ -88,7 +88,7 @@ def test_the_workflow_does_what_ci_run_does() -> None:
     assert {each for each in called if not any(each in step for step in steps)} == set()
     assert ci["env"]["IPFSFUSE_REQUIRE_KUBO"] == "1"
     whole = [step for step in steps if re.search(r"(scripts/test|\.ci/run tests)$", step)]
-    assert len(whole) == 2, "all tests, on Ubuntu and on both Debians"
+    assert len(whole) == 2, "all tests run on Ubuntu and on both Debians"
 
 
 def package(*words: str) -> "subprocess.CompletedProcess[str]":
@@ -121,7 +121,7 @@ def test_the_installation_page_names_every_extra() -> None:
     assert [each for each in extras if f"| `{each}` |" not in page] == []
 
 
-def test_scripts_are_programs() -> None:
+def test_scripts_are_executable() -> None:
     scripts = [path for path in (TOP / "scripts").iterdir() if path.is_file()]
     scripts += list((TOP / "packaging/deb").iterdir())
     assert [path.name for path in scripts if not os.access(path, os.X_OK)] == []

@@ -1,5 +1,5 @@
-"""Components of preview 2 that no one wrote by hand, by the tools that people make them with: componentize-py
-from PyPI, and the parts of jco from npm. A test that needs one skips, saying so, where they can't be had
+"""Makes components of preview 2 with the tools that people use: componentize-py from PyPI, and the parts of
+jco from npm. A test that needs a tool is skipped, with the reason, if the tool can't be downloaded
 (registries.py)."""
 
 import os
@@ -14,7 +14,7 @@ from tests.runner.registries import from_npm, from_pypi
 
 COMPONENTIZE_PY, JCO, WIT = "0.25.1", "1.35.0", "0.2.12"
 _JCO_PARTS = {"jco-transpile": "0.15.0", "preview2-shim": "0.26.1", "jco-node-fs": "0.3.2"}
-"""What of jco makes a component out of a module, without what it has beside that (hundreds of megabytes)."""
+"""The parts of jco that make a component from a module. The rest of jco is hundreds of megabytes."""
 _NEW = """
 import { readFile, writeFile } from "node:fs/promises";
 import { componentNew } from "@bytecodealliance/jco-transpile/wasm-tools";
@@ -25,11 +25,11 @@ await writeFile(made, await componentNew(await readFile(module), [["wasi_snapsho
 
 
 class Jco:
-    """jco, as far as it is needed, below `folder`."""
+    """The parts of jco that the tests need, below `folder`."""
 
     def __init__(self, folder: Path) -> None:
         if shutil.which("node") is None:
-            pytest.skip("jco: there is no node here")
+            pytest.skip("jco needs node, which is not installed")
         folder.mkdir()
         self._folder = folder
         self._own = from_npm(f"@bytecodealliance/jco@{JCO}", folder / "jco") / "lib"
@@ -37,7 +37,7 @@ class Jco:
         """WASI's interfaces, a folder for each package."""
 
     def component(self, module: Path) -> Path:
-        """A preview 1 command as a component, by the adapter that jco brings."""
+        """Makes a component from a preview 1 command, with jco's adapter."""
         scope = self._folder / "node_modules" / "@bytecodealliance"
         if not scope.exists():
             scope.mkdir(parents=True)
@@ -45,28 +45,28 @@ class Jco:
                 (scope / name).symlink_to(
                     from_npm(f"@bytecodealliance/{name}@{version}", self._folder / name)
                 )
-        script, made = self._folder / "new.mjs", module.with_name(f"{module.stem}-p2.wasm")
+        script, target = self._folder / "new.mjs", module.with_name(f"{module.stem}-p2.wasm")
         script.write_text(_NEW)
-        # without --preserve-symlinks a package would look for the others where it lies itself
+        # without --preserve-symlinks, node would resolve the symlinks, and not find the other packages
         command = [
             "node",
             "--preserve-symlinks",
             script,
             module,
             self._own / "wasi_snapshot_preview1.command.wasm",
-            made,
+            target,
         ]
         subprocess.run(command, check=True, cwd=self._folder)
-        return made
+        return target
 
 
 def componentized(source: Path, wit: Path, folder: Path) -> Path:
-    """A component of the Python module `source`, which implements the world wasi:cli/command."""
+    """Makes a component from the Python module `source`, which implements the world wasi:cli/command."""
     tool = from_pypi(f"componentize-py=={COMPONENTIZE_PY}", folder)
     worlds = [
         f"--wit-path={wit}/wasi-{name}" for name in ("io", "clocks", "random", "filesystem", "sockets", "cli")
     ]
-    app, made = folder / "app", folder / f"{source.stem}.wasm"
+    app, target = folder / "app", folder / f"{source.stem}.wasm"
     app.mkdir()
     shutil.copy(source, app)
     command = [
@@ -81,9 +81,9 @@ def componentized(source: Path, wit: Path, folder: Path) -> Path:
         "PYTHONPATH": str(tool)
     }
     subprocess.run(
-        [*command, "componentize", source.stem, f"--python-path={app}", f"--output={made}"],
+        [*command, "componentize", source.stem, f"--python-path={app}", f"--output={target}"],
         check=True,
         env=env,
         cwd=folder,
     )
-    return made
+    return target

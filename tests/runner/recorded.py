@@ -1,5 +1,4 @@
-"""Recorded runs made by hand: a CAR whose blocks are right, and whose receipt and files are what a test
-wants."""
+"""Recorded runs that a test makes itself: CAR files with right blocks, any receipt and any files."""
 
 import hashlib
 import io
@@ -34,7 +33,7 @@ def digest(data: bytes) -> dict[str, Any]:
 
 
 def receipt(guest: bytes, stdin: bytes = STDIN, **changed: Any) -> dict[str, Any]:
-    """The receipt of a run that did what it should."""
+    """A valid receipt of format 1, with the fields `changed` replaced."""
     return {
         "kind": "ipfsfuse-run receipt",
         "format": 1,
@@ -64,22 +63,22 @@ def receipt(guest: bytes, stdin: bytes = STDIN, **changed: Any) -> dict[str, Any
 
 
 def receipt_2(guest: bytes, out: Cid, stdin: bytes = STDIN, **changed: Any) -> dict[str, Any]:
-    """The same run in format 2, with the results `out`."""
-    told = receipt(guest, stdin) | {
+    """The receipt of the same run in format 2. `out` is the folder of results."""
+    fields = receipt(guest, stdin) | {
         "format": 2,
         "root": None,
         "tmp": 1 << 20,
         "engine": "library",
         "paths": [],
     }
-    streams = {name: told.pop(name) for name in ("stdin", "stdout", "stderr")}
+    streams = {name: fields.pop(name) for name in ("stdin", "stdout", "stderr")}
     for name, data in (("stdin", stdin), ("stdout", stdin), ("stderr", b"")):
         streams[name]["cid"] = cids.text(RecordWriter(io.BytesIO()).add_file(io.BytesIO(data)).cid)
     salt = "00" * 16
     hashed = hashlib.sha256(bytes(16) + b"A=1").hexdigest()
-    exit_code, trapped = told.pop("exit_code"), told.pop("trapped")
+    exit_code, trapped = fields.pop("exit_code"), fields.pop("trapped")
     return (
-        told
+        fields
         | {
             "env": {"salt": salt, "variables": [{"name": "A", "sha256": hashed, "value": "1"}]},
             "stdin": streams["stdin"],
@@ -97,7 +96,7 @@ def receipt_2(guest: bytes, out: Cid, stdin: bytes = STDIN, **changed: Any) -> d
 
 
 class Blocks:
-    """Nodes that no importer makes, for a record."""
+    """Builds nodes that no importer makes, for a record."""
 
     def __init__(self) -> None:
         self.all: dict[Cid, bytes] = {}
@@ -108,7 +107,7 @@ class Blocks:
         return Built(cid, len(data), len(data))
 
     def file(self, children: Sequence[tuple[Cid, int]]) -> Built:
-        """A file of these children, each with the size that its parent claims."""
+        """A file of these children. The file claims the given size for each."""
         sizes = [size for _cid, size in children]
         links = [Link(cid, b"", size) for cid, size in children]
         data = dagpb.encode(
@@ -121,32 +120,33 @@ class Blocks:
         return self.put(dagpb.encode(links, unixfs.encode(UnixFS(type=Type.DIRECTORY))), cids.DAG_PB)
 
     def doubled(self, leaf: bytes, times: int) -> Built:
-        """A file of `leaf`, 2**times times, in few blocks."""
-        held = self.put(leaf)
+        """A file that repeats `leaf` 2**times times, in few blocks."""
+        node = self.put(leaf)
         for _ in range(times):
-            held = self.file([(held.cid, held.size), (held.cid, held.size)])
-        return held
+            node = self.file([(node.cid, node.size), (node.cid, node.size)])
+        return node
 
 
 def write(
     target: Path,
-    told: bytes | Built | Mapping[str, Any],
+    data: bytes | Built | Mapping[str, Any],
     blocks: Blocks | None = None,
     **files: bytes | Built,
 ) -> Path:
-    """A record of `files`, named without their extension: `guest`, `stdin`, `ipfs`, `dir`."""
+    """Writes a record to `target`. `data` is its receipt. The names of `files` have no extension: `guest`,
+    `stdin`, `ipfs`, `dir`."""
     named = {"guest": "guest.wasm"}
     with target.open("w+b") as out:
         writer = RecordWriter(out)
         children = [
-            ("receipt.json", _built(writer, json.dumps(told).encode() if isinstance(told, Mapping) else told))
+            ("receipt.json", _built(writer, json.dumps(data).encode() if isinstance(data, Mapping) else data))
         ]
-        children += [(named.get(name, name), _built(writer, held)) for name, held in files.items()]
+        children += [(named.get(name, name), _built(writer, content)) for name, content in files.items()]
         for cid, block in (blocks or Blocks()).all.items():
             writer.put(cid, block)
         writer.close(writer.add_folder(children))
     return target
 
 
-def _built(writer: RecordWriter, held: bytes | Built) -> Built:
-    return writer.add_file(io.BytesIO(held)) if isinstance(held, bytes) else held
+def _built(writer: RecordWriter, content: bytes | Built) -> Built:
+    return writer.add_file(io.BytesIO(content)) if isinstance(content, bytes) else content

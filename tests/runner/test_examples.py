@@ -1,4 +1,4 @@
-"""The examples that run guests: real programs, which the registries' own clients bring."""
+"""The examples that run guests. The guests are real programs from the registries."""
 
 import os
 import struct
@@ -37,7 +37,7 @@ def cpython(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """XDG_CACHE_HOME: CPython is compiled once."""
+    """The XDG_CACHE_HOME of all tests, so that CPython is compiled once."""
     return str(tmp_path_factory.mktemp("xdg"))
 
 
@@ -48,9 +48,9 @@ def environment(home: Home, compiled: str) -> dict[str, str]:
 
 
 def example(environment: dict[str, str], name: str, *args: str | Path) -> "subprocess.CompletedProcess[str]":
-    given = [sys.executable] if name.endswith(".py") else []
+    interpreter = [sys.executable] if name.endswith(".py") else []
     return subprocess.run(
-        [*given, TOP / "examples" / name, *args],
+        [*interpreter, TOP / "examples" / name, *args],
         env=environment,
         capture_output=True,
         text=True,
@@ -59,7 +59,7 @@ def example(environment: dict[str, str], name: str, *args: str | Path) -> "subpr
     )
 
 
-def test_a_strangers_program_on_a_dataset(
+def test_an_untrusted_program_reads_a_dataset(
     home: Home, environment: dict[str, str], cpython: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -100,7 +100,9 @@ def test_without_arguments_an_example_prints_its_usage(environment: dict[str, st
     assert done.stderr.startswith("usage: ")
 
 
-def test_a_program_that_can_not_be_run_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_program_that_can_not_be_run_is_reported_in_one_line(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     done = example(environment, "untrusted_python.py", "nothing", "nothing", tmp_path / "none.py")
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done
     (tmp_path / "none.py").touch()

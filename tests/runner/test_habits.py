@@ -1,4 +1,4 @@
-"""A guest's arguments, streams, folders and exit codes: wasmtime's habits."""
+"""A guest's arguments, streams, folders and exit codes are handled as wasmtime handles them."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from tests.mounting import PATIENCE
 from tests.runner.conftest import DEMO, GUESTS, TOP, Runner, lines
 
 
-def test_what_stands_behind_the_guest_is_the_guests(run: Runner, habits: Path) -> None:
+def test_arguments_after_the_guest_are_passed_to_it(run: Runner, habits: Path) -> None:
     done = run("--env", "A=1", habits, "args", "--env", "B=2", "--", "-W", "x")
     assert lines(done.stdout) == ["habits.wasm", "args", "--env", "B=2", "--", "-W", "x"]
 
@@ -22,7 +22,9 @@ def test_argv0(run: Runner, habits: Path) -> None:
     assert lines(run("--argv0", "busybox", habits, "args").stdout)[0] == "busybox"
 
 
-def test_only_given_variables_are_seen_and_a_bare_name_is_passed_on(run: Runner, habits: Path) -> None:
+def test_a_guest_sees_only_given_variables_and_a_bare_name_inherits_its_value(
+    run: Runner, habits: Path
+) -> None:
     run.env["INHERITED"] = "from outside"
     done = run("--env", "A=1=2", "--env", "INHERITED", habits, "env")
     assert sorted(lines(done.stdout)) == ["A=1=2", "INHERITED=from outside"]
@@ -36,11 +38,11 @@ def test_streams_pass_through(run: Runner, habits: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "code"),
+    ("argument", "code"),
     [(0, 0), (1, 1), (3, 3), (125, 125), (126, 126), (134, 134), (200, 200), (255, 255), (256, 1)],
 )
-def test_exit_codes_of_preview_1(run: Runner, habits: Path, given: int, code: int) -> None:
-    done = run(habits, "exit", str(given))
+def test_exit_codes_of_preview_1(run: Runner, habits: Path, argument: int, code: int) -> None:
+    done = run(habits, "exit", str(argument))
     assert (done.returncode, done.stderr) == (code, b"")
 
 
@@ -48,20 +50,20 @@ def test_exit_code_of_a_component_that_fails(run: Runner) -> None:
     assert run(DEMO / "reader-p2.wat", "/ipfs/nothing/here").returncode == 1
 
 
-def test_a_trap_is_134_with_the_back_trace(run: Runner, habits: Path) -> None:
+def test_a_trap_gives_exit_code_134_and_a_backtrace(run: Runner, habits: Path) -> None:
     done = run(habits, "abort")
     assert done.returncode == 134
     assert b"wasm backtrace" in done.stderr
     assert b"unreachable" in done.stderr
 
 
-def test_a_guest_from_standard_input_from_the_mount_and_as_text(
+def test_a_guest_is_read_from_standard_input_from_the_mount_and_as_text(
     run: Runner, habits: Path, tree: Path
 ) -> None:
     (tree / "root" / "guest.wasm").write_bytes(habits.read_bytes())
     assert lines(run("/ipfs/root/guest.wasm", "args").stdout) == ["guest.wasm", "args"]
     assert lines(run("-", "args", stdin=habits.read_bytes()).stdout) == ["-", "args"]
-    # a pipe has no start to go back to
+    # a pipe can't be read again from its start
     assert lines(run("/dev/stdin", "args", stdin=habits.read_bytes()).stdout) == ["stdin", "args"]
     assert run("-", stdin=b';; text\n(module (func (export "_start")))').returncode == 0
     assert len(run(GUESTS / "chance-p2.wat").stdout) == 72
@@ -76,7 +78,7 @@ def test_the_root_lists_what_was_given(run: Runner, habits: Path, tmp_path: Path
 
 
 def test_the_root_can_not_be_written(run: Runner, habits: Path) -> None:
-    assert run(habits, "write", "/new").returncode == 134  # fopen gave NULL, fputs trapped
+    assert run(habits, "write", "/new").returncode == 134  # fopen returned NULL, and fputs trapped
     assert sorted(lines(run(habits, "ls", "/").stdout)) == ["ipfs", "tmp"]
 
 
@@ -89,13 +91,13 @@ def test_a_given_folder_can_be_written_unless_it_is_ro(run: Runner, habits: Path
     assert not (given / "two").exists()
 
 
-def test_a_folder_keeps_its_own_name_without_another(run: Runner, habits: Path, tmp_path: Path) -> None:
+def test_a_folder_has_its_host_path_if_no_other_is_given(run: Runner, habits: Path, tmp_path: Path) -> None:
     (tmp_path / "given").mkdir()
     (tmp_path / "given" / "a").touch()
     assert lines(run("--dir", tmp_path / "given", habits, "ls", tmp_path / "given").stdout) == ["a"]
 
 
-def test_a_folder_whose_name_is_no_text(run: Runner, habits: Path, tmp_path: Path) -> None:
+def test_a_folder_whose_name_is_not_utf_8_can_be_given(run: Runner, habits: Path, tmp_path: Path) -> None:
     given = tmp_path / os.fsdecode(b"\xff")
     given.mkdir()
     (given / "a").touch()
@@ -108,7 +110,7 @@ def test_the_working_directory(run: Runner, habits: Path) -> None:
     assert run("--cwd", "/ipfs/root", habits, "cat", "/ipfs/root/file").stdout == b"content\n"
 
 
-def test_a_run_that_its_terminal_shall_not_end_goes_on(run: Runner, habits: Path) -> None:
+def test_a_run_under_nohup_survives_the_end_of_its_terminal(run: Runner, habits: Path) -> None:
     command = ["nohup", *run.command("-W", "timeout=1s", habits, "spin")]
     with subprocess.Popen(
         command, env=run.env, cwd=TOP, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True
@@ -119,8 +121,8 @@ def test_a_run_that_its_terminal_shall_not_end_goes_on(run: Runner, habits: Path
         assert process.wait(timeout=PATIENCE) == 124
 
 
-def test_a_signal_ends_what_the_runner_does_behind_the_guest(run: Runner, tmp_path: Path) -> None:
-    """Such as writing a record, which can take long."""
+def test_a_signal_ends_the_work_of_the_runner_after_the_guest(run: Runner, tmp_path: Path) -> None:
+    """The runner may be writing a record, for example, which can take long."""
     guest = tmp_path / "guest.wat"
     guest.write_text('(module (func (export "_start")))')
     code = f"""if True:
@@ -145,7 +147,7 @@ def test_a_signal_ends_what_the_runner_does_behind_the_guest(run: Runner, tmp_pa
     )
 
 
-def test_a_guest_killed_from_outside_is_137(run: Runner, habits: Path) -> None:
+def test_a_guest_killed_from_outside_gives_exit_code_137(run: Runner, habits: Path) -> None:
     with run.start(habits, "spin") as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"spinning\n"

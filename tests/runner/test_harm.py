@@ -1,8 +1,8 @@
-"""Recorded runs that were changed, or made to do harm: `inspect` and `--replay` end soon, use little, print
-nothing that a terminal acts on, and never say "the same" for what is not.
+"""Records that were changed, or are hostile: `inspect` and `--replay` end soon, use little memory, print
+nothing that controls a terminal, and never say "the same" of different results.
 
-IPFSFUSE_MUTATIONS is how many changed records are tried in one process (400 by default),
-IPFSFUSE_COMMAND_MUTATIONS how many by the commands (3)."""
+IPFSFUSE_MUTATIONS is the number of changed records that are tried in one process (400 by default).
+IPFSFUSE_COMMAND_MUTATIONS is the number that are tried by the commands (3 by default)."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from tests.runner.recorded import STDIN, Blocks, digest
 
 MUTATIONS = int(os.environ.get("IPFSFUSE_MUTATIONS", "400"))
 COMMAND_MUTATIONS = int(os.environ.get("IPFSFUSE_COMMAND_MUTATIONS", "3"))
-SECONDS, BYTES = 5.0, 300 << 20
+MAX_SECONDS, MAX_MEMORY = 5.0, 300 << 20
 
 GUEST = bytes(wasmtime.wat2wasm(recorded.GUEST))
 WHOLE = recorded.receipt(GUEST)
@@ -52,12 +52,12 @@ class Ended(Measured):
         super().__init__(run.command(*args), run.env)
 
     def check(self) -> "Ended":
-        """What holds for any record."""
+        """Asserts what must hold for every record."""
         assert "Traceback" not in self.err
         assert "fault of the runner" not in self.err
         assert not any(ord(each) < 32 and each != "\n" for each in self.out + self.err), self.err
-        assert self.seconds < SECONDS
-        assert self.memory < BYTES
+        assert self.seconds < MAX_SECONDS
+        assert self.memory < MAX_MEMORY
         return self
 
     def refused(self, *names: str) -> str:
@@ -68,7 +68,7 @@ class Ended(Measured):
         return self.err
 
 
-# -- many changes, in one process ----------------------------------------------------------------------------
+# -- many changed records, in one process --------------------------------------------------------------------
 
 NASTY: list[Any] = [
     *(
@@ -104,28 +104,28 @@ NASTY: list[Any] = [
 
 
 def changed(rng: random.Random, whole: dict[str, Any]) -> bytes:
-    """A receipt of which something was changed."""
-    told = json.loads(json.dumps(whole))
+    """A receipt with random changes."""
+    receipt = json.loads(json.dumps(whole))
     if rng.random() < 0.7:
         for _ in range(rng.choice((1, 1, 1, 2, 5))):
-            _change(rng, told)
-    data = json.dumps(told).encode()
+            _change(rng, receipt)
+    data = json.dumps(receipt).encode()
     if rng.random() < 0.4:
         data = damaged(rng, data)
     return data
 
 
-def _change(rng: random.Random, told: dict[str, Any]) -> None:
-    place: Any = told
+def _change(rng: random.Random, receipt: dict[str, Any]) -> None:
+    place: Any = receipt
     while True:
         key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
         if not isinstance(place[key], dict | list) or not place[key] or rng.random() < 0.3:
             break
         place = place[key]
-    how = rng.random()
-    if how < 0.1:
+    choice = rng.random()
+    if choice < 0.1:
         del place[key]
-    elif how < 0.2 and isinstance(place, dict):
+    elif choice < 0.2 and isinstance(place, dict):
         place[rng.choice(("cpu", "name", "size", "\x1b]0;x\a"))] = rng.choice(NASTY)
     else:
         place[key] = rng.choice(NASTY)
@@ -136,30 +136,30 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
     whole = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8))):
         at, length = rng.randrange(len(whole) + 1), rng.choice((1, 1, 4, 40, 400))
-        how = rng.randrange(4)
-        if how == 0:
+        choice = rng.randrange(4)
+        if choice == 0:
             whole[at : at + length] = b""
-        elif how == 1:
+        elif choice == 1:
             whole[at:at] = whole[at : at + length]
-        elif how == 2:
+        elif choice == 2:
             whole[at : at + 1] = rng.randbytes(1)
         else:
             del whole[max(at, 1) :]
     return bytes(whole)
 
 
-def looked_at(path: Path) -> receipts.Receipt:
-    """What `inspect` and `--replay` do before a guest runs."""
-    with open_record(path) as (record, told):
-        limits_for(path, told, NO_LIMITS)
-        inspecting.checked_rows(record, told)
-        return told
+def check_record(path: Path) -> receipts.Receipt:
+    """Checks a record as `inspect` and `--replay` do before a guest runs. Returns its receipt."""
+    with open_record(path) as (record, receipt):
+        limits_for(path, receipt, NO_LIMITS)
+        inspecting.checked_rows(record, receipt)
+        return receipt
 
 
-def accepted(path: Path) -> receipts.Receipt | None:
-    """None for a record that is refused, for which any sentence will do."""
+def receipt_if_accepted(path: Path) -> receipts.Receipt | None:
+    """The receipt, or None if the record is refused. Any short message will do."""
     try:
-        return looked_at(path)
+        return check_record(path)
     except ReceiptRefused as exc:
         assert len(str(exc)) < 3000
         return None
@@ -170,31 +170,34 @@ def test_many_changed_records_in_one_process(tmp_path: Path) -> None:
     tree, empty = _tree(blocks), blocks.folder([])
     second = recorded.receipt_2(GUEST, tree.cid)
     parts = {"guest": GUEST, "stdin": STDIN, "stdout": STDIN, "stderr": b"", "out": tree, "ipfs": empty}
-    taken, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    accepted, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     for seed in range(MUTATIONS):
         rng, begun = random.Random(seed), time.process_time()
         if seed % 4 == 1:
-            accepted(recorded.write(target, changed(rng, WHOLE), blocks, guest=GUEST, stdin=STDIN, ipfs=tree))
+            receipt_if_accepted(
+                recorded.write(target, changed(rng, WHOLE), blocks, guest=GUEST, stdin=STDIN, ipfs=tree)
+            )
         elif seed % 4:
             data = changed(rng, second)
-            told = accepted(recorded.write(target, data, blocks, **parts))
-            if told is not None:  # then nothing in it was taken for something else
-                taken += 1
-                again = json.loads(receipts.encode(told))
+            receipt = receipt_if_accepted(recorded.write(target, data, blocks, **parts))
+            if receipt is not None:  # then no value in it was read as another one
+                accepted += 1
+                again = json.loads(receipts.encode(receipt))
                 assert _exact(again) == _exact(json.loads(data) | {"differs": again["differs"]}), (
                     f"seed {seed}"
                 )
         else:
             recorded.write(target, second, blocks, **parts)
             target.write_bytes(damaged(rng, target.read_bytes()))
-            accepted(target)
-        assert time.process_time() - begun < SECONDS, f"seed {seed}"
-    assert taken
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before < BYTES
+            receipt_if_accepted(target)
+        assert time.process_time() - begun < MAX_SECONDS, f"seed {seed}"
+    assert accepted
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before < MAX_MEMORY
 
 
 def _exact(value: Any) -> Any:
-    """A value that differs from others which Python takes for equal: 1, 1.0 and True."""
+    """A value for comparisons: 1 and 1.0 are equal in it, but 1 and True are not. Fields without a value are
+    left out."""
     if isinstance(value, dict):
         return {name: _exact(each) for name, each in value.items() if value is not None}
     if isinstance(value, list):
@@ -210,11 +213,11 @@ def _tree(blocks: Blocks) -> Built:
     return blocks.folder([(b"a", blocks.folder([(b"file", blocks.put(b"content").cid)]).cid)])
 
 
-# -- some, by the command ------------------------------------------------------------------------------------
+# -- a few changed records, by the commands ------------------------------------------------------------------
 
 
 @pytest.mark.fuse
-def test_a_record_that_is_right_is_the_same(run: Runner, tmp_path: Path) -> None:
+def test_an_unchanged_record_gives_the_same_results(run: Runner, tmp_path: Path) -> None:
     target = recorded.write(tmp_path / "run.car", WHOLE, guest=GUEST, stdin=STDIN)
     ended = Ended(run, "--replay", target).check()
     assert (ended.code, ended.err) == (0, "")
@@ -222,7 +225,8 @@ def test_a_record_that_is_right_is_the_same(run: Runner, tmp_path: Path) -> None
 
 @pytest.mark.fuse
 def test_changed_records_by_the_commands(run: Runner, tmp_path: Path) -> None:
-    """What is replayed as the same is what was recorded, but for words that a replay only shows."""
+    """If a replay finds all the same, the results in the receipt are the recorded ones. A replay only shows
+    the other fields."""
     blocks, target = Blocks(), tmp_path / "run.car"
     empty = blocks.folder([])
     second = recorded.receipt_2(GUEST, empty.cid)
@@ -235,15 +239,15 @@ def test_changed_records_by_the_commands(run: Runner, tmp_path: Path) -> None:
             data = json.dumps(second).encode()
             recorded.write(target, data, blocks, **parts)
             target.write_bytes(damaged(rng, target.read_bytes()))
-        for word in ("inspect", "--replay"):
-            ended = Ended(run, word, target).check()
-            assert ended.code in ((0, 1) if word == "inspect" else (0, 3, 125)), (seed, word, ended.err)
-            if word == "--replay" and ended.code == 0:
+        for command in ("inspect", "--replay"):
+            ended = Ended(run, command, target).check()
+            assert ended.code in ((0, 1) if command == "inspect" else (0, 3, 125)), (seed, command, ended.err)
+            if command == "--replay" and ended.code == 0:
                 results = json.loads(data)["results"]
                 assert _exact(results) == _exact(second["results"]), seed
 
 
-OTHER: dict[str, dict[str, Any]] = {
+OTHER_RESULTS: dict[str, dict[str, Any]] = {
     "stdout's size": {"stdout": digest(STDIN) | {"size": 12}},
     "stdout": {"stdout": digest(b"other")},
     "stderr's size": {"stderr": digest(b"") | {"size": 1}},
@@ -253,44 +257,49 @@ OTHER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.fuse
-@pytest.mark.parametrize("what", OTHER)
-def test_a_receipt_that_tells_of_another_end_is_different(run: Runner, tmp_path: Path, what: str) -> None:
-    target = recorded.write(tmp_path / "run.car", WHOLE | OTHER[what], guest=GUEST, stdin=STDIN)
+@pytest.mark.parametrize("result", OTHER_RESULTS)
+def test_a_receipt_with_another_result_is_reported_as_different(
+    run: Runner, tmp_path: Path, result: str
+) -> None:
+    target = recorded.write(tmp_path / "run.car", WHOLE | OTHER_RESULTS[result], guest=GUEST, stdin=STDIN)
     ended = Ended(run, "--replay", target).check()
     assert (ended.code, ended.out.count("DIFFERENT")) == (3, 1), ended.out
 
 
-def text(**changed: Any) -> bytes:
+def encoded(**changed: Any) -> bytes:
     return json.dumps(WHOLE | changed).encode()
 
 
-UNFIT: dict[str, tuple[bytes, str]] = {
-    "an exit code of 0.7": (text(exit_code=0.7), "exit_code"),
-    "an exit code of false": (text(exit_code=False), "exit_code"),
-    "an exit code of 256": (text(exit_code=256), "exit_code"),
-    "an infinite exit code": (text(exit_code=float("inf")), "Infinity"),
-    "an infinite size": (text(stdout=digest(STDIN) | {"size": float("inf")}), "Infinity"),
+IMPOSSIBLE: dict[str, tuple[bytes, str]] = {
+    "an exit code of 0.7": (encoded(exit_code=0.7), "exit_code"),
+    "an exit code of false": (encoded(exit_code=False), "exit_code"),
+    "an exit code of 256": (encoded(exit_code=256), "exit_code"),
+    "an infinite exit code": (encoded(exit_code=float("inf")), "Infinity"),
+    "an infinite size": (encoded(stdout=digest(STDIN) | {"size": float("inf")}), "Infinity"),
     "a size that JSON reads as infinite": (
-        text().replace(b'"seconds": 0.25', b'"seconds": 1e999'),
+        encoded().replace(b'"seconds": 0.25', b'"seconds": 1e999'),
         "seconds",
     ),
-    "a key twice": (text().replace(b'"exit_code": 0', b'"exit_code": 1, "exit_code": 0'), "twice"),
-    "a timeout of 1e300": (text(limits={"timeout": 1e300}), "timeout"),
-    "a timeout that no float can hold": (text(limits={"timeout": 10**400}), "timeout"),
-    "no time": (text(limits={"timeout": 0}), "timeout"),
-    "a limit that is a flag": (text(limits={"fuel": True}), "fuel"),
-    "a limit beyond 64 bits": (text(limits={"max_table_elements": 1 << 63}), "max-table-elements"),
-    "too few open files": (text(limits={"max_open_files": 3}), "max-open-files"),
-    "a stack of 2 GiB": (text(limits={"max_wasm_stack": 2 << 30}), "max-wasm-stack"),
-    "no such limit": (text(limits={"max_\x1b[1m": 1}), "is not a limit"),
-    "arguments of 15 MB": (text(argv=["guest.wat", *map(str, range(2_000_000))]), "argv, env"),
-    "an argument of 3 MB": (text(argv=["guest.wat", "x" * 3_000_000]), "argv"),
-    "empty lists by the million": (text(ahead=[[number] for number in range(2_000_000)]), "larger than any"),
-    "a relative working folder": (text(cwd="ipfs"), "cwd"),
-    "a zero byte": (text(argv=["guest.wat", "a\0b"]), "argv"),
-    "a trap that ended well": (text(trapped=True), "exit_code"),
-    "a number of many digits": (text().replace(b'"fuel": 1000000', b'"fuel": ' + b"9" * 100_000), "not JSON"),
-    "UTF-16": (text().decode().encode("utf-16"), "not JSON"),
+    "a key twice": (encoded().replace(b'"exit_code": 0', b'"exit_code": 1, "exit_code": 0'), "twice"),
+    "a timeout of 1e300": (encoded(limits={"timeout": 1e300}), "timeout"),
+    "a timeout that no float can hold": (encoded(limits={"timeout": 10**400}), "timeout"),
+    "a timeout of 0": (encoded(limits={"timeout": 0}), "timeout"),
+    "a limit that is a flag": (encoded(limits={"fuel": True}), "fuel"),
+    "a limit beyond 64 bits": (encoded(limits={"max_table_elements": 1 << 63}), "max-table-elements"),
+    "too few open files": (encoded(limits={"max_open_files": 3}), "max-open-files"),
+    "a stack of 2 GiB": (encoded(limits={"max_wasm_stack": 2 << 30}), "max-wasm-stack"),
+    "an unknown limit": (encoded(limits={"max_\x1b[1m": 1}), "is not a limit"),
+    "arguments of 15 MB": (encoded(argv=["guest.wat", *map(str, range(2_000_000))]), "argv, env"),
+    "an argument of 3 MB": (encoded(argv=["guest.wat", "x" * 3_000_000]), "argv"),
+    "millions of lists": (encoded(ahead=[[number] for number in range(2_000_000)]), "larger than any"),
+    "a relative working folder": (encoded(cwd="ipfs"), "cwd"),
+    "a zero byte": (encoded(argv=["guest.wat", "a\0b"]), "argv"),
+    "a trap with exit code 0": (encoded(trapped=True), "exit_code"),
+    "a number of many digits": (
+        encoded().replace(b'"fuel": 1000000', b'"fuel": ' + b"9" * 100_000),
+        "not JSON",
+    ),
+    "UTF-16": (encoded().decode().encode("utf-16"), "not JSON"),
 }
 
 
@@ -300,18 +309,18 @@ BY_COMMAND = (
     "an infinite exit code",
     "a key twice",
     "a timeout of 1e300",
-    "no such limit",
+    "an unknown limit",
     "arguments of 15 MB",
 )
 
 
-@pytest.mark.parametrize("what", UNFIT)
-def test_a_receipt_that_no_run_can_have_is_refused(run: Runner, tmp_path: Path, what: str) -> None:
-    data, named = UNFIT[what]
+@pytest.mark.parametrize("fault", IMPOSSIBLE)
+def test_a_receipt_that_no_run_can_have_is_refused(run: Runner, tmp_path: Path, fault: str) -> None:
+    data, named = IMPOSSIBLE[fault]
     target = recorded.write(tmp_path / "run.car", data, guest=GUEST, stdin=STDIN)
     with pytest.raises(ReceiptRefused, match=named):
-        looked_at(target)
-    if what in BY_COMMAND:
+        check_record(target)
+    if fault in BY_COMMAND:
         Ended(run, "--replay", target, "-W", "timeout=1s").refused(named)
 
 
@@ -320,121 +329,121 @@ def test_a_working_folder_with_escape_codes_forges_no_line(run: Runner, tmp_path
     target = recorded.write(
         tmp_path / "run.car", WHOLE | {"cwd": "/ipfs/\x1b[2K\nstdout: the same"}, guest=GUEST, stdin=STDIN
     )
-    said = Ended(run, "--replay", target).refused("\\x1b[2K\\nstdout")
-    assert "\nstdout" not in said
+    message = Ended(run, "--replay", target).refused("\\x1b[2K\\nstdout")
+    assert "\nstdout" not in message
 
 
 def bomb_of_stdin(blocks: Blocks) -> dict[str, Any]:
     """2^50 bytes in 30 blocks."""
-    held = blocks.doubled(bytes(1 << 20), 30)
-    return {"told": WHOLE | {"stdin": {"sha256": "0" * 64, "size": held.size}}, "stdin": held}
+    file = blocks.doubled(bytes(1 << 20), 30)
+    return {"receipt": WHOLE | {"stdin": {"sha256": "0" * 64, "size": file.size}}, "stdin": file}
 
 
 def bomb_of_a_guest(blocks: Blocks) -> dict[str, Any]:
-    held = blocks.doubled(GUEST + b"\0" * (1 << 20), 30)
-    return {"told": WHOLE | {"guest": {"cid": cids.text(held.cid), "name": "bomb"}}, "guest": held}
+    file = blocks.doubled(GUEST + b"\0" * (1 << 20), 30)
+    return {"receipt": WHOLE | {"guest": {"cid": cids.text(file.cid), "name": "bomb"}}, "guest": file}
 
 
 def bomb_of_a_receipt(blocks: Blocks) -> dict[str, Any]:
-    return {"told": blocks.doubled(b" " * (1 << 20), 12)}
+    return {"receipt": blocks.doubled(b" " * (1 << 20), 12)}
 
 
 def stdin_of_single_bytes(blocks: Blocks) -> dict[str, Any]:
-    """64 MiB of which each byte is a leaf."""
+    """64 MiB in which each byte is a leaf."""
     one = blocks.put(b"x")
     row = blocks.file([(one.cid, 1)] * 8192)
-    held = blocks.file([(row.cid, 8192)] * 8192)
-    return {"told": WHOLE | {"stdin": digest(b"x" * (64 << 20))}, "stdin": held}
+    file = blocks.file([(row.cid, 8192)] * 8192)
+    return {"receipt": WHOLE | {"stdin": digest(b"x" * (64 << 20))}, "stdin": file}
 
 
 def stdin_of_a_long_chain(blocks: Blocks) -> dict[str, Any]:
-    """A chain of nodes that is as long as it can be."""
-    held = blocks.put(b"x")
+    """A file of one byte below a chain of 20,000 nodes."""
+    node = blocks.put(b"x")
     for _ in range(20_000):
-        held = blocks.file([(held.cid, 1)])
-    return {"told": WHOLE | {"stdin": digest(b"x")}, "stdin": held}
+        node = blocks.file([(node.cid, 1)])
+    return {"receipt": WHOLE | {"stdin": digest(b"x")}, "stdin": node}
 
 
-def a_stdin_that_is_another(_blocks: Blocks) -> dict[str, Any]:
-    return {"told": WHOLE, "stdin": b"some Input\n"}
+def a_changed_stdin(_blocks: Blocks) -> dict[str, Any]:
+    return {"receipt": WHOLE, "stdin": b"some Input\n"}
 
 
-def a_stdin_that_is_longer(_blocks: Blocks) -> dict[str, Any]:
-    return {"told": WHOLE, "stdin": STDIN + b"\n"}
+def a_longer_stdin(_blocks: Blocks) -> dict[str, Any]:
+    return {"receipt": WHOLE, "stdin": STDIN + b"\n"}
 
 
-MADE: dict[Callable[[Blocks], dict[str, Any]], str] = {
+CLAIMS: dict[Callable[[Blocks], dict[str, Any]], str] = {
     bomb_of_stdin: "standard input",
     bomb_of_a_guest: "bytes",
     bomb_of_a_receipt: "bytes",
     stdin_of_single_bytes: "pieces",
     stdin_of_a_long_chain: "pieces",
-    a_stdin_that_is_another: "standard input",
-    a_stdin_that_is_longer: "standard input",
+    a_changed_stdin: "standard input",
+    a_longer_stdin: "standard input",
 }
 
 
-@pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", CLAIMS, ids=lambda make: make.__name__)
 def test_a_record_that_claims_more_than_it_holds_is_refused(
     run: Runner, tmp_path: Path, make: Callable[[Blocks], dict[str, Any]]
 ) -> None:
     blocks = Blocks()
-    made = make(blocks)
+    parts = make(blocks)
     target = recorded.write(
-        tmp_path / "run.car", made.pop("told"), blocks, **{"guest": GUEST, "stdin": STDIN} | made
+        tmp_path / "run.car", parts.pop("receipt"), blocks, **{"guest": GUEST, "stdin": STDIN} | parts
     )
     assert target.stat().st_size < 5 << 20
     if make is bomb_of_stdin:
         Ended(run, "inspect", target).refused("bytes")
         Ended(run, "--replay", target, "-W", "timeout=1s").refused("-W max-stdin=1024TiB")
     else:
-        Ended(run, "--replay", target, "-W", "timeout=1s").refused(MADE[make])
+        Ended(run, "--replay", target, "-W", "timeout=1s").refused(CLAIMS[make])
 
 
-def paths_without_end(blocks: Blocks) -> Built:
-    held = blocks.folder([(b"file", blocks.put(b"x").cid)])
+def a_billion_paths(blocks: Blocks) -> Built:
+    folder = blocks.folder([(b"file", blocks.put(b"x").cid)])
     for _ in range(30):
-        held = blocks.folder([(b"a", held.cid), (b"b", held.cid)])
-    return held
+        folder = blocks.folder([(b"a", folder.cid), (b"b", folder.cid)])
+    return folder
 
 
-def names_without_end(blocks: Blocks) -> Built:
+def paths_of_a_megabyte(blocks: Blocks) -> Built:
     """Paths of a megabyte."""
-    held = blocks.folder([(b"file", blocks.put(b"x").cid)])
+    folder = blocks.folder([(b"file", blocks.put(b"x").cid)])
     for _ in range(4000):
-        held = blocks.folder([(b"n" * 250, held.cid)])
-    return held
+        folder = blocks.folder([(b"n" * 250, folder.cid)])
+    return folder
 
 
 def one_block_under_many_names(blocks: Blocks) -> Built:
-    held = blocks.put(bytes(1 << 20))
-    return blocks.folder([(b"%05d" % number, held.cid) for number in range(30_000)])
+    file = blocks.put(bytes(1 << 20))
+    return blocks.folder([(b"%05d" % number, file.cid) for number in range(30_000)])
 
 
-def shards_without_end(blocks: Blocks) -> Built:
+def endless_shards(blocks: Blocks) -> Built:
     """A sharded folder whose every slot leads to the next node, eight levels deep."""
-    held = blocks.put(b"x")
+    node = blocks.put(b"x")
     for _ in range(8):
-        links = [Link(held.cid, b"%02X" % slot, 1) for slot in range(256)]
+        links = [Link(node.cid, b"%02X" % slot, 1) for slot in range(256)]
         message = UnixFS(type=Type.HAMT_SHARD, data=b"\xff" * 32, hash_type=0x22, fanout=256)
-        held = blocks.put(dagpb.encode(links, unixfs.encode(message)), cids.DAG_PB)
-    return held
+        node = blocks.put(dagpb.encode(links, unixfs.encode(message)), cids.DAG_PB)
+    return node
 
 
-TREES = (paths_without_end, names_without_end, one_block_under_many_names, shards_without_end)
+TREES = (a_billion_paths, paths_of_a_megabyte, one_block_under_many_names, endless_shards)
 
 
 @pytest.mark.parametrize("make", TREES, ids=lambda make: make.__name__)
-def test_inspect_of_a_tree_with_paths_without_end(
+def test_inspect_ends_for_a_tree_with_too_many_or_too_long_paths(
     run: Runner, tmp_path: Path, make: Callable[[Blocks], Built]
 ) -> None:
     blocks = Blocks()
     root = make(blocks)
-    told = WHOLE | {"read": [cids.text(cid) for cid in blocks.all]}
+    receipt = WHOLE | {"read": [cids.text(cid) for cid in blocks.all]}
     top = blocks.folder([(cids.text(root.cid).encode(), root.cid)])
-    target = recorded.write(tmp_path / "run.car", told, blocks, guest=GUEST, stdin=STDIN, ipfs=top)
+    target = recorded.write(tmp_path / "run.car", receipt, blocks, guest=GUEST, stdin=STDIN, ipfs=top)
     ended = Ended(run, "inspect", target).check()
-    if make is shards_without_end:
+    if make is endless_shards:
         assert "made as none can be" in ended.err
     else:
         assert "the rest is left out" in ended.err
@@ -443,7 +452,7 @@ def test_inspect_of_a_tree_with_paths_without_end(
 
 # -- what a replay may use -----------------------------------------------------------------------------------
 
-NEEDY: dict[str, tuple[dict[str, Any], str]] = {
+NEEDS: dict[str, tuple[dict[str, Any], str]] = {
     "memory": ({"limits": {"max_memory_size": 2 << 30}}, "-W max-memory-size=2GiB"),
     "time": ({"seconds": 700.5}, "-W timeout=701s"),
     "a timeout": ({"limits": {"timeout": 3600}}, "-W timeout=3600s"),
@@ -454,10 +463,10 @@ NEEDY: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", NEEDY)
-def test_a_recording_that_needs_more_names_the_option(run: Runner, tmp_path: Path, what: str) -> None:
-    told, option = NEEDY[what]
-    target = recorded.write(tmp_path / "run.car", WHOLE | told, guest=GUEST, stdin=STDIN)
+@pytest.mark.parametrize("need", NEEDS)
+def test_a_refusal_names_the_option_that_the_recording_needs(run: Runner, tmp_path: Path, need: str) -> None:
+    fields, option = NEEDS[need]
+    target = recorded.write(tmp_path / "run.car", WHOLE | fields, guest=GUEST, stdin=STDIN)
     ended = Ended(run, "--replay", target)
     ended.refused(option)
     assert ended.code == 125
@@ -480,7 +489,7 @@ def test_a_replay_has_limits_that_the_recording_did_not_have(run: Runner, tmp_pa
         tmp_path / "run.car", recorded.receipt(FLOOD, limits={}), guest=FLOOD, stdin=STDIN
     )
     done = run("--replay", target, "-W", "max-stdout=1MiB")
-    assert done.returncode == 3  # what was asked for here is not what the recording lacks
+    assert done.returncode == 3  # a limit that the user sets makes the output different
     done = run("--replay", target)
     assert (done.returncode, done.stdout) == (125, b"")
     assert b"-W max-stdout" in done.stderr.splitlines()[-1]
@@ -492,12 +501,12 @@ GROW = b"""(module (memory 1) %s (func (export "_start")
 
 @pytest.mark.fuse
 @pytest.mark.parametrize("many", [False, True])
-def test_memory_of_a_replay(run: Runner, tmp_path: Path, many: bool) -> None:
+def test_all_memories_of_a_replay_share_one_limit(run: Runner, tmp_path: Path, many: bool) -> None:
     grow = b"(if (i32.eq (memory.grow %d (i32.const 15000)) (i32.const -1)) (then unreachable))"
     more = b"(memory 1)" * 3, b" ".join(grow % number for number in (1, 2, 3))
     guest = bytes(wasmtime.wat2wasm(GROW % more if many else GROW % (b"", b"")))
-    told = recorded.receipt(guest, b"", limits={}, stdout=digest(b""))
-    target = recorded.write(tmp_path / "run.car", told, guest=guest, stdin=b"")
+    receipt = recorded.receipt(guest, b"", limits={}, stdout=digest(b""))
+    target = recorded.write(tmp_path / "run.car", receipt, guest=guest, stdin=b"")
     done = run("--replay", target)
     assert done.returncode == (3 if many else 0), done
     if many:
@@ -506,9 +515,9 @@ def test_memory_of_a_replay(run: Runner, tmp_path: Path, many: bool) -> None:
 
 
 @pytest.mark.fuse
-def test_a_hostile_replay_leaves_nothing(run: Runner, tmp_path: Path) -> None:
+def test_a_refused_replay_leaves_no_files(run: Runner, tmp_path: Path) -> None:
     blocks = Blocks()
-    made = bomb_of_a_guest(blocks)
-    target = recorded.write(tmp_path / "run.car", made["told"], blocks, guest=made["guest"], stdin=STDIN)
+    parts = bomb_of_a_guest(blocks)
+    target = recorded.write(tmp_path / "run.car", parts["receipt"], blocks, guest=parts["guest"], stdin=STDIN)
     Ended(run, "--replay", target).refused()
     wait_until(lambda: not list((tmp_path / "tmp").iterdir()), "nothing is left")

@@ -1,5 +1,5 @@
-"""Where a guest may write: /tmp, which is its own, bounded and gone at the end; /out, the folder of its results;
-and the directory that is its `/`."""
+"""Where a guest may write: /tmp, which is its own, bounded, and removed at the end; and /out, the folder of
+its results. Also the directory that is its `/`."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ assert libc.prctl(38, 1, 0, 0, 0) == 0
 assert libc.prctl(22, 2, ctypes.byref(Program(len(code), ctypes.cast(held, ctypes.c_void_p))), 0, 0) == 0
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
-"""Runs Python where fsopen(2) is refused, as in a container without rights."""
+"""Runs Python with fsopen(2) refused, as in a container without privileges."""
 
 
 class WithoutTmpfs(Runner):
@@ -46,48 +46,48 @@ class WithoutTmpfs(Runner):
 
 
 @pytest.fixture(params=["tmpfs", "folder"])
-def either(run: Runner, request: pytest.FixtureRequest) -> Runner:
-    """Both kinds of /tmp."""
+def run_with_each_tmp(run: Runner, request: pytest.FixtureRequest) -> Runner:
+    """A runner for each kind of /tmp: a tmpfs, and a folder."""
     return run if request.param == "tmpfs" else WithoutTmpfs(run.env, run.mount)
 
 
-def left(run: Runner) -> Sequence[Path]:
-    """What is left of any guest's /tmp."""
+def leftovers(run: Runner) -> Sequence[Path]:
+    """The folders that are left of any guest's /tmp."""
     return list(Path(run.env["XDG_CACHE_HOME"], "ipfsfuse-run").glob("tmp/*"))
 
 
-def test_tmp_is_empty_writable_and_gone_at_the_end(either: Runner, habits: Path) -> None:
+def test_tmp_is_empty_writable_and_gone_at_the_end(run_with_each_tmp: Runner, habits: Path) -> None:
     for _ in range(2):
-        assert either(habits, "ls", "/tmp").stdout == b""
-        assert either(habits, "fill", "/tmp/file", "100000").returncode == 0
-        assert left(either) == []
-    assert "tmp" in lines(either(habits, "ls", "/").stdout)
+        assert run_with_each_tmp(habits, "ls", "/tmp").stdout == b""
+        assert run_with_each_tmp(habits, "fill", "/tmp/file", "100000").returncode == 0
+        assert leftovers(run_with_each_tmp) == []
+    assert "tmp" in lines(run_with_each_tmp(habits, "ls", "/").stdout)
 
 
-def test_tmp_is_the_working_folder(either: Runner, habits: Path) -> None:
-    done = either("--cwd", "/tmp", habits, "write", "file")
+def test_tmp_can_be_the_working_folder(run_with_each_tmp: Runner, habits: Path) -> None:
+    done = run_with_each_tmp("--cwd", "/tmp", habits, "write", "file")
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_full_tmpfs_refuses_more(run: Runner, habits: Path) -> None:
     if not host_folders.tmpfs_is_offered():
-        pytest.skip("this machine lets this user mount no tmpfs")
+        pytest.skip("this user can't mount a tmpfs on this machine")
     assert run("--tmp", "1MiB", habits, "fill", "/tmp/file", "1000000").returncode == 0
     assert run("--tmp", "1MiB", habits, "fill", "/tmp/file", "2000000").returncode == 1
     assert run("--tmp", "1MiB", habits, "names", "/tmp").returncode == 1
     assert run(habits, "fill", "/tmp/file", str(257 << 20)).returncode == 1
 
 
-def test_a_folder_for_tmp_is_watched(run: Runner, habits: Path) -> None:
-    without = WithoutTmpfs(run.env, run.mount)
-    for what in (["fill", "/tmp/file", "2000000"], ["fills", "/tmp"], ["names", "/tmp"], ["folders", "/tmp"]):
-        done = without("--tmp", "1MiB", "-W", "timeout=20s", habits, *what)
-        assert (done.returncode, len(lines(done.stderr))) == (TRAPPED, 1), (what, done)
+def test_a_folder_for_tmp_is_bounded_too(run: Runner, habits: Path) -> None:
+    run_without_tmpfs = WithoutTmpfs(run.env, run.mount)
+    for args in (["fill", "/tmp/file", "2000000"], ["fills", "/tmp"], ["names", "/tmp"], ["folders", "/tmp"]):
+        done = run_without_tmpfs("--tmp", "1MiB", "-W", "timeout=20s", habits, *args)
+        assert (done.returncode, len(lines(done.stderr))) == (TRAPPED, 1), (args, done)
         assert b"--tmp 1048576 bytes" in done.stderr
-        assert left(without) == []
+        assert leftovers(run_without_tmpfs) == []
 
 
-def test_tmp_is_not_given_where_it_is_not_wanted(run: Runner, habits: Path, tmp_path: Path) -> None:
+def test_tmp_can_be_left_out_or_be_another_folder(run: Runner, habits: Path, tmp_path: Path) -> None:
     done = run("--tmp", "0", habits, "ls", "/")
     assert (done.returncode, done.stdout) == (0, b"ipfs\n")
     given = tmp_path / "given"
@@ -101,18 +101,18 @@ def test_tmp_is_not_given_where_it_is_not_wanted(run: Runner, habits: Path, tmp_
         assert (done.returncode, len(lines(done.stderr))) == (2, 1)
 
 
-@pytest.mark.parametrize("who", ["runner", "guest"])
-def test_nothing_of_tmp_is_left_after_a_kill(either: Runner, habits: Path, who: str) -> None:
-    process = either.start(habits, "fill-then-sleep", "/tmp/file", "1000000")
+@pytest.mark.parametrize("victim", ["runner", "guest"])
+def test_nothing_of_tmp_is_left_after_a_kill(run_with_each_tmp: Runner, habits: Path, victim: str) -> None:
+    process = run_with_each_tmp.start(habits, "fill-then-sleep", "/tmp/file", "1000000")
     assert process.stdout is not None
     assert process.stdout.readline() == b"sleeping\n"
-    assert len(left(either)) == isinstance(either, WithoutTmpfs)
+    assert len(leftovers(run_with_each_tmp)) == isinstance(run_with_each_tmp, WithoutTmpfs)
     assert not Path("/tmp/file").exists()
-    with open(f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii") as told:
-        guest = int(told.read().split()[0])
-    os.kill(process.pid if who == "runner" else guest, signal.SIGKILL)
+    with open(f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii") as file:
+        guest = int(file.read().split()[0])
+    os.kill(process.pid if victim == "runner" else guest, signal.SIGKILL)
     process.communicate(timeout=PATIENCE)
-    wait_until(lambda: not left(either), "the folder is removed")
+    wait_until(lambda: not leftovers(run_with_each_tmp), "the folder is removed")
     wait_until(lambda: not alive(guest), "the guest is gone")
 
 
@@ -127,7 +127,7 @@ class AsNobody(Runner):
 def test_an_ordinary_user_has_a_tmpfs_and_sees_the_mount(
     tmp_path: Path, habits: Path, wasmtime: Path, engine: str
 ) -> None:
-    """In a user namespace of its own, the guest's process must be this user to the mount all the same."""
+    """The guest's process has its own user namespace. For the mount, it must still be this user."""
     home = Home(tmp_path / "home")
     for folder in (tmp_path, *list(tmp_path.parents)[:2]):
         folder.chmod(0o755)
@@ -140,20 +140,20 @@ def test_an_ordinary_user_has_a_tmpfs_and_sees_the_mount(
     run = partial(user, "--isolated", "--engine", engine, habits)
     assert run("cat", f"/ipfs/{cid}").stdout == b"content\n"
     assert run("fill", "/tmp/file", "1000000").returncode == 0
-    tried = [*command_of(NOBODY), sys.executable, "-c", IS_OFFERED]
-    if subprocess.run(tried, env=home.env, check=False).returncode == 0:
+    command = [*command_of(NOBODY), sys.executable, "-c", IS_OFFERED]
+    if subprocess.run(command, env=home.env, check=False).returncode == 0:
         assert run("fill", "/tmp/file", str(257 << 20)).returncode == 1
 
 
 @pytest.mark.fuse
-def test_an_ordinary_user_runs_a_guest_by_a_device_that_is_open_to_all() -> None:
+def test_an_ordinary_user_runs_a_guest_with_a_device_that_is_open_to_all() -> None:
     pass_with_open_device(__file__)
 
 
 IS_OFFERED = "from ipfsfuse_run import host_folders; raise SystemExit(not host_folders.tmpfs_is_offered())"
 
 
-def test_removing_what_is_nested_too_deeply_for_a_path(tmp_path: Path) -> None:
+def test_folders_nested_too_deeply_for_a_path_are_removed(tmp_path: Path) -> None:
     top = tmp_path / "top"
     top.mkdir()
     folder = os.open(top, os.O_RDONLY)
@@ -174,7 +174,7 @@ def test_removing_what_is_nested_too_deeply_for_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["library", "command"])
 @pytest.mark.fuse
-def test_results_are_in_the_folder(
+def test_results_are_written_to_the_folder(
     home: Home, tmp_path: Path, habits: Path, wasmtime: Path, engine: str
 ) -> None:
     run = Runner(with_command(home.env, tmp_path, wasmtime))
@@ -187,18 +187,18 @@ def test_results_are_in_the_folder(
         assert run("--offline", "--out", tmp_path / f"b{name}", habits, "ls", "/out").stdout == b""
 
 
-def test_a_folder_for_results_that_can_not_be_one(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_an_unusable_folder_for_results_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")
     (tmp_path / "file").write_text("mine")
     (tmp_path / "given").mkdir()
-    tried: list[tuple[list[str | Path], int]] = [
+    cases: list[tuple[list[str | Path], int]] = [
         (["--out", tmp_path / "full"], 2),
         (["--out", tmp_path / "file"], 125),
         (["--out", tmp_path / "none" / "of" / "these"], 125),
         (["--out", tmp_path / "new", "--dir", f"{tmp_path / 'given'}::/out/x"], 2),
     ]
-    for options, code in tried:
+    for options, code in cases:
         done = run(*options, habits, "write", "/out/result")
         assert (done.returncode, len(lines(done.stderr))) == (code, 1), done
     assert [each.name for each in (tmp_path / "full").iterdir()] == ["file"]
@@ -208,8 +208,8 @@ def test_a_folder_for_results_that_can_not_be_one(run: Runner, tmp_path: Path, h
 
 
 def test_results_are_bounded(run: Runner, tmp_path: Path, habits: Path) -> None:
-    for number, what in enumerate((["fill", "/out/a", "2000000"], ["fills", "/out"], ["names", "/out"])):
-        done = run("--out", tmp_path / f"{number}", "-W", "max-out=1MiB,timeout=20s", habits, *what)
+    for number, args in enumerate((["fill", "/out/a", "2000000"], ["fills", "/out"], ["names", "/out"])):
+        done = run("--out", tmp_path / f"{number}", "-W", "max-out=1MiB,timeout=20s", habits, *args)
         assert (done.returncode, len(lines(done.stderr))) == (TRAPPED, 1), done
         assert b"max-out=1048576 bytes" in done.stderr
 

@@ -1,4 +1,4 @@
-"""What a plain run does not import, because a guest that starts often would wait for it."""
+"""Modules that a plain run does not import, because each of them delays the start of a guest."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ from tests.runner.conftest import TOP
 
 HEAVY = {"trio", "httpx", "pyfuse3", "multiformats", "urllib3", "ipfsfuse.dag.cid", "asyncio"}
 FOR_OTHERS = {"wasmtime", "subprocess", "tempfile", "socket", "wasmtime.component", "inspect", "threading"}
-"""What starts a mount, or runs a component."""
+"""Modules that are needed only to start a mount or to run a component."""
 SLOW = {"shutil", "platform", "datetime", "lzma", "email", "logging", "pathlib", "urllib", "fnmatch"}
 
 
@@ -24,7 +24,7 @@ def test_a_run_on_a_live_mount_imports_nothing_that_starts_one() -> None:
 def _loaded(modules: str) -> set[str]:
     code = f"import sys, ipfsfuse_run.cli, {modules}; ipfsfuse_run.options.parse(['x']); print(*sys.modules)"
     done = subprocess.run(
-        # -S: what makes a checkout importable imports pathlib
+        # -S: the hook that makes a checkout importable imports pathlib
         [sys.executable, "-S", "-c", code],
         cwd=TOP,
         env={**os.environ, "PYTHONPATH": f"{TOP}:{TOP / 'runner'}"},

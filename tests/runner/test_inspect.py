@@ -1,4 +1,4 @@
-"""`inspect` of records that were made to do harm: it ends, and says what it can."""
+"""`inspect` of hostile records: it ends, and shows what it can."""
 
 import io
 import json
@@ -20,13 +20,15 @@ GUEST = b"any guest"
 
 
 def write(target: Path, writer: RecordWriter, root: Built, read: list[Built]) -> None:
-    """Ends a record of a run that read `read` of the DAG `root`."""
+    """Completes the record of a run that read the blocks `read` of the DAG `root`."""
     guest, stdin = writer.add_file(io.BytesIO(GUEST)), writer.add_file(io.BytesIO())
-    told = recorded.receipt(GUEST, b"", read=[cids.text(each.cid) for each in read])
-    held = writer.add_file(io.BytesIO(json.dumps(told).encode()))
-    below = writer.add_folder([(cids.text(root.cid), root)])
+    fields = recorded.receipt(GUEST, b"", read=[cids.text(each.cid) for each in read])
+    receipt = writer.add_file(io.BytesIO(json.dumps(fields).encode()))
+    ipfs = writer.add_folder([(cids.text(root.cid), root)])
     writer.close(
-        writer.add_folder([("receipt.json", held), ("guest.wasm", guest), ("stdin", stdin), ("ipfs", below)])
+        writer.add_folder(
+            [("receipt.json", receipt), ("guest.wasm", guest), ("stdin", stdin), ("ipfs", ipfs)]
+        )
     )
 
 
@@ -41,13 +43,13 @@ def test_a_block_that_was_changed_since_it_was_first_read_is_refused(tmp_path: P
     target = tmp_path / "run.car"
     with target.open("w+b") as out:
         writer = RecordWriter(out)
-        held = writer.add_file(io.BytesIO(b"the content"))
-        write(target, writer, held, [held])
+        file = writer.add_file(io.BytesIO(b"the content"))
+        write(target, writer, file, [file])
     with open_car(target) as record:
-        assert record.block(held.cid) == b"the content"
+        assert record.block(file.cid) == b"the content"
         target.write_bytes(target.read_bytes().replace(b"the content", b"The content"))
         with pytest.raises(ReceiptRefused, match=r"run\.car was changed"):
-            record.block(held.cid)
+            record.block(file.cid)
 
 
 def test_a_tree_3000_deep_is_shown(tmp_path: Path) -> None:

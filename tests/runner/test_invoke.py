@@ -1,5 +1,5 @@
-"""--invoke and --preload, and what else `wasmtime run` takes: accepted where it is on anyway, else refused for
-its own reason."""
+"""--invoke and --preload, and the other options of `wasmtime run`: accepted if they are on anyway, else
+refused with a reason."""
 
 import subprocess
 from pathlib import Path
@@ -32,7 +32,7 @@ def files(tmp_path: Path) -> list[str | Path]:
 
 
 @pytest.mark.parametrize(
-    "given",
+    "call",
     [
         ["all", "16", "-5", "0.1", "1e21"],
         ["all", "-3", "9223372036854775807", "1e-30", "nan"],
@@ -42,21 +42,23 @@ def files(tmp_path: Path) -> list[str | Path]:
         ["none"],
     ],
 )
-def test_results_are_printed_as_wasmtime_prints_them_and_nothing_else(
+def test_results_are_printed_exactly_as_wasmtime_prints_them(
     run: Runner,
     files: list[str | Path],
     wasmtime: Path,
-    given: list[str],
+    call: list[str],
 ) -> None:
-    function, *args = given
-    asked = [*files[:2], "--invoke", function, files[2], *args]
-    done = run(*asked)
-    theirs = subprocess.run([wasmtime / "wasmtime", "run", *map(str, asked)], capture_output=True, check=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, theirs.stdout, b"")
+    function, *args = call
+    command = [*files[:2], "--invoke", function, files[2], *args]
+    done = run(*command)
+    expected = subprocess.run(
+        [wasmtime / "wasmtime", "run", *map(str, command)], capture_output=True, check=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected.stdout, b"")
 
 
 @pytest.mark.parametrize(
-    ("given", "code", "said"),
+    ("call", "code", "message"),
     [
         (["nothing"], 125, "exports no function nothing; its functions: _initialize, all, none"),
         (["memory"], 125, "exports no function memory"),
@@ -68,12 +70,12 @@ def test_results_are_printed_as_wasmtime_prints_them_and_nothing_else(
         (["trap"], 134, "trapped"),
     ],
 )
-def test_a_call_that_fails(
-    run: Runner, files: list[str | Path], given: list[str], code: int, said: str
+def test_a_call_that_fails_says_why(
+    run: Runner, files: list[str | Path], call: list[str], code: int, message: str
 ) -> None:
-    done = run(*files[:2], "--invoke", given[0], files[2], *given[1:])
+    done = run(*files[:2], "--invoke", call[0], files[2], *call[1:])
     assert (done.returncode, done.stdout) == (code, b"")
-    assert said in lines(done.stderr)[0]
+    assert message in lines(done.stderr)[0]
 
 
 def test_a_call_has_the_limits_of_a_run(run: Runner, files: list[str | Path]) -> None:
@@ -81,7 +83,9 @@ def test_a_call_has_the_limits_of_a_run(run: Runner, files: list[str | Path]) ->
     assert run(*files[:2], "-W", "fuel=9999", "--invoke", "spin", files[2]).returncode == 134
 
 
-def test_a_guest_imports_what_was_preloaded_from_the_mount(run: Runner, tree: Path, tmp_path: Path) -> None:
+def test_a_guest_imports_a_module_that_was_preloaded_from_the_mount(
+    run: Runner, tree: Path, tmp_path: Path
+) -> None:
     (tree / "root" / "lib.wat").write_text(LIBRARY)
     guest = tmp_path / "guest.wat"
     guest.write_text(
@@ -95,7 +99,7 @@ def test_a_guest_imports_what_was_preloaded_from_the_mount(run: Runner, tree: Pa
     assert b"NAME=MODULE" in run("--preload", "lib", guest).stderr
 
 
-def test_a_component_is_not_called(run: Runner, tmp_path: Path) -> None:
+def test_invoke_refuses_a_component(run: Runner, tmp_path: Path) -> None:
     guest = tmp_path / "guest.wat"
     guest.write_text("(component)")
     done = run("--invoke", "f", guest)
@@ -103,7 +107,7 @@ def test_a_component_is_not_called(run: Runner, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "given",
+    "options",
     [
         ["run", "-S", "cli,inherit-stdin=y", "-C", "cache=y", "-O", "opt-level=2", "-D", "address-map"],
         *(
@@ -115,17 +119,17 @@ def test_a_component_is_not_called(run: Runner, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_on_anyway_is_accepted(run: Runner, tmp_path: Path, given: list[str]) -> None:
+def test_options_that_are_on_anyway_are_accepted(run: Runner, tmp_path: Path, options: list[str]) -> None:
     guest = tmp_path / "guest.wat"
     guest.write_text(EMPTY)
-    if given[0] == "run":
-        run.mount, given = None, ["run", "--mount", str(run.mount), *given[1:]]
-    done = run(*given, guest)
+    if options[0] == "run":
+        run.mount, options = None, ["run", "--mount", str(run.mount), *options[1:]]
+    done = run(*options, guest)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize(
-    ("given", "why"),
+    ("options", "reason"),
     [
         ("-S inherit-network", "a guest gets no network"),
         ("-S http", "a guest gets no network"),
@@ -150,14 +154,14 @@ def test_what_is_on_anyway_is_accepted(run: Runner, tmp_path: Path, given: list[
         ("-W stack-switching", "is not a limit"),
     ],
 )
-def test_what_is_not_taken_is_refused_for_its_own_reason(
-    run: Runner, tmp_path: Path, given: str, why: str
+def test_other_options_are_refused_with_a_reason(
+    run: Runner, tmp_path: Path, options: str, reason: str
 ) -> None:
     guest = tmp_path / "guest.wat"
     guest.write_text(EMPTY)
-    done = run(*given.split(), guest)
+    done = run(*options.split(), guest)
     assert (done.returncode, done.stdout, done.stderr.count(b"\n")) == (2, b"", 1)
-    assert why in done.stderr.decode()
+    assert reason in done.stderr.decode()
 
 
 def test_each_option_has_a_help_text(run: Runner) -> None:

@@ -1,4 +1,4 @@
-"""Limits hold, and a limit that is no number is one line."""
+"""Limits hold, and an invalid limit is refused in one line."""
 
 import os
 import signal
@@ -20,14 +20,14 @@ from tests.runner.conftest import DEMO, TOP, Runner
 GROW = b'(module (memory 1) (func (export "_start") (if (i32.eq (memory.grow (i32.const 64)) (i32.const -1)) (then unreachable))))'
 
 
-def test_parse() -> None:
+def test_limits_are_parsed() -> None:
     assert limits.parse(["timeout=1.5s,fuel=10", "max-memory-size=64MiB", "fuel=11"]) == Limits(
         timeout=1.5, fuel=11, max_memory_size=64 << 20
     )
     assert limits.parse(["timeout=2m,max-stdout=10kB"]) == Limits(timeout=120, max_stdout=10_000)
 
 
-NO_LIMITS = """
+INVALID_LIMITS = """
     timeout=1e300 timeout=99999999999999999999999h timeout=367d timeout=9000h max-stdout=99999999999999TiB max-table-elements=9223372036854775808
     max-open-files=9999999999999999999 fuel=18446744073709551616 max-memory-size=9223372036854775808 fuel=٣
     fuel=x fuel= fuel fuel=-1 fuel=1.5 fuel=99999999999999999999 timeout=soon timeout=0 timeout=-1s timeout=nan max-memory-size=1QB
@@ -35,34 +35,35 @@ NO_LIMITS = """
 """
 
 
-@pytest.mark.parametrize("text", [*NO_LIMITS.split(), ""])
-def test_no_number(text: str) -> None:
+@pytest.mark.parametrize("text", [*INVALID_LIMITS.split(), ""])
+def test_an_invalid_limit_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         limits.parse([text])
 
 
-EXTREME = """
+EXTREME_LIMITS = """
     max-table-elements=9223372036854775807 max-instances=0 max-memories=0 max-tables=9223372036854775807 fuel=18446744073709551615 fuel=0
     max-wasm-stack=1 max-wasm-stack=1GiB max-open-files=32 max-open-files=2147483647 max-memory-size=0 max-memory-size=9223372036854775807
     max-stdout=9223372036854775807,max-out=9223372036854775807 timeout=8784h,compile-timeout=8784h
 """
 
 
-def test_the_smallest_and_the_largest_limits_are_no_fault(run: Runner) -> None:
-    """What the command line takes, wasmtime and the kernel take too, or the line says what they refuse."""
-    for given in EXTREME.split():
-        done = run("-W", given, "-", stdin=b'(module (func (export "_start")))')
-        assert done.returncode in (0, 125, 134), (given, done)
-        assert b"fault of the runner" not in done.stderr, (given, done)
+def test_the_smallest_and_the_largest_limits_cause_no_fault_of_the_runner(run: Runner) -> None:
+    """wasmtime and the kernel accept every limit that the command line accepts, or one line says what they
+    refuse."""
+    for limit in EXTREME_LIMITS.split():
+        done = run("-W", limit, "-", stdin=b'(module (func (export "_start")))')
+        assert done.returncode in (0, 125, 134), (limit, done)
+        assert b"fault of the runner" not in done.stderr, (limit, done)
         assert b"Traceback" not in done.stderr
 
 
-def test_a_system_without_memory_is_one_line(run: Runner, habits: Path) -> None:
-    for most in (200_000, 1_000_000):
+def test_a_lack_of_memory_is_reported_in_one_line(run: Runner, habits: Path) -> None:
+    for kibibytes in (200_000, 1_000_000):
         command = [
             "bash",
             "-c",
-            f'ulimit -v {most}; exec "$@"',
+            f'ulimit -v {kibibytes}; exec "$@"',
             "bash",
             *run.command("-W", "max-wasm-stack=1GiB", habits, "args"),
         ]
@@ -83,9 +84,9 @@ def test_fuel(run: Runner, habits: Path) -> None:
     assert run("-W", "fuel=10000000", habits, "args").returncode == 0
 
 
-@pytest.mark.parametrize("what", ["spin", "sleep"])
-def test_time(run: Runner, habits: Path, what: str) -> None:
-    done = run("-W", "timeout=300ms", habits, what)
+@pytest.mark.parametrize("activity", ["spin", "sleep"])
+def test_time(run: Runner, habits: Path, activity: str) -> None:
+    done = run("-W", "timeout=300ms", habits, activity)
     assert done.returncode == 124
     assert done.stderr.decode().splitlines() == [f"ipfsfuse-run: {habits} ran out of time after 0.3 s"]
 
@@ -95,7 +96,7 @@ def test_time_of_a_guest_that_waits_for_input(run: Runner, habits: Path) -> None
         assert process.wait() == 124
 
 
-def test_time_of_a_guest_whose_output_nobody_takes(run: Runner, habits: Path) -> None:
+def test_time_of_a_guest_whose_output_is_not_read(run: Runner, habits: Path) -> None:
     with run.start("-W", "timeout=300ms,max-stdout=1GiB", habits, "flood", "1000000") as process:
         assert process.wait(timeout=PATIENCE) == 124
 
@@ -104,7 +105,8 @@ def test_open_files(run: Runner, habits: Path) -> None:
     done = run("-W", "max-open-files=40", habits, "open", "/ipfs/root/file")
     count, _errno, number = done.stdout.split()
     assert 0 < int(count) < 40
-    assert int(number) in (29, 33, 41)  # wasi-libc's EMFILE is 33; wasmtime gives EIO where it knows none
+    # wasi-libc's EMFILE is 33; wasmtime gives EIO for an error that it does not know
+    assert int(number) in (29, 33, 41)
 
 
 def test_stdout(run: Runner, habits: Path) -> None:
@@ -133,8 +135,8 @@ FLOOD = """(module (import "wasi_snapshot_preview1" "fd_write" (func $write (par
     (loop (drop (call $write (i32.const 2) (i32.const 0) (i32.const 1) (i32.const 16))) (br 0))))"""
 
 
-def test_a_trap_is_told_beside_a_full_stderr(run: Runner, tmp_path: Path) -> None:
-    """The back-trace is the runner's to print: it counts for no limit, and its names can't act on a
+def test_a_trap_is_reported_even_if_stderr_is_full(run: Runner, tmp_path: Path) -> None:
+    """The runner prints the backtrace. It does not count for the limit, and its names can't control a
     terminal."""
     guest = tmp_path / "trap.wat"
     guest.write_text('(module (func $"\\1b[31mred\\n" unreachable) (func (export "_start") (call 0)))')
@@ -152,7 +154,7 @@ def given(tmp_path: Path) -> Path:
     return given
 
 
-def test_one_file_in_a_writable_folder(run: Runner, habits: Path, given: Path) -> None:
+def test_one_file_in_a_writable_folder_is_bounded(run: Runner, habits: Path, given: Path) -> None:
     done = run("-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "fill", "/data/one", "2000000")
     assert (done.returncode, done.stdout) == (134, b"")
     assert (
@@ -161,8 +163,10 @@ def test_one_file_in_a_writable_folder(run: Runner, habits: Path, given: Path) -
     assert (given / "one").stat().st_size == 1 << 20
 
 
-def test_the_guest_and_its_watcher_end_together(run: Runner, habits: Path, given: Path) -> None:
-    """A runner that was not scheduled finds both ends in one look."""
+def test_a_guest_and_its_watcher_that_end_together_are_reported_once(
+    run: Runner, habits: Path, given: Path
+) -> None:
+    """A runner that was not scheduled for a while finds that both have ended."""
     guest = [habits, "fill-when", "/data/go", "/data/one", "2000000"]
     with run.start("-W", "max-out=1MiB", "--dir", f"{given}::/data", *guest) as process:
         assert process.stdout is not None
@@ -176,24 +180,26 @@ def test_the_guest_and_its_watcher_end_together(run: Runner, habits: Path, given
             wait_until(lambda status=status: "State:\tZ" in status.read_text(), f"process {each} ends")
         os.kill(process.pid, signal.SIGCONT)
         _stdout, stderr = process.communicate(timeout=PATIENCE)
-    assert stderr.decode() in (  # the one that came first
+    assert stderr.decode() in (  # whichever ended first
         f"ipfsfuse-run: {habits} wrote more than max-out=1048576 bytes to one file\n",
         f"ipfsfuse-run: {habits} made its writable folders grow by more than max-out=1048576 bytes\n",
     )
     assert process.returncode == 134
 
 
-@pytest.mark.parametrize("what", ["fills", "names", "folders"])
-def test_what_grows_in_a_writable_folder(run: Runner, habits: Path, given: Path, what: str) -> None:
+@pytest.mark.parametrize("habit", ["fills", "names", "folders"])
+def test_the_growth_of_a_writable_folder_is_bounded(
+    run: Runner, habits: Path, given: Path, habit: str
+) -> None:
     """Many files, many names, and folders nested so deeply that no path reaches them."""
-    done = run("-W", "max-out=8MiB", "--dir", f"{given}::/data", habits, what, "/data")
+    done = run("-W", "max-out=8MiB", "--dir", f"{given}::/data", habits, habit, "/data")
     assert done.returncode == 134, done
     assert done.stderr.startswith(f"ipfsfuse-run: {habits} made ".encode())
     assert b"max-out" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_what_was_there_before_does_not_count(run: Runner, habits: Path, given: Path) -> None:
+def test_files_from_before_the_run_do_not_count(run: Runner, habits: Path, given: Path) -> None:
     (given / "large").write_bytes(bytes(4 << 20))
     (given / "folder").mkdir()
     for number in range(300):
@@ -205,24 +211,24 @@ def test_what_was_there_before_does_not_count(run: Runner, habits: Path, given: 
     assert run("-W", "max-out=0", "--dir", f"{given}::/data::ro", habits, "args").returncode == 0
 
 
-def test_growth_is_seen_of_a_guest_that_ends_at_once(run: Runner, given: Path, habits: Path) -> None:
+def test_the_growth_by_a_guest_that_ends_at_once_is_seen(run: Runner, given: Path, habits: Path) -> None:
     done = run(
         "-W", "max-out=1MiB", "--dir", f"{given}::/data", habits, "twice", "/data/a", "/data/b", "700000"
     )
     assert done.returncode == 134, done
 
 
-def test_a_file_that_is_removed_meanwhile_hides_no_other(
+def test_a_file_that_is_removed_during_the_measurement_hides_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a guest that makes and removes one file all the time could write any number of others."""
+    """Otherwise a guest that makes and removes one file all the time could write any number of others."""
     (tmp_path / "a").touch()
     (tmp_path / "b").write_bytes(bytes(100_000))
-    really = os.scandir
+    real_scandir = os.scandir
 
     @contextmanager
     def scandir(folder: int) -> Iterator[Iterator["os.DirEntry[str]"]]:
-        with really(folder) as entries:
+        with real_scandir(folder) as entries:
             listed = sorted(entries, key=lambda each: each.name)
         (tmp_path / "a").unlink()
         yield iter(listed)
@@ -231,7 +237,7 @@ def test_a_file_that_is_removed_meanwhile_hides_no_other(
     assert growth.measure([str(tmp_path)]).size >= 100_000
 
 
-def test_output_to_a_file_is_not_what_a_folder_may_hold(
+def test_output_to_a_file_does_not_count_for_max_out(
     run: Runner, habits: Path, given: Path, tmp_path: Path
 ) -> None:
     with (tmp_path / "out").open("wb") as out:
@@ -240,8 +246,8 @@ def test_output_to_a_file_is_not_what_a_folder_may_hold(
     assert (tmp_path / "out").stat().st_size == 3_000_000
 
 
-def test_a_compilation_that_takes_too_long_could_not_be_run(run: Runner, tmp_path: Path) -> None:
-    """It counts for no timeout of the run, and has its own."""
+def test_a_compilation_that_takes_too_long_is_ended_with_125(run: Runner, tmp_path: Path) -> None:
+    """A compilation has its own timeout, and does not count for the timeout of the run."""
     guest = slow(tmp_path, 3000)
     done = run("-W", "compile-timeout=20ms", guest)
     assert (done.returncode, len(done.stderr.splitlines())) == (125, 1), done
@@ -250,15 +256,15 @@ def test_a_compilation_that_takes_too_long_could_not_be_run(run: Runner, tmp_pat
         each for each in (tmp_path / "xdg" / "ipfsfuse-run" / "code").iterdir() if each.suffix != ".part"
     ]
     done = run("-W", "timeout=1ms", slow(tmp_path, 200))
-    assert done.returncode in (0, 124), done  # and never because of the compilation, which takes far longer
+    assert done.returncode in (0, 124), done  # the compilation takes far longer, and does not count
     assert b"compile" not in done.stderr
 
 
 def test_two_cold_starts_compile_once(run: Runner, tmp_path: Path) -> None:
     guest = slow(tmp_path, 1500)
-    begun = [subprocess.Popen(run.command(guest), env=run.env, cwd=TOP, stdin=DEVNULL) for _ in range(2)]
+    processes = [subprocess.Popen(run.command(guest), env=run.env, cwd=TOP, stdin=DEVNULL) for _ in range(2)]
     spent = []
-    for each in begun:
+    for each in processes:
         _pid, status, usage = os.wait4(each.pid, 0)
         each.returncode = os.waitstatus_to_exitcode(status)
         assert each.returncode == 0

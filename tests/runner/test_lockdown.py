@@ -1,4 +1,5 @@
-"""The locked room, tried by native code in the guest's place: what a guest that broke out of wasmtime can't do."""
+"""The sandbox of the guest's process, tested by native code in place of the guest: what a guest that broke
+out of wasmtime can't do."""
 
 import hashlib
 import json
@@ -24,7 +25,7 @@ def attempt(name, call):
     except OSError as exc:
         tried[name] = exc.errno
 """
-"""Tries a call, and notes under its name whether it failed, and by which errno."""
+"""Makes a call, and notes its errno under its name, or 0 if it succeeded."""
 
 NATIVE = (
     ATTEMPT
@@ -87,14 +88,17 @@ print(json.dumps([active, tried, started]))
 
 FULL = pytest.mark.skipif(
     confinement.landlock_abi() < 4 or lockdown.seccomp_filter(os.uname().machine, 1) is None,
-    reason="this kernel lacks landlock of version 4, or seccomp for this machine is not known",
+    reason="needs landlock version 4 in the kernel, and a machine that the seccomp filter supports",
 )
 
 
 @FULL
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the test's own numbers are those of x86-64")
-def test_native_code_in_the_guests_place(tmp_path: Path) -> None:
-    """It reads the compiled code that it was given, and changes neither that nor any other in the cache."""
+@pytest.mark.skipif(
+    os.uname().machine != "x86_64", reason="the system call numbers in the test are for x86-64"
+)
+def test_native_code_in_place_of_the_guest_is_confined(tmp_path: Path) -> None:
+    """It can read the compiled code that it was given. It can change neither that code nor other code in the
+    cache."""
     code = tmp_path / "code" / "entry"
     code.parent.mkdir(mode=0o700)
     code.write_bytes(b"compiled")
@@ -164,8 +168,9 @@ out.write_bytes(os.pread(made.file, 10000, 0))
 
 
 @FULL
-def test_native_code_in_the_compilers_place(tmp_path: Path) -> None:
-    """It gives code for the module that broke it, under that module's key, and reaches nothing else."""
+def test_native_code_in_place_of_the_compiler_is_confined(tmp_path: Path) -> None:
+    """It can return code for the module that broke the compiler, under that module's key. It reaches nothing
+    else."""
     folder, secret, out = tmp_path / "code", tmp_path / "secret", tmp_path / "out"
     folder.mkdir(mode=0o700)
     secret.write_text("secret")
@@ -182,7 +187,7 @@ def test_native_code_in_the_compilers_place(tmp_path: Path) -> None:
         )
     tried, held = json.loads(out.read_bytes())
     assert {name for name, error in tried.items() if error == 0} == set(), tried
-    assert held == 2  # for the code, and for why it is refused
+    assert held == 2  # for the code, and for the reason of a refusal
     assert (tmp_path / "stdout").read_bytes() == b""
     (own,) = (each for each in folder.iterdir() if each != entry)
     assert own.name.startswith(hashlib.sha256(b"its own").hexdigest())
@@ -203,17 +208,17 @@ cli.main(sys.argv[1:])
 
 @FULL
 @pytest.mark.parametrize("cache", ["kept", "none"])
-def test_compiled_code_is_loaded_when_the_room_is_locked(run: Runner, tmp_path: Path, cache: str) -> None:
-    """A module that broke the compiler may have made it. Code that can't be kept is in memory."""
+def test_compiled_code_is_loaded_after_the_process_is_locked(run: Runner, tmp_path: Path, cache: str) -> None:
+    """A module that broke the compiler may have made the code. Without a cache, the code is in memory."""
     guest = tmp_path / "guest.wat"
     guest.write_text('(module (func (export "_start")))')
     if cache == "none":
         run.env["XDG_CACHE_HOME"] = str(tmp_path / "file")
         (tmp_path / "file").touch()
-    given = ["--engine=library", "--require-sandbox", "--dir", f"{tmp_path}::/", "--tmp=0"]
+    options = ["--engine=library", "--require-sandbox", "--dir", f"{tmp_path}::/", "--tmp=0"]
     for _ in range(2):
         done = subprocess.run(
-            [sys.executable, "-c", LOADS, *given, "--mount", str(run.mount), str(guest)],
+            [sys.executable, "-c", LOADS, *options, "--mount", str(run.mount), str(guest)],
             env=run.env,
             capture_output=True,
             check=False,
@@ -222,7 +227,7 @@ def test_compiled_code_is_loaded_when_the_room_is_locked(run: Runner, tmp_path: 
 
 
 @FULL
-def test_the_library_is_locked_too(run: Runner, tmp_path: Path) -> None:
+def test_a_guest_in_the_library_is_locked_too(run: Runner, tmp_path: Path) -> None:
     guest = tmp_path / "guest.wat"
     guest.write_text('(module (func (export "_start")))')
     done = run("-v", "--require-sandbox", guest)
@@ -241,14 +246,14 @@ def test_a_missing_layer_is_named_and_can_be_required(
     monkeypatch.setattr(lockdown, "lock", lambda _allowed: ["no_new_privs", "seccomp"])
     options = Options("guest", verbose=True)
     plan = child.Plan(options, "/", Sandbox(["guest"], [], [], None))
-    end, told = os.pipe()
-    child._lock(plan, [], [], "the library", child.Reports(told))
-    assert b"without capabilities, landlock" in os.read(end, 1000)
+    read_end, write_end = os.pipe()
+    child._lock(plan, [], [], "the library", child.Reports(write_end))
+    assert b"without capabilities, landlock" in os.read(read_end, 1000)
     plan = plan._replace(options=options._replace(require_sandbox=True))
     with pytest.raises(GuestRefused, match="this machine lacks capabilities, landlock"):
-        child._lock(plan, [], [], "the library", child.Reports(told))
-    os.close(end)
-    os.close(told)
+        child._lock(plan, [], [], "the library", child.Reports(write_end))
+    os.close(read_end)
+    os.close(write_end)
 
 
 def test_the_memory_of_a_compilation_is_bounded(run: Runner, tmp_path: Path) -> None:
@@ -297,8 +302,10 @@ cli.main(sys.argv[1:])
 @pytest.mark.parametrize(
     "kind", ["endless", "deep", "no JSON", "no object", "forged", "again", "growth", "compiling", "no text"]
 )
-def test_what_a_guest_that_broke_out_reports_harms_nobody(run: Runner, tmp_path: Path, kind: str) -> None:
-    """The run ends with one line that the guest did not write, and with little memory."""
+def test_bad_reports_of_a_guest_that_broke_out_only_end_its_run(
+    run: Runner, tmp_path: Path, kind: str
+) -> None:
+    """The run ends with one line that the runner wrote, and uses little memory."""
     command = [sys.executable, "-c", REPORTS, kind, "--mount", str(run.mount), "guest"]
     done = Measured(command, run.env)
     assert done.code == 134
@@ -307,9 +314,9 @@ def test_what_a_guest_that_broke_out_reports_harms_nobody(run: Runner, tmp_path:
 
 
 def test_code_that_never_begins_is_ended(run: Runner) -> None:
-    given = ["-W", "compile-timeout=300ms", "--mount", str(run.mount), "guest"]
+    options = ["-W", "compile-timeout=300ms", "--mount", str(run.mount), "guest"]
     with subprocess.Popen(
-        [sys.executable, "-c", REPORTS, "nothing", *given],
+        [sys.executable, "-c", REPORTS, "nothing", *options],
         env=run.env,
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -320,7 +327,7 @@ def test_code_that_never_begins_is_ended(run: Runner) -> None:
 
 
 def test_the_memory_of_a_translation_is_bounded(run: Runner, tmp_path: Path) -> None:
-    """Of text, which takes many times its size."""
+    """The translation of text takes many times the size of the text."""
     guest = tmp_path / "guest.wat"
     guest.write_text('(module (func (export "_start"))' + "(func)" * 500_000 + ")")
     done = Measured(run.command("-W", "compile-memory=64MiB", guest), run.env)
@@ -338,21 +345,22 @@ def test_doctor_names_the_layers(home: Home) -> None:
 
 READS = "import sys; open(f'/proc/{sys.argv[1]}/mem', 'rb').close()"
 DAEMON = "import sys; from ipfsfuse import confinement; confinement.hide_memory(); print('hidden', flush=True); sys.stdin.read()"
-WITHOUT = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
-"""Root's capabilities would open every memory, and close that of who has more of them."""
+NO_CAPS = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+"""With root's capabilities a process can read every memory. Without them it can't read that of a process
+which has them."""
 
 
 def may_read(pid: int) -> bool:
     """Whether another process of this user may read the memory of `pid`."""
     done = subprocess.run(
-        [*WITHOUT, sys.executable, "-c", READS, str(pid)], capture_output=True, text=True, check=False
+        [*NO_CAPS, sys.executable, "-c", READS, str(pid)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0 or "PermissionError" in done.stderr, done
     return done.returncode == 0
 
 
 def test_the_memory_of_daemon_and_supervisor_is_hidden(run: Runner, habits: Path) -> None:
-    with subprocess.Popen([*WITHOUT, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with subprocess.Popen([*NO_CAPS, "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdin is not None
         assert other.stdout is not None
         other.stdin.write(b"begun\n")
@@ -363,7 +371,7 @@ def test_the_memory_of_daemon_and_supervisor_is_hidden(run: Runner, habits: Path
         other.stdin.close()
     for command in ([sys.executable, "-c", DAEMON], run.command(habits, "spin")):
         with subprocess.Popen(
-            [*WITHOUT, *command], env=run.env, cwd=TOP, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [*NO_CAPS, *command], env=run.env, cwd=TOP, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         ) as process:
             assert process.stdout is not None
             assert process.stdout.readline() in (b"hidden\n", b"spinning\n")

@@ -1,4 +1,4 @@
-"""The runner and its mount: the live one, or one of its own that ends with it, in whatever way it ends."""
+"""The mount of a run: the live one, or a new one that ends with the run, however the run ends."""
 
 import fcntl
 import os
@@ -26,7 +26,7 @@ READER = DEMO / "reader-p1.wat"
 
 @pytest.fixture
 def run(home: Home, tmp_path: Path) -> Runner:
-    """A runner without --mount; what it mounts is below the test's own folder."""
+    """A runner without --mount. Its mounts are below the test's own folder."""
     (tmp_path / "tmp").mkdir()
     return Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "TMPDIR": str(tmp_path / "tmp")})
 
@@ -44,13 +44,13 @@ def nothing_is_left(run: Runner) -> bool:
 
 
 @pytest.mark.parametrize("options", [[], ["--isolated"], ["--offline"], ["--budget", "1MiB"]])
-def test_a_mount_of_its_own_is_gone_with_the_run(run: Runner, cid: str, options: list[str]) -> None:
+def test_a_mount_that_was_made_for_a_run_ends_with_it(run: Runner, cid: str, options: list[str]) -> None:
     done = run(*options, READER, f"/ipfs/{cid}/file")
     assert (done.returncode, lines(done.stdout)[0]) == (0, "content"), done
-    wait_until(lambda: nothing_is_left(run), "the mount ended with its user")
+    wait_until(lambda: nothing_is_left(run), "the mount ended with its run")
 
 
-def test_the_live_mount_is_used_and_left(run: Runner, home: Home, cid: str) -> None:
+def test_a_live_mount_is_used_and_stays(run: Runner, home: Home, cid: str) -> None:
     with home.mounted() as mount:
         assert lines(run(READER, f"/ipfs/{cid}/file").stdout)[0] == "content"
         assert mount.status()["pid"] == mount.pid
@@ -60,19 +60,21 @@ def test_the_live_mount_is_used_and_left(run: Runner, home: Home, cid: str) -> N
     assert nothing_is_left(run)
 
 
-def test_two_at_once_share_one_mount(run: Runner, cid: str, habits: Path, home: Home) -> None:
+def test_two_runs_at_once_share_one_mount(run: Runner, cid: str, habits: Path, home: Home) -> None:
     runs = [run.start(habits, "cat", stdin=subprocess.PIPE) for _ in range(2)]
     folder = Path(run.env["TMPDIR"])
-    wait_until(lambda: len(fuse_mounts(folder)) == 1 and home.json("status", "--json"), "one mount serves")
+    wait_until(
+        lambda: len(fuse_mounts(folder)) == 1 and home.json("status", "--json"), "one mount serves both"
+    )
     assert lines(run(READER, f"/ipfs/{cid}/file").stdout)[0] == "content"
     for each in runs:
         _stdout, stderr = each.communicate(b"")
         assert (each.returncode, stderr) == (0, b"")
-    wait_until(lambda: nothing_is_left(run), "the mount ended with its last user")
+    wait_until(lambda: nothing_is_left(run), "the mount ended with its last run")
 
 
-def test_a_daemon_that_only_has_the_folder_yet_is_waited_for(run: Runner, cid: str, home: Home) -> None:
-    """It locks the folder first, and makes the lock file in it afterwards."""
+def test_a_run_waits_for_a_daemon_that_has_only_locked_the_folder(run: Runner, cid: str, home: Home) -> None:
+    """A daemon locks the folder first, and then makes the lock file in it."""
     assert run(READER, f"/ipfs/{cid}/file").returncode == 0
     (home.store / "lock").unlink(missing_ok=True)
     folder = os.open(home.store, os.O_RDONLY)
@@ -89,10 +91,10 @@ def test_a_daemon_that_only_has_the_folder_yet_is_waited_for(run: Runner, cid: s
     assert lines(stdout)[0] == "content"
 
 
-def test_a_daemon_that_lets_go_while_a_start_fails_costs_no_run(
+def test_a_run_tries_again_if_the_daemon_in_its_way_has_ended(
     run: Runner, cid: str, home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The start has failed because of it, and then it is not there any more."""
+    """The first start fails because another daemon holds the folder. Then that daemon ends."""
     assert run(READER, f"/ipfs/{cid}/file").returncode == 0
     for name, value in run.env.items():
         monkeypatch.setenv(name, value)
@@ -100,7 +102,7 @@ def test_a_daemon_that_lets_go_while_a_start_fails_costs_no_run(
     fcntl.flock(folder, fcntl.LOCK_EX)
     start, failures = run_mounts._start, []
 
-    def noted(options: Options, isolated: bool) -> run_mounts.Mount:
+    def start_noting_failures(options: Options, isolated: bool) -> run_mounts.Mount:
         try:
             return start(options, isolated)
         except FolderInUse as exc:
@@ -108,7 +110,7 @@ def test_a_daemon_that_lets_go_while_a_start_fails_costs_no_run(
             os.close(folder)
             raise
 
-    monkeypatch.setattr(run_mounts, "_start", noted)
+    monkeypatch.setattr(run_mounts, "_start", start_noting_failures)
     with run_mounts.open_mount(Options(guest="guest")):
         assert len(failures) == 1
         assert str(home.store.parent) in failures[0]
@@ -123,11 +125,11 @@ def test_the_exit_code_says_that_another_mount_has_the_folder(home: Home, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("what", ["spin", "sleep"])
+@pytest.mark.parametrize("activity", ["spin", "sleep"])
 def test_a_signal_ends_the_guest_and_the_mount(
-    run: Runner, habits: Path, number: signal.Signals, what: str
+    run: Runner, habits: Path, number: signal.Signals, activity: str
 ) -> None:
-    with run.start(habits, what) as process:
+    with run.start(habits, activity) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(number)
@@ -150,7 +152,7 @@ def test_kill_9_of_the_runner_leaves_nothing(run: Runner, habits: Path, options:
 def test_kill_9_of_an_isolated_guest_leaves_nothing(
     run: Runner, home: Home, habits: Path, own_node: Node
 ) -> None:
-    """No mount, no staging, no folder; and what it read is held at the node no more."""
+    """No mount, no staging files and no folder are left. The node no longer holds what the guest read."""
     cid = own_node.add(b"content\n" * 100_000, "--pin=false", "--cid-version=1")
     with run.start("--isolated", "--from", source(own_node), habits, "spin", f"/ipfs/{cid}") as process:
         assert process.stdout is not None
@@ -158,9 +160,10 @@ def test_kill_9_of_an_isolated_guest_leaves_nothing(
         assert process.stdout.readline() == b"spinning\n"
         (folder,) = Path(run.env["TMPDIR"]).glob("ipfsfuse-isolated-*")
         assert list((folder / "ipfsfuse-cache" / "staging").iterdir())
-        asked = ["status", "--json", "--cache-dir", folder]
+        status_args = ["status", "--json", "--cache-dir", folder]
         wait_until(
-            lambda: home.json(*asked)["pins"][source(own_node)]["held"], "the node holds what was staged"
+            lambda: home.json(*status_args)["pins"][source(own_node)]["held"],
+            "the node holds what was staged",
         )
         own_node.gc()
         assert own_node.has(cid)
@@ -185,7 +188,7 @@ def test_only_what_is_allowed_is_reached(run: Runner, home: Home, cid: str, tmp_
     assert b"no-cid-at-all" in done.stderr
 
 
-def test_what_is_asked_of_the_mount_is_passed_on(run: Runner, home: Home, cid: str, tmp_path: Path) -> None:
+def test_options_for_the_mount_are_passed_on(run: Runner, home: Home, cid: str, tmp_path: Path) -> None:
     guest = f"/ipfs/{cid}/file"
     car, elsewhere = tmp_path / "all.car", tmp_path / "elsewhere"
     home.run("export", cid, car)
@@ -200,7 +203,9 @@ def test_what_is_asked_of_the_mount_is_passed_on(run: Runner, home: Home, cid: s
     assert nothing_is_left(run)
 
 
-def test_a_guest_of_which_a_part_is_missing_is_one_line(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_a_guest_with_a_missing_block_is_refused_in_one_line(
+    run: Runner, tmp_path: Path, habits: Path
+) -> None:
     dag, code = Dag(), habits.read_bytes()
     cid, missing = cids.text(dag.file([code[:9000], code[9000:]])), dag.block(code[9000:])
     del dag.blocks[cids.multihash(missing)]
@@ -211,7 +216,7 @@ def test_a_guest_of_which_a_part_is_missing_is_one_line(run: Runner, tmp_path: P
     )
 
 
-def test_what_the_mount_refuses_is_one_line(run: Runner) -> None:
+def test_options_that_the_mount_refuses_give_one_line(run: Runner) -> None:
     done = run("--from", "/nowhere.car", READER, "/ipfs/x")
     assert (done.returncode, len(lines(done.stderr))) == (2, 1)
     assert b"/nowhere.car" in done.stderr

@@ -1,4 +1,4 @@
-"""`--ipns NAME`: what a name stands for when the run begins is a folder of the guest's."""
+"""`--ipns NAME`: the guest gets a folder with what the name points to when the run begins."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ def tree(home: Home) -> str:
     return home.add(folder)
 
 
-def test_a_name_is_a_folder_of_the_guests_and_not_a_symlink(
+def test_a_guest_gets_a_name_as_a_folder_and_not_as_a_symlink(
     home: Home, server: NameServer, build_guest: Callable[[str], Path]
 ) -> None:
     cid = tree(home)
@@ -43,19 +43,19 @@ def test_a_name_is_a_folder_of_the_guests_and_not_a_symlink(
         "/ipns/other/file",
         f"/ipfs/{cid}/beside",
     ]
-    said = [line for line in lines(run(*options, build_guest("reach"), *paths).stdout) if line]
-    assert said[0] == f"{paths[0]}: content"
-    assert [": errno " in line for line in said[1:4]] == [True] * 3
-    assert said[4] == f"{paths[4]}: beside"
+    output = [line for line in lines(run(*options, build_guest("reach"), *paths).stdout) if line]
+    assert output[0] == f"{paths[0]}: content"
+    assert [": errno " in line for line in output[1:4]] == [True] * 3
+    assert output[4] == f"{paths[4]}: beside"
     assert {"ipfs", "ipns"} <= set(lines(run(*options, build_guest("habits"), "ls", "/").stdout))
 
 
-def test_what_a_name_leads_to_is_in_the_mount_whatever_its_owner_wrote(
+def test_a_name_leads_only_into_the_mount_whatever_its_owner_published(
     home: Home, server: NameServer
 ) -> None:
     cid = tree(home)
     run = Runner(home.env)
-    options = (
+    command = (
         "--from",
         "library",
         "--from",
@@ -67,12 +67,12 @@ def test_what_a_name_leads_to_is_in_the_mount_whatever_its_owner_wrote(
     )
     for sequence, path in enumerate(("out", "sub/file", "nowhere")):
         server.records[NAME] = make(KEY, f"/ipfs/{cid}/{path}", sequence)
-        done = run(*options)
+        done = run(*command)
         assert (done.returncode, done.stdout) == (125, b"")
         assert done.stderr.startswith(b"ipfsfuse-run: ")
 
 
-def test_a_name_that_can_not_be_resolved_and_what_can_not_go_with_it(home: Home, server: NameServer) -> None:
+def test_unresolvable_names_and_conflicting_options_are_refused(home: Home, server: NameServer) -> None:
     run = Runner(home.env)
     reader = DEMO / "reader-p1.wat"
     done = run("--from", server.url, "--ipns", NAME, reader, "x")
@@ -94,10 +94,10 @@ def test_a_guest_reads_paths_through_dag_cbor(
     home: Home, kubo_node: Node, build_guest: Callable[[str], Path]
 ) -> None:
     file = kubo_node.add(b"a file")
-    whole = {"file": {"/": file}, "list": [1, "two"]}
-    root = kubo_node.cmd("dag", "put", stdin=json.dumps(whole))
+    node = {"file": {"/": file}, "list": [1, "two"]}
+    root = kubo_node.cmd("dag", "put", stdin=json.dumps(node))
     paths = [f"/ipfs/{root}/{name}" for name in ("file", "list/0", "list/1")]
-    said = Runner(home.env)("--from", kubo_node.gateway_url, build_guest("reach"), *paths).stdout
-    assert [line for line in lines(said) if line] == [
+    output = Runner(home.env)("--from", kubo_node.gateway_url, build_guest("reach"), *paths).stdout
+    assert [line for line in lines(output) if line] == [
         f"{path}: {content}" for path, content in zip(paths, ("a file", "1", "two"), strict=True)
     ]

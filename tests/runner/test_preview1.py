@@ -1,5 +1,5 @@
-"""The cases of preview 1's test suite that a read-only folder allows, by its own calls, in the mount and in a
-folder of the host."""
+"""The cases of preview 1's test suite that a read-only folder allows, in the mount and in a folder of the
+host. The guest makes the calls directly."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,11 +74,11 @@ GROUPS: dict[str, dict[int, str]] = {
     "poll": {1: "count", 7: "userdata", 0: "error type", INVAL: "nothing"},
     "renumber": {BADF: "gone nothing", 0: "there"},
 }
-ALONE = (
+SUCCEEDING = (
     "advise args clock close datasync environ fdstat filestat poll pread random readlink renumber sync "
     "tell yield"
 )
-"""Calls that succeed; each stands under its own name."""
+"""Calls that succeed. The name of the case is the name of the call."""
 
 
 def expected(group: str) -> dict[str, int]:
@@ -105,33 +105,33 @@ def tree(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=["mount", "folder"])
-def said(
+def results(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
     build_guest: Callable[[str], Path],
 ) -> dict[str, int]:
-    """What the guest found, by case."""
+    """The result of each case, as the guest printed it."""
     folder = tmp_path_factory.mktemp("preview1")
     source = tree(folder / "source")
     home = Home(folder / "home")
     cid = home.add(source)
     with home.mounted() as mount:
         run = Runner({**home.env, "XDG_CACHE_HOME": str(folder / "xdg")}, mount.path)
-        given = mount.path / cid if request.param == "mount" else source
+        preopen = mount.path / cid if request.param == "mount" else source
         done = run(
-            "--argv0", "guest", "--env", "A=1", "--dir", f"{given}::/w::ro", build_guest("preview1"), "/w"
+            "--argv0", "guest", "--env", "A=1", "--dir", f"{preopen}::/w::ro", build_guest("preview1"), "/w"
         )
     assert done.returncode == 0, done
     return {name: int(value) for name, value in map(str.split, lines(done.stdout))}
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_calls_end_as_preview_1_says(said: dict[str, int], group: str) -> None:
+def test_calls_end_as_preview_1_says(results: dict[str, int], group: str) -> None:
     wanted = expected(group)
-    assert {name: said.get(name) for name in wanted} == wanted
+    assert {name: results.get(name) for name in wanted} == wanted
 
 
-def test_nothing_else_is_said_and_calls_that_succeed_do(said: dict[str, int]) -> None:
-    alone = set(ALONE.split())
-    assert {name: said[name] for name in alone} == dict.fromkeys(alone, 0)
-    assert set(said) - alone == {name for group in GROUPS for name in expected(group)}
+def test_the_other_calls_succeed_and_there_are_no_more_cases(results: dict[str, int]) -> None:
+    succeeding = set(SUCCEEDING.split())
+    assert {name: results[name] for name in succeeding} == dict.fromkeys(succeeding, 0)
+    assert set(results) - succeeding == {name for group in GROUPS for name in expected(group)}

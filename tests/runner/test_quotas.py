@@ -1,4 +1,4 @@
-"""Quotas: how much a run may draw from the network, and long allow-lists."""
+"""Quotas: how much a run may fetch from the network. Also long allow-lists."""
 
 import base64
 import hashlib
@@ -28,7 +28,7 @@ class Served(NamedTuple):
     gateway: Gateway
     run: Runner
     path: str
-    """Of a file of LEAVES leaves, as the guest names it."""
+    """The path of a file with LEAVES leaves, for the guest."""
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def served(home: Home, tmp_path: Path) -> Iterator[Served]:
 
 
 def test_a_run_fetches_no_more_than_it_may(served: Served, habits: Path) -> None:
-    asked = [habits, "cat", served.path]
-    done = served.run("--from", served.gateway.url, "-W", "max-fetch=1MiB", *asked)
+    command = [habits, "cat", served.path]
+    done = served.run("--from", served.gateway.url, "-W", "max-fetch=1MiB", *command)
     assert done.returncode == 134
     assert "had more than max-fetch=1MiB fetched" in lines(done.stderr)[-1]
     assert len(done.stdout) < 1 << 20
     sent = sum(served.gateway.asked.values())
-    assert sent <= 4 + 1 + LEAVES // 2, "leaves that were on their way when the bound was reached count, too"
-    done = served.run("--from", served.gateway.url, "-W", "max-fetch=4MiB", *asked)
+    assert sent <= 4 + 1 + LEAVES // 2, "only answers that were under way at the bound may exceed it"
+    done = served.run("--from", served.gateway.url, "-W", "max-fetch=4MiB", *command)
     assert (done.returncode, len(done.stdout)) == (0, LEAF * LEAVES)
 
 
@@ -61,13 +61,13 @@ def test_a_guest_that_tries_again_and_again_is_ended(served: Served, habits: Pat
     assert lines(done.stderr)[-1] == f"ipfsfuse-run: {habits} had more than max-fetch=300000 fetched"
 
 
-def test_a_guest_that_can_not_be_fetched_says_why(served: Served) -> None:
+def test_a_guest_larger_than_the_quota_is_refused_with_the_reason(served: Served) -> None:
     done = served.run("--from", served.gateway.url, "-W", "max-fetch=1KiB", served.path)
     assert done.returncode == 125
     assert "more than max-fetch=1KiB fetched" in lines(done.stderr)[-1]
 
 
-def test_what_goes_together(served: Served, habits: Path) -> None:
+def test_max_fetch_can_not_be_combined_with_mount_or_record(served: Served, habits: Path) -> None:
     for args in (["--mount", "/tmp"], ["--record", "x.car"]):
         done = served.run(*args, "-W", "max-fetch=1MiB", habits)
         assert (done.returncode, b"max-fetch" in done.stderr) == (2, True)
@@ -77,7 +77,8 @@ def test_past_the_quota_reads_fail_at_once_with_eio(home: Home) -> None:
     dag = Dag()
     file = dag.file([os.urandom(LEAF) for _ in range(LEAVES)])
     with gateway.mounted(home, dag, "--isolated", "--max-fetch", "1MiB") as (_gateway, mount):
-        assert errno_of(mount.path / cids.text(file)) == "EIO"  # ETIMEDOUT once the deadline has passed
+        # a read that waits for the deadline would give ETIMEDOUT
+        assert errno_of(mount.path / cids.text(file)) == "EIO"
 
 
 def test_a_hundred_thousand_cids_may_be_allowed(

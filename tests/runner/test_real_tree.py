@@ -1,5 +1,4 @@
-"""A guest walks a real tree that no one here wrote, and digests all of it: as the tree's own digest, taken
-outside."""
+"""A guest walks a real tree and hashes all of it. The hash equals the one that is computed outside."""
 
 import hashlib
 import os
@@ -15,26 +14,26 @@ from tests.runner.conftest import Runner
 pytestmark = pytest.mark.fuse
 
 
-def things(top: Path) -> Iterator[bytes]:
-    """What digest.c takes of each thing below a folder, in its order."""
+def entries(top: Path) -> Iterator[bytes]:
+    """The bytes that digest.c hashes for each entry below a folder, in its order."""
     for name in sorted(os.listdir(top), key=os.fsencode):
         path = top / name
         if path.is_symlink():
             yield os.fsencode(name) + b"\0symlink\0" + os.fsencode(os.readlink(path))
         elif path.is_dir():
             yield os.fsencode(name) + b"\0directory\0"
-            yield from (os.fsencode(name) + b"/" + each for each in things(path))
+            yield from (os.fsencode(name) + b"/" + each for each in entries(path))
         else:
             yield os.fsencode(name) + b"\0file %d\0" % path.stat().st_size + path.read_bytes()
 
 
 def digest(top: Path) -> tuple[str, int]:
-    """(SHA-256, how many things)."""
-    whole, count = hashlib.sha256(), 0
-    for thing in things(top):
-        whole.update(thing)
+    """The SHA-256 of a tree, and the number of its entries."""
+    sha256, count = hashlib.sha256(), 0
+    for entry in entries(top):
+        sha256.update(entry)
         count += 1
-    return whole.hexdigest(), count
+    return sha256.hexdigest(), count
 
 
 def test_a_guest_walks_the_standard_library(
@@ -47,6 +46,6 @@ def test_a_guest_walks_the_standard_library(
         run = Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg")}, mount.path)
         done = run(build_guest("digest"), f"/ipfs/{cid}")
     assert done.returncode == 0, done
-    said, count = done.stdout.split()
-    assert (said.decode(), int(count)) == digest(tree)
+    sha256, count = done.stdout.split()
+    assert (sha256.decode(), int(count)) == digest(tree)
     assert int(count) > 500

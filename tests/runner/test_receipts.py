@@ -1,4 +1,5 @@
-"""Receipts: a run recorded, repeated offline from its CAR alone, inspected; and records that are refused."""
+"""Receipts: runs are recorded, inspected, and repeated offline from the CAR alone. Bad records are
+refused."""
 
 import io
 import json
@@ -21,7 +22,7 @@ from tests.runner.conftest import DEMO, GUESTS, Done, Runner, lines
 
 pytestmark = pytest.mark.fuse
 
-SAME = [f"{what}: the same" for what in ("stdout", "stderr", "exit code", "read", "missing")]
+SAME = [f"{part}: the same" for part in ("stdout", "stderr", "exit code", "read", "missing")]
 READER = DEMO / "reader-p2.wat"
 
 
@@ -32,7 +33,7 @@ def run(home: Home, tmp_path: Path) -> Runner:
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Runner:
-    """Another user, who has nothing but the CAR."""
+    """A runner of another user, who has only the CAR."""
     other = Home(tmp_path / "elsewhere")
     return Runner({**other.env, "XDG_CACHE_HOME": str(tmp_path / "elsewhere" / "xdg")})
 
@@ -77,7 +78,7 @@ def test_a_recorded_run_is_repeated_elsewhere(
     assert again.returncode == 0
 
 
-def test_what_was_read_by_path(run: Runner, cid: str, tmp_path: Path, habits: Path) -> None:
+def test_a_record_lists_what_was_read_by_path(run: Runner, cid: str, tmp_path: Path, habits: Path) -> None:
     target = tmp_path / "run.car"
     record(run, target, habits, "cat", f"/ipfs/{cid}/dir/file")
     rows = [
@@ -93,19 +94,21 @@ def test_what_was_read_by_path(run: Runner, cid: str, tmp_path: Path, habits: Pa
     assert "not read" not in table
 
 
-def test_the_receipt_alone(run: Runner, cid: str, tmp_path: Path, habits: Path) -> None:
+def test_a_receipt_can_be_written_without_its_record(
+    run: Runner, cid: str, tmp_path: Path, habits: Path
+) -> None:
     target = tmp_path / "run.json"
     record(run, target, "--env", "A=1", "-W", "fuel=100000000", habits, "cat", f"/ipfs/{cid}/big")
-    told = json.loads(target.read_text())
-    assert told["argv"] == ["habits.wasm", "cat", f"/ipfs/{cid}/big"]
-    assert (told["limits"], told["results"]["exit_code"]) == ({"fuel": 100000000}, 0)
-    (variable,) = told["env"]["variables"]
+    receipt = json.loads(target.read_text())
+    assert receipt["argv"] == ["habits.wasm", "cat", f"/ipfs/{cid}/big"]
+    assert (receipt["limits"], receipt["results"]["exit_code"]) == ({"fuel": 100000000}, 0)
+    (variable,) = receipt["env"]["variables"]
     assert (variable["name"], "value" in variable) == ("A", False)
-    assert told["read"][0] == cid
-    # the folder, the file's root, its leaves: the first two are one block
-    assert len(told["read"]) == 1 + 1 + 2
-    assert (told["results"]["stdout"]["size"], told["stdin"]["size"]) == (256 * 12_000, 0)
-    assert "clocks" in told["differs"]
+    assert receipt["read"][0] == cid
+    # the folder, the file's root, and its three leaves, of which the first two are the same block
+    assert len(receipt["read"]) == 1 + 1 + 2
+    assert (receipt["results"]["stdout"]["size"], receipt["stdin"]["size"]) == (256 * 12_000, 0)
+    assert "clocks" in receipt["differs"]
 
 
 def test_standard_input_arguments_environment_and_exit_code_are_recorded(
@@ -122,7 +125,7 @@ def test_standard_input_arguments_environment_and_exit_code_are_recorded(
         assert elsewhere("--replay", target).returncode == 0
 
 
-def test_a_guest_from_standard_input_or_the_mount(
+def test_a_guest_from_standard_input_or_the_mount_is_recorded(
     run: Runner, elsewhere: Runner, home: Home, tmp_path: Path, habits: Path
 ) -> None:
     guest = home.add(habits)
@@ -133,7 +136,7 @@ def test_a_guest_from_standard_input_or_the_mount(
 
 
 @pytest.mark.parametrize("kind", ["p1", "p2"])
-def test_chance_is_fixed_where_it_is_asked_for(
+def test_clocks_and_random_numbers_are_fixed_only_with_deterministic(
     run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path, kind: str
 ) -> None:
     guest = [habits, "chance"] if kind == "p1" else [GUESTS / "chance-p2.wat"]
@@ -147,14 +150,15 @@ def test_chance_is_fixed_where_it_is_asked_for(
     assert b"clocks" in again.stdout
 
 
-def test_a_replay_says_how_many_blocks_are_on_one_side_alone(
+def test_a_replay_counts_the_blocks_that_only_one_of_the_runs_asked_for(
     run: Runner, tmp_path: Path, habits: Path
 ) -> None:
-    """The guest asks for one block that nobody has. The receipt names two others, and one that it read."""
+    """The guest asks for a block that no source has. The receipt lists two others as missing, and one as
+    read."""
     blocks, guest = recorded.Blocks(), habits.read_bytes()
     asked, other, another = (recorded.Blocks().put(data).cid for data in (b"asked", b"other", b"another"))
     empty, read = blocks.folder([]), blocks.put(b"read")
-    told = recorded.receipt_2(
+    receipt = recorded.receipt_2(
         guest,
         empty.cid,
         argv=["habits.wasm", "cat", f"/ipfs/{cids.text(asked)}"],
@@ -163,16 +167,16 @@ def test_a_replay_says_how_many_blocks_are_on_one_side_alone(
     )
     streams = {"stdin": recorded.STDIN, "stdout": recorded.STDIN, "stderr": b""}
     target = recorded.write(
-        tmp_path / "run.car", told, blocks, guest=guest, out=empty, ipfs=empty, read=read, **streams
+        tmp_path / "run.car", receipt, blocks, guest=guest, out=empty, ipfs=empty, read=read, **streams
     )
     done = run("--replay", target)
     assert done.returncode == 3, done
-    said = lines(done.stdout)
-    assert "read: DIFFERENT, recorded 1 block, now 0 blocks (1 only recorded)" in said
-    assert "missing: DIFFERENT, recorded 2 blocks, now 1 block (2 only recorded, 1 only now)" in said
+    output = lines(done.stdout)
+    assert "read: DIFFERENT, recorded 1 block, now 0 blocks (1 only recorded)" in output
+    assert "missing: DIFFERENT, recorded 2 blocks, now 1 block (2 only recorded, 1 only now)" in output
 
 
-def test_more_random_numbers_than_wasmtime_gives_are_a_trap(run: Runner, tmp_path: Path) -> None:
+def test_a_guest_that_asks_for_too_many_random_bytes_traps(run: Runner, tmp_path: Path) -> None:
     guest = tmp_path / "greedy.wat"
     guest.write_text(
         """(module (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
@@ -200,7 +204,7 @@ def test_a_given_folder_is_part_of_the_record_if_it_is_read_only(
     assert elsewhere("--replay", tmp_path / "run.car").returncode == 0
 
 
-def test_a_given_file_that_says_it_is_empty_is_recorded_as_it_reads(
+def test_a_given_file_with_a_false_size_of_0_is_recorded_with_its_content(
     run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, target = Path("/proc/sys/kernel/random"), tmp_path / "run.car"
@@ -213,7 +217,7 @@ def test_a_given_file_that_says_it_is_empty_is_recorded_as_it_reads(
         records.add_tree(RecordWriter(out), str(given), None)
 
 
-def test_the_record_mounts_as_a_folder(run: Runner, elsewhere: Runner, cid: str, tmp_path: Path) -> None:
+def test_a_record_mounts_as_a_folder(run: Runner, elsewhere: Runner, cid: str, tmp_path: Path) -> None:
     target = tmp_path / "run.car"
     done = record(run, target, READER, f"/ipfs/{cid}/dir/file")
     other = Home(tmp_path / "third")
@@ -231,25 +235,25 @@ def test_a_record_that_was_changed_is_refused(run: Runner, cid: str, tmp_path: P
     target = tmp_path / "run.car"
     record(run, target, READER, f"/ipfs/{cid}/dir/file")
     whole = target.read_bytes()
-    spoiled = {
+    damaged = {
         "flipped": whole.replace(b"content\n", b"Content\n"),
         "short": whole[:-10],
         "empty": b"",
-        "no car": b"{}",
-        "headless": whole[:30],
+        "not a CAR": b"{}",
+        "cut in the header": whole[:30],
     }
-    for what, data in spoiled.items():
+    for damage, data in damaged.items():
         target.write_bytes(data)
         done = run("--replay", target)
-        assert (done.returncode, done.stdout, len(lines(done.stderr))) == (125, b"", 1), (what, done)
+        assert (done.returncode, done.stdout, len(lines(done.stderr))) == (125, b"", 1), (damage, done)
         assert b"run.car" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["--replay", "inspect"])
-def test_a_pipe_is_no_record(run: Runner, tmp_path: Path, command: str) -> None:
+def test_a_pipe_is_refused_as_a_record(run: Runner, tmp_path: Path, command: str) -> None:
     pipe = tmp_path / "run.car"
     os.mkfifo(pipe)
-    writer = os.open(pipe, os.O_RDWR)  # so that reading it would have to wait
+    writer = os.open(pipe, os.O_RDWR)  # so that reading the pipe would block
     try:
         done = run(command, pipe)
     finally:
@@ -259,40 +263,41 @@ def test_a_pipe_is_no_record(run: Runner, tmp_path: Path, command: str) -> None:
 
 
 def with_receipt(target: Path, data: bytes, **files: bytes) -> None:
-    """A record whose blocks are all right, and whose receipt is `data`."""
+    """Writes a record whose blocks are all right, with the receipt `data`."""
     with target.open("w+b") as out:
         writer = RecordWriter(out)
         writer.close(
             writer.add_folder(
                 [
-                    (name, writer.add_file(io.BytesIO(held)))
-                    for name, held in {"receipt.json": data, **files}.items()
+                    (name, writer.add_file(io.BytesIO(content)))
+                    for name, content in {"receipt.json": data, **files}.items()
                 ]
             )
         )
 
 
-def test_a_record_whose_parts_are_others_than_its_receipt_says_is_refused(
+def test_a_record_whose_parts_do_not_match_its_receipt_is_refused(
     run: Runner, tmp_path: Path, habits: Path
 ) -> None:
-    told = recorded.receipt(habits.read_bytes(), b"input", argv=["habits.wasm", "cat"], env=[])
-    guest, folder = habits.read_bytes(), [{"guest": "/data", "writable": False, "cid": told["guest"]["cid"]}]
+    receipt = recorded.receipt(habits.read_bytes(), b"input", argv=["habits.wasm", "cat"], env=[])
+    guest = habits.read_bytes()
+    folder = [{"guest": "/data", "writable": False, "cid": receipt["guest"]["cid"]}]
     right = {"guest.wasm": guest, "stdin": b"input"}
     wrong = {
-        "its guest": (told, {"guest.wasm": guest + b"\0", "stdin": b"input"}),
-        "its standard input": (told, {"guest.wasm": guest, "stdin": b"Input"}),
-        "its folder /data": (told | {"dirs": folder}, right),
+        "its guest": (receipt, {"guest.wasm": guest + b"\0", "stdin": b"input"}),
+        "its standard input": (receipt, {"guest.wasm": guest, "stdin": b"Input"}),
+        "its folder /data": (receipt | {"dirs": folder}, right),
     }
-    for named, (receipt_, files) in wrong.items():
-        with_receipt(tmp_path / "run.car", json.dumps(receipt_).encode(), **files)
+    for part, (changed, files) in wrong.items():
+        with_receipt(tmp_path / "run.car", json.dumps(changed).encode(), **files)
         done = run("--replay", tmp_path / "run.car")
         assert (done.returncode, done.stdout, len(lines(done.stderr))) == (125, b"", 1), done
-        assert named in done.stderr.decode()
-    with_receipt(tmp_path / "run.car", json.dumps(told).encode(), **right)
+        assert part in done.stderr.decode()
+    with_receipt(tmp_path / "run.car", json.dumps(receipt).encode(), **right)
     assert run("--replay", tmp_path / "run.car").returncode == 0
 
 
-def test_limits_of_a_record_hold_again_and_others_can_be_given(
+def test_a_replay_has_the_limits_of_the_record_unless_others_are_given(
     run: Runner, elsewhere: Runner, tmp_path: Path, habits: Path
 ) -> None:
     target = tmp_path / "run.car"
@@ -309,26 +314,26 @@ BAD_RECEIPTS = {
     "empty": (b"", "not JSON"),
     "cut short": (RECEIPT_HEAD + b'1, "argv": ["a', "cut short"),
     "not text": (b"\xff\xfe\x00", "not JSON"),
-    "nested without end": (b"[" * 100_000, "not JSON"),
+    "nested too deeply": (b"[" * 100_000, "not JSON"),
     "of another kind": (b'{"kind": "shopping list"}', "not a receipt"),
-    "no object": (b"[1, 2]", "not a receipt"),
+    "not an object": (b"[1, 2]", "not a receipt"),
     "of a newer format": (RECEIPT_HEAD + b"3}", "format 3"),
-    "of no format": (b'{"kind": "ipfsfuse-run receipt"}', "format None"),
+    "without a format": (b'{"kind": "ipfsfuse-run receipt"}', "format None"),
     "without its fields": (RECEIPT_HEAD + b"1}", "no usable field"),
     "with fields of a wrong kind": (RECEIPT_HEAD + b'1, "guest": 7}', "no usable field"),
-    "with what is no CID": (
+    "with an invalid CID": (
         json.dumps(recorded.receipt(b"") | {"guest": {"cid": "bafy?", "name": "x"}}).encode(),
         "not a CID",
     ),
 }
 
 
-@pytest.mark.parametrize("what", BAD_RECEIPTS)
+@pytest.mark.parametrize("fault", BAD_RECEIPTS)
 @pytest.mark.parametrize("command", ["--replay", "inspect"])
-def test_a_receipt_that_can_not_be_read_is_one_line(
-    run: Runner, tmp_path: Path, what: str, command: str
+def test_a_receipt_that_can_not_be_read_is_refused_in_one_line(
+    run: Runner, tmp_path: Path, fault: str, command: str
 ) -> None:
-    data, named = BAD_RECEIPTS[what]
+    data, named = BAD_RECEIPTS[fault]
     with_receipt(tmp_path / "run.car", data)
     done = run(command, tmp_path / "run.car")
     assert (done.returncode, done.stdout, len(lines(done.stderr))) == (
@@ -339,7 +344,7 @@ def test_a_receipt_that_can_not_be_read_is_one_line(
     assert named in done.stderr.decode()
 
 
-def test_a_receipt_with_a_field_that_can_not_be_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_a_receipt_with_an_impossible_field_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
     record(run, tmp_path / "run.json", "-W", "timeout=60s", habits, "args")
     whole = json.loads((tmp_path / "run.json").read_text())
     receipts.decode(json.dumps(whole).encode())
@@ -360,8 +365,8 @@ def test_a_receipt_with_a_field_that_can_not_be_is_refused(run: Runner, tmp_path
                 receipts.decode(json.dumps(whole | {field: value}).encode())
 
 
-def test_a_record_is_for_its_owner_alone(run: Runner, tmp_path: Path, habits: Path) -> None:
-    """It holds what was in variables and on standard input; and a name that was planted leads nowhere."""
+def test_only_its_owner_can_read_a_record(run: Runner, tmp_path: Path, habits: Path) -> None:
+    """It can hold variables and standard input. A symlink that has its name already is not followed."""
     (tmp_path / "other").write_text("untouched")
     for form in ("json", "car"):
         target = tmp_path / f"run.{form}"
@@ -372,7 +377,7 @@ def test_a_record_is_for_its_owner_alone(run: Runner, tmp_path: Path, habits: Pa
     assert (tmp_path / "other").read_text() == "untouched"
 
 
-def test_standard_input_of_a_record_can_be_bounded(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_the_standard_input_in_a_record_can_be_bounded(run: Runner, tmp_path: Path, habits: Path) -> None:
     done = run("--record", tmp_path / "run.car", "-W", "max-stdin=10", habits, "cat", stdin=b"x" * 11)
     assert (done.returncode, len(lines(done.stderr))) == (125, 1)
     assert b"max-stdin=10" in done.stderr
@@ -384,7 +389,7 @@ def test_standard_input_of_a_record_can_be_bounded(run: Runner, tmp_path: Path, 
     assert run("-W", "max-stdin=10", habits, "cat").returncode == 2
 
 
-def test_a_receipt_alone_is_no_record_to_replay(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_a_receipt_alone_can_not_be_replayed(run: Runner, tmp_path: Path, habits: Path) -> None:
     record(run, tmp_path / "run.json", habits, "args")
     done = run("--replay", tmp_path / "run.json")
     assert (done.returncode, len(lines(done.stderr))) == (125, 1)
@@ -397,5 +402,5 @@ def test_a_run_that_could_not_begin_leaves_no_record(run: Runner, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["run.txt", "run"])
-def test_a_record_needs_a_name_that_says_its_form(run: Runner, name: str, tmp_path: Path) -> None:
+def test_a_record_needs_a_known_file_extension(run: Runner, name: str, tmp_path: Path) -> None:
     assert run("--record", tmp_path / name, "-", stdin=b"(module)").returncode == 2

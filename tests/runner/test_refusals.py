@@ -1,4 +1,4 @@
-"""Bad input: each is one line on standard error that names the thing, exit code 125 or 2, and no
+"""Bad input gives one line on standard error that names the cause, the exit code 125 or 2, and no
 traceback."""
 
 import os
@@ -15,10 +15,10 @@ GUEST = b'(module (func (export "_start")))'
 
 def refusal(run: Runner, code: int, *args: str | Path, stdin: bytes = b"") -> str:
     done = run(*args, stdin=stdin)
-    said = done.stderr.decode().splitlines()
-    assert (done.returncode, done.stdout, len(said)) == (code, b"", 1), done
-    assert said[0].startswith("ipfsfuse-run: ")
-    return said[0]
+    message_lines = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout, len(message_lines)) == (code, b"", 1), done
+    assert message_lines[0].startswith("ipfsfuse-run: ")
+    return message_lines[0]
 
 
 BAD_GUESTS = {
@@ -31,12 +31,12 @@ BAD_GUESTS = {
     "its version is unknown": (b"\0asm\7\0\0\0", "version"),
     "its text is wrong": (b"(module (func", "text"),
     "it is a library": (b'(module (func (export "add")))', "exports no _start"),
-    "it has nothing": (b"(module)", "exports no _start"),
+    "it is an empty module": (b"(module)", "exports no _start"),
     "its start is not a function": (
         b'(module (global (export "_start") i32 (i32.const 0)))',
         "not a function",
     ),
-    "an import that nobody offers": (
+    "an unknown import": (
         b'(module (import "env" "magic" (func)) (func (export "_start")))',
         "env::magic",
     ),
@@ -45,11 +45,11 @@ BAD_GUESTS = {
         "fd_close",
     ),
     "a component without exports": (b"(component)", "exports nothing"),
-    "a component that serves": (
+    "a component that serves HTTP": (
         b'(component (instance $i) (export "wasi:http/incoming-handler@0.2.0" (instance $i)))',
         "incoming-handler",
     ),
-    "a component that needs what nobody offers": (
+    "a component with an unknown import": (
         b'(component (import "acme:db/store@1.0.0" (instance (export "f" (func)))) (instance $i) (export "wasi:cli/run@0.2.0" (instance $i)))',
         "acme:db/store",
     ),
@@ -61,13 +61,13 @@ BAD_GUESTS = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_GUESTS)
-def test_a_guest_that_can_not_run(run: Runner, what: str) -> None:
-    code, named = BAD_GUESTS[what]
+@pytest.mark.parametrize("fault", BAD_GUESTS)
+def test_a_guest_that_can_not_run_is_refused(run: Runner, fault: str) -> None:
+    code, named = BAD_GUESTS[fault]
     assert named in refusal(run, 125, "-", stdin=code)
 
 
-def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
+def test_a_guest_that_can_not_be_read_is_refused(run: Runner, tree: Path) -> None:
     assert "nowhere.wasm" in refusal(run, 125, "nowhere.wasm")
     assert "Is a directory" in refusal(run, 125, tree)
     assert "/ipfs/root/none" in refusal(run, 125, "/ipfs/root/none")
@@ -103,11 +103,11 @@ def test_a_guest_that_is_not_there(run: Runner, tree: Path) -> None:
         ([], "GUEST"),
     ],
 )
-def test_usage(run: Runner, args: list[str], named: str) -> None:
+def test_a_usage_error_is_refused(run: Runner, args: list[str], named: str) -> None:
     assert named in refusal(run, 2, *args)
 
 
-def test_a_working_directory_that_is_none(run: Runner, tree: Path) -> None:
+def test_an_unusable_working_directory_is_refused(run: Runner, tree: Path) -> None:
     (tree / "root" / "away").symlink_to("/etc")
     assert "/elsewhere" in refusal(run, 125, "--cwd", "/ipfs/elsewhere", "-", stdin=GUEST)
     assert "Not a directory" in refusal(run, 125, "--cwd", "/ipfs/root/file", "-", stdin=GUEST)
@@ -115,13 +115,13 @@ def test_a_working_directory_that_is_none(run: Runner, tree: Path) -> None:
     assert "/ipfs/root/away leads out of" in refusal(run, 125, "--cwd", "/ipfs/root/away", "-", stdin=GUEST)
 
 
-def test_a_mount_that_is_none(run: Runner, tmp_path: Path) -> None:
+def test_a_mount_that_does_not_exist_is_refused(run: Runner, tmp_path: Path) -> None:
     run.mount = tmp_path / "nowhere"
     assert "nowhere" in refusal(run, 125, "-", stdin=GUEST)
 
 
 @pytest.mark.parametrize("folder", ["/nowhere", "/etc/passwd"])
-def test_a_folder_that_is_none(run: Runner, folder: str) -> None:
+def test_an_unusable_folder_is_refused(run: Runner, folder: str) -> None:
     assert folder in refusal(run, 125, "--dir", folder, "-", stdin=GUEST)
 
 
@@ -132,11 +132,11 @@ def test_a_cache_folder_that_others_may_write_is_refused(run: Runner, tmp_path: 
     assert str(folder) in refusal(run, 125, "-", stdin=GUEST)
 
 
-def test_what_comes_from_outside_can_not_act_on_a_terminal(run: Runner, tree: Path, tmp_path: Path) -> None:
-    """Names, arguments, and what the mount says of them."""
+def test_text_from_outside_can_not_control_a_terminal(run: Runner, tree: Path, tmp_path: Path) -> None:
+    """Such text is in names, in arguments, and in what the mount says of them."""
     evil = "\x1b[2J\x1b]0;title\x07\nipfsfuse-run: all is well\u202e"
     (tree / "root" / f"{evil}.wasm").write_bytes(b"junk")
-    said = [
+    messages = [
         refusal(run, 125, f"/ipfs/root/{evil}.wasm"),
         refusal(run, 125, f"nowhere{evil}"),
         refusal(run, 2, f"--{evil.replace(' ', '')}", "guest.wasm"),
@@ -145,14 +145,14 @@ def test_what_comes_from_outside_can_not_act_on_a_terminal(run: Runner, tree: Pa
         refusal(run, 125, "--cwd", f"/ipfs/{evil}", "-", stdin=GUEST),
     ]
     run.mount = None
-    said.append(refusal(run, 1, "inspect", tmp_path / f"{evil}.car"))
-    said.append(refusal(run, 2, "--from", f"/nowhere/{evil}.car", "-", stdin=GUEST))
+    messages.append(refusal(run, 1, "inspect", tmp_path / f"{evil}.car"))
+    messages.append(refusal(run, 2, "--from", f"/nowhere/{evil}.car", "-", stdin=GUEST))
     assert all(
-        "\\x1b" in each and not any(ord(char) < 32 or char == "\u202e" for char in each) for each in said
-    ), said
+        "\\x1b" in each and not any(ord(char) < 32 or char == "\u202e" for char in each) for each in messages
+    ), messages
 
 
-def test_help_names_every_limit() -> None:
+def test_help_names_limits_options_and_subcommands() -> None:
     env = {**os.environ, "PYTHONPATH": str(TOP)}
     done = subprocess.run(
         [sys.executable, "-m", "ipfsfuse_run", "--help"], env=env, capture_output=True, text=True, check=True
@@ -160,13 +160,13 @@ def test_help_names_every_limit() -> None:
     assert all(name in done.stdout for name in ("max-memory-size", "--allow", "--replay", "inspect"))
 
 
-def test_what_wasmtime_takes_and_is_on_anyway_is_accepted(run: Runner, tmp_path: Path) -> None:
+def test_wasmtime_options_that_are_on_anyway_are_accepted(run: Runner, tmp_path: Path) -> None:
     guest = tmp_path / "guest.wat"
     guest.write_text('(module (func (export "_start")))')
     assert run("-S", "cli", "-C", "cache", "-W", "simd,tail-call=y,fuel=1000", guest).returncode == 0
 
 
-def test_one_colon_in_a_folder_is_hinted_at(run: Runner, tmp_path: Path) -> None:
+def test_a_folder_with_one_colon_gives_a_hint(run: Runner, tmp_path: Path) -> None:
     guest = tmp_path / "guest.wat"
     guest.write_text('(module (func (export "_start")))')
     assert "HOST::GUEST" in refusal(run, 125, "--dir", f"{tmp_path}:/data", guest)

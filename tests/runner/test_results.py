@@ -1,5 +1,4 @@
-"""Results that travel: the folder of a guest's results in the library, in a record and in its replay; and who
-signed the record."""
+"""The folder of a guest's results in the library, in a record and in a replay; and signatures of records."""
 
 import io
 import json
@@ -36,18 +35,18 @@ def run(home: Home, tmp_path: Path) -> Runner:
 
 
 def key_pair(folder: Path, name: str) -> tuple[Path, Path]:
-    """A private key as OpenSSH writes it, its public key as OpenSSL does."""
-    made = Ed25519PrivateKey.generate()
+    """A private key in OpenSSH's format, and its public key in OpenSSL's format."""
+    key = Ed25519PrivateKey.generate()
     private, public = folder / name, folder / f"{name}.pem"
     private.write_bytes(
-        made.private_bytes(
+        key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.OpenSSH,
             serialization.NoEncryption(),
         )
     )
     public.write_bytes(
-        made.public_key().public_bytes(
+        key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
     )
@@ -62,51 +61,55 @@ def refused(run: Runner, *args: str | Path, code: int = 125, names: str = "") ->
 
 @pytest.mark.fuse
 def test_results_go_to_the_library(run: Runner, home: Home, tmp_path: Path, habits: Path) -> None:
-    out, told = tmp_path / "out", tmp_path / "cid"
-    done = run("--offline", "--out", out, "--add", "--cid-file", told, habits, "write", "/out/.result")
-    cid = told.read_text()
+    out, cid_file = tmp_path / "out", tmp_path / "cid"
+    done = run("--offline", "--out", out, "--add", "--cid-file", cid_file, habits, "write", "/out/.result")
+    cid = cid_file.read_text()
     assert (done.returncode, lines(done.stderr)) == (0, [f"ipfsfuse-run: results /ipfs/{cid}"])
     assert run("--offline", habits, "cat", f"/ipfs/{cid}/.result").stdout == b"written\n"
     assert home.run("add", "-Q", "--hidden", out).stdout.strip() == cid
-    refused(run, "--out", tmp_path / "b", "--cid-file", told, habits, "args", code=2, names=str(told))
+    refused(run, "--out", tmp_path / "b", "--cid-file", cid_file, habits, "args", code=2, names=str(cid_file))
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.fuse
-def test_many_small_results(home: Home, tmp_path: Path, habits: Path, wasmtime: Path) -> None:
-    """20,000 names take some 30 us and 1 KiB each to be hashed, and as much again to be imported."""
+def test_many_small_results_take_little_time_and_memory(
+    home: Home, tmp_path: Path, habits: Path, wasmtime: Path
+) -> None:
+    """Hashing takes about 30 us and 1 KiB for each of the 20,000 names, and importing takes as much again."""
     env = with_command(home.env, tmp_path, wasmtime)
-    run, out, told = Runner(env), tmp_path / "out", tmp_path / "cid"
-    given = ("--offline", "--engine", "command", "--out", out, "--add", "--cid-file", told)
-    done = Measured(run.command(*given, habits, "names", "/out", "20000"), run.env)
-    assert (done.code, done.err) == (0, f"ipfsfuse-run: results /ipfs/{told.read_text()}\n")
+    run, out, cid_file = Runner(env), tmp_path / "out", tmp_path / "cid"
+    options = ("--offline", "--engine", "command", "--out", out, "--add", "--cid-file", cid_file)
+    done = Measured(run.command(*options, habits, "names", "/out", "20000"), run.env)
+    assert (done.code, done.err) == (0, f"ipfsfuse-run: results /ipfs/{cid_file.read_text()}\n")
     assert len(os.listdir(out)) == 20_000
     assert done.memory < 200 << 20
     assert done.seconds < 30
-    assert home.run("add", "-Q", "--hidden", out).stdout.strip() == told.read_text()
+    assert home.run("add", "-Q", "--hidden", out).stdout.strip() == cid_file.read_text()
 
 
 @pytest.mark.fuse
 def test_a_signed_record_with_results(run: Runner, home: Home, tmp_path: Path, habits: Path) -> None:
-    """Recorded, repeated from the CAR alone, taken apart, and signed."""
-    target, (private, public), (_other, others) = (
+    """The run is recorded and signed, and repeated from the CAR alone. Its parts are extracted."""
+    target, (private, public), (_other, other_public) = (
         tmp_path / "run.car",
         key_pair(tmp_path, "key"),
         key_pair(tmp_path, "other"),
     )
-    given = ("--env", "TOKEN=secret", "--out", tmp_path / "out", "--sign", private)
-    done = run("--record", target, *given, habits, "write", "/out/result")
+    options = ("--env", "TOKEN=secret", "--out", tmp_path / "out", "--sign", private)
+    done = run("--record", target, *options, habits, "write", "/out/result")
     assert (done.returncode, target.stat().st_mode & 0o777) == (0, 0o600), done
     assert b"secret" not in target.read_bytes()
-    (said,) = lines(done.stderr)
-    cid = said.rpartition("/")[2]
+    (line,) = lines(done.stderr)
+    cid = line.rpartition("/")[2]
 
     refused(run, "--replay", target, names="--env TOKEN=VALUE")
     refused(run, "--replay", target, "--env", "TOKEN=other", names="another value")
     again = run(*("--replay", target, "--env", "TOKEN=secret", "--key", public, "--out", tmp_path / "again"))
     assert (again.returncode, "out: the same" in lines(again.stdout)) == (0, True), again
     assert (tmp_path / "again" / "result").read_text() == "written\n"
-    refused(run, "--replay", target, "--env", "TOKEN=secret", "--key", others, names="not signed by SHA256:")
+    refused(
+        run, "--replay", target, "--env", "TOKEN=secret", "--key", other_public, names="not signed by SHA256:"
+    )
 
     shown = run.command("inspect", target)
     assert run("inspect", target, "out", tmp_path / "third").returncode == 0
@@ -114,9 +117,9 @@ def test_a_signed_record_with_results(run: Runner, home: Home, tmp_path: Path, h
     assert f"out: {cid}" in run("inspect", target).stdout.decode(), shown
     checked = run("inspect", target, "--key", public)
     assert (checked.returncode, "signed by SHA256:" in checked.stdout.decode()) == (0, True)
-    refused(run, "inspect", target, "--key", others, code=1, names="not signed by SHA256:")
+    refused(run, "inspect", target, "--key", other_public, code=1, names="not signed by SHA256:")
     envelope = json.loads(run("inspect", target, "signature").stdout)
-    check_elsewhere(envelope, public, others, cid)
+    check_signature(envelope, public, other_public, cid)
 
     forged = tmp_path / "forged.car"
     forge(target, forged)
@@ -124,8 +127,8 @@ def test_a_signed_record_with_results(run: Runner, home: Home, tmp_path: Path, h
     refused(run, "inspect", forged, "--key", public, code=1, names="of another receipt")
 
 
-def check_elsewhere(envelope: dict[str, object], public: Path, others: Path, cid: str) -> None:
-    """By another implementation of DSSE."""
+def check_signature(envelope: dict[str, object], public: Path, other_public: Path, cid: str) -> None:
+    """Checks the signature with another implementation of DSSE."""
     dsse = pytest.importorskip("securesystemslib.dsse")
     signer = pytest.importorskip("securesystemslib.signer")
     read = dsse.Envelope.from_dict(envelope)
@@ -136,7 +139,7 @@ def check_elsewhere(envelope: dict[str, object], public: Path, others: Path, cid
 
     assert len(read.verify([key(public)], 1)) == 1
     with pytest.raises(Exception, match=r"[Ss]ignature"):
-        read.verify([key(others)], 1)
+        read.verify([key(other_public)], 1)
     statement = json.loads(read.payload)
     subjects = {each["name"]: each["digest"] for each in statement["subject"]}
     assert set(subjects) == {"stdout", "stderr", "out", "out/result"}
@@ -145,16 +148,16 @@ def check_elsewhere(envelope: dict[str, object], public: Path, others: Path, cid
 
 
 def forge(source: Path, target: Path) -> None:
-    """The same record, whose receipt tells of another exit code: all blocks are right."""
+    """Copies the record, with another exit code in its receipt. All its blocks are right."""
     with open_car(source) as record, target.open("w+b") as out:
         writer = RecordWriter(out)
         children = []
         for link in record.node(record._root).links:  # type: ignore[union-attr]
             name = link.name.decode()
             if name == receipts.RECEIPT:
-                told = json.loads(record.receipt(link.cid))
-                told["results"]["exit_code"] = 7
-                children.append((name, writer.add_file(io.BytesIO(json.dumps(told).encode()))))
+                receipt = json.loads(record.receipt(link.cid))
+                receipt["results"]["exit_code"] = 7
+                children.append((name, writer.add_file(io.BytesIO(json.dumps(receipt).encode()))))
                 continue
             children.append((name, Built(link.cid, 0, 0)))
         for multihash in record._locations:
@@ -165,7 +168,7 @@ def forge(source: Path, target: Path) -> None:
 
 
 @pytest.mark.fuse
-def test_the_parts_of_a_record(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_inspect_gives_the_parts_of_a_record(run: Runner, tmp_path: Path, habits: Path) -> None:
     target, alone = tmp_path / "run.car", tmp_path / "run.json"
     run("--record", target, habits, "cat", stdin=b"\x1b[31mred")
     assert run("inspect", target, "stdout").stdout == b"\x1b[31mred"
@@ -185,10 +188,11 @@ def test_the_parts_of_a_record(run: Runner, tmp_path: Path, habits: Path) -> Non
 
 @pytest.mark.kubo
 @pytest.mark.fuse
-def test_a_node_takes_the_record(
+def test_a_node_imports_a_record(
     run: Runner, home: Home, kubo_node: Node, tmp_path: Path, habits: Path
 ) -> None:
-    """The blocks that were read are there in part alone: no root may lead to them, for a node pins its roots."""
+    """A record has only some blocks of a file. A node pins all below the roots, so no root may lead to such
+    blocks."""
     (tmp_path / "big").write_bytes(os.urandom(5 * MIB))
     cid = home.add(tmp_path / "big")
     target = tmp_path / "run.car"
@@ -199,7 +203,7 @@ def test_a_node_takes_the_record(
 # -- what a guest may leave, and what a record may claim ----------------------------------------------------
 
 
-def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
+def test_results_bring_in_no_file_from_outside(tmp_path: Path) -> None:
     out, secret = tmp_path / "out", tmp_path / "secret"
     (out / "folder").mkdir(parents=True)
     secret.write_text("secret")
@@ -232,16 +236,16 @@ def test_nothing_that_a_guest_leaves_leads_outside(tmp_path: Path) -> None:
 
 
 def test_a_given_folder_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
-    at = os.open(tmp_path, os.O_RDONLY)
+    folder = os.open(tmp_path, os.O_RDONLY)
     try:
-        for _ in range(2100):  # more than a path can say
-            os.mkdir("d", dir_fd=at)
-            at, above = os.open("d", os.O_RDONLY, dir_fd=at), at
+        for _ in range(2100):  # deeper than a path can be long
+            os.mkdir("d", dir_fd=folder)
+            folder, above = os.open("d", os.O_RDONLY, dir_fd=folder), folder
             os.close(above)
         with open(os.devnull, "wb") as nowhere, pytest.raises(StoreFailed, match="File name too long"):
             add_tree(RecordWriter(nowhere), str(tmp_path), None)
     finally:
-        os.close(at)
+        os.close(folder)
         host_folders.remove_tree(str(tmp_path / "d"))
 
 
@@ -258,8 +262,8 @@ while True:
 """
 
 
-def test_a_folder_that_is_swapped_for_a_symlink_while_it_is_taken_leads_nowhere(tmp_path: Path) -> None:
-    """As another guest can do that has the same folder."""
+def test_a_folder_that_is_swapped_for_a_symlink_during_the_import_is_not_followed(tmp_path: Path) -> None:
+    """Another guest that has the same folder can do that."""
     out, secret, target = tmp_path / "out", tmp_path / "secret", tmp_path / "x.car"
     for folder in (out / "folder", secret):
         folder.mkdir(parents=True)
@@ -278,45 +282,45 @@ def test_a_folder_that_is_swapped_for_a_symlink_while_it_is_taken_leads_nowhere(
             swapping.kill()
 
 
-@pytest.mark.parametrize("what", ["slash", "dots", "twice", "huge", "deep", "file"])
-def test_results_that_no_folder_can_hold_are_refused(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("fault", ["slash", "dots", "twice", "huge", "deep", "file"])
+def test_results_that_no_folder_can_hold_are_refused(tmp_path: Path, fault: str) -> None:
     blocks = Blocks()
     leaf = blocks.put(b"data")
-    held = {
+    root = {
         "slash": lambda: blocks.folder([(b"../x", leaf.cid)]),
         "dots": lambda: blocks.folder([(b"..", leaf.cid)]),
         "twice": lambda: blocks.folder([(b"a", leaf.cid), (b"a", leaf.cid)]),
         "huge": lambda: blocks.folder([(b"a", blocks.doubled(bytes(MIB), 30).cid)]),
         "deep": lambda: nested(blocks, 5000),
         "file": lambda: leaf,
-    }[what]()
+    }[fault]()
     target = tmp_path / "x.car"
     with target.open("w+b") as file:
         writer = RecordWriter(file)
         for cid, block in blocks.all.items():
             writer.put(cid, block)
-        writer.close(held)
+        writer.close(root)
     (tmp_path / "copy").mkdir()
     try:
         with open_car(target) as record, pytest.raises(ReceiptRefused):
-            record.extract(held.cid, str(tmp_path / "copy"), 64 * MIB)
+            record.extract(root.cid, str(tmp_path / "copy"), 64 * MIB)
         assert sorted(each.name for each in tmp_path.iterdir()) == ["copy", "x.car"]
     finally:
-        host_folders.remove_tree(str(tmp_path / "copy"))  # pytest can't remove what is nested so deeply
+        host_folders.remove_tree(str(tmp_path / "copy"))  # pytest can't remove such deep folders
 
 
 def nested(blocks: Blocks, depth: int) -> Built:
-    held = blocks.folder([])
+    folder = blocks.folder([])
     for _ in range(depth):
-        held = blocks.folder([(b"d", held.cid)])
-    return held
+        folder = blocks.folder([(b"d", folder.cid)])
+    return folder
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
 def test_a_key_with_a_passphrase_is_refused(run: Runner, tmp_path: Path, habits: Path) -> None:
     make = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "words", "-f", str(tmp_path / "key")]
     subprocess.run(make, check=True)
-    asked = ("--record", tmp_path / "run.car", "--sign")
-    refused(run, *asked, tmp_path / "key", habits, "args", code=2, names="passphrase")
-    refused(run, *asked, tmp_path / "none", habits, "args", code=2, names="can't be read")
+    options = ("--record", tmp_path / "run.car", "--sign")
+    refused(run, *options, tmp_path / "key", habits, "args", code=2, names="passphrase")
+    refused(run, *options, tmp_path / "none", habits, "args", code=2, names="can't be read")
     assert not (tmp_path / "run.car").exists()

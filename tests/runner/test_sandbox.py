@@ -1,4 +1,4 @@
-"""What a guest can't do: change anything below /ipfs, or leave it. One test a call, by preview 1 and by
+"""A guest can't change anything below /ipfs, or leave it. There is one test for each call of preview 1 and of
 preview 2."""
 
 import os
@@ -14,8 +14,8 @@ from tests.runner.conftest import DEMO, Runner, lines
 from tests.runner.writesp2 import CALLS, NOT_PERMITTED, OPENED_TO_CHANGE, SUCCESS, TRIES, component
 
 NOTSUP, BADF, PERM = 58, 8, 63
-P1_ELSE = {"fd_write": BADF, "fd_pwrite": BADF, "fd_allocate": NOTSUP}
-"""Where wasmtime answers before it looks at the folder's permissions."""
+P1_EXCEPTIONS = {"fd_write": BADF, "fd_pwrite": BADF, "fd_allocate": NOTSUP}
+"""Calls that wasmtime answers before it looks at the folder's permissions."""
 P1_CALLS = [
     *(
         "open-write",
@@ -46,7 +46,7 @@ P1_CALLS = [
 
 
 class World:
-    """A mounted tree, and what the guests said that tried to change it."""
+    """A mounted tree, and the error number of each call by which the guests tried to change it."""
 
     def __init__(self, run: Runner, cid: str, top: Path, p1: dict[str, int], p2: dict[str, int]) -> None:
         self.run, self.cid, self.top, self.p1, self.p2 = run, cid, top, p1, p2
@@ -71,33 +71,33 @@ def world(tmp_path_factory: pytest.TempPathFactory, build_guest: Callable[[str],
         guest.write_text(component(f"{cid}/file", f"{cid}/dir"))
         p2 = run(guest)
         assert (p1.returncode, p2.returncode) == (0, 0), (p1, p2)
-        said = {name: int(errno) for name, errno in map(str.split, lines(p1.stdout))}
-        yield World(run, cid, mount.path, said, dict(zip(TRIES, p2.stdout, strict=True)))
+        p1_errors = {name: int(errno) for name, errno in map(str.split, lines(p1.stdout))}
+        yield World(run, cid, mount.path, p1_errors, dict(zip(TRIES, p2.stdout, strict=True)))
         assert sorted(os.listdir(mount.path / cid)) == sorted(os.listdir(source))
         assert (mount.path / cid / "file").read_text() == "content\n"
 
 
 @pytest.mark.fuse
 @pytest.mark.parametrize("call", P1_CALLS)
-def test_preview_1_may_not(world: World, call: str) -> None:
-    assert world.p1[call] == P1_ELSE.get(call, PERM)
+def test_preview_1_can_not_change_anything(world: World, call: str) -> None:
+    assert world.p1[call] == P1_EXCEPTIONS.get(call, PERM)
 
 
 @pytest.mark.fuse
 @pytest.mark.parametrize("call", CALLS)
-def test_preview_2_may_not(world: World, call: str) -> None:
+def test_preview_2_can_not_change_anything(world: World, call: str) -> None:
     assert world.p2[call] == NOT_PERMITTED
 
 
 @pytest.mark.fuse
-def test_a_directory_opened_to_be_changed_is_not(world: World) -> None:
+def test_a_directory_that_is_opened_for_changes_can_not_be_changed(world: World) -> None:
     assert world.p2[OPENED_TO_CHANGE] == SUCCESS
     assert world.p2["create in that directory"] == NOT_PERMITTED
 
 
 @pytest.mark.fuse
 @pytest.mark.parametrize("guest", ["reader-p1.wat", "reader-p2.wat"])
-def test_the_demo_guests_read_and_are_refused(world: World, guest: str) -> None:
+def test_the_demo_guests_can_read_and_can_not_write(world: World, guest: str) -> None:
     done = world.run(DEMO / guest, f"/ipfs/{world.cid}/file")
     first, *tries = lines(done.stdout)
     assert (done.returncode, first, len(tries)) == (0, "content", 3)
@@ -108,22 +108,24 @@ def test_the_demo_guests_read_and_are_refused(world: World, guest: str) -> None:
 def test_a_guest_can_not_leave(world: World, build_guest: Callable[[str], Path]) -> None:
     base = f"/ipfs/{world.cid}"
     inside = [f"{base}/file", f"{base}/right", f"{base}/dir/../file"]
-    ways = [
+    ways_out = [
         f"{base}/absolute",
         f"{base}/inside/{world.cid}/file",
         f"{base}/upward",
         "/ipfs/../etc/hostname",
         f"{base}/../../../../etc/hostname",
     ]
-    said = lines(world.run(build_guest("reach"), *inside, *ways, "/etc/hostname", "../etc/hostname").stdout)
-    said = [line for line in said if line]
-    assert said[:3] == [f"{each}: content" for each in inside]
-    assert len(said) == 3 + len(ways) + 2
-    assert all(": errno " in line for line in said[3:])
+    output = lines(
+        world.run(build_guest("reach"), *inside, *ways_out, "/etc/hostname", "../etc/hostname").stdout
+    )
+    output = [line for line in output if line]
+    assert output[:3] == [f"{each}: content" for each in inside]
+    assert len(output) == 3 + len(ways_out) + 2
+    assert all(": errno " in line for line in output[3:])
 
 
-def test_a_folder_that_was_looked_at_is_the_one_that_is_given(tmp_path: Path) -> None:
-    """Another guest may write where the working directory lies."""
+def test_the_folder_that_was_checked_is_the_one_that_is_given(tmp_path: Path) -> None:
+    """A guest that may write to the folder above could replace the working directory after the check."""
     work = tmp_path / "given" / "work"
     (work / "right").mkdir(parents=True)
     (tmp_path / "elsewhere" / "wrong").mkdir(parents=True)
@@ -139,8 +141,10 @@ def test_a_folder_that_was_looked_at_is_the_one_that_is_given(tmp_path: Path) ->
 
 
 @pytest.mark.fuse
-def test_a_name_with_a_slash_is_no_name(world: World, build_guest: Callable[[str], Path]) -> None:
-    said = world.run(
+def test_an_encoded_slash_and_a_backslash_do_not_separate_names(
+    world: World, build_guest: Callable[[str], Path]
+) -> None:
+    output = world.run(
         build_guest("reach"), f"/ipfs/{world.cid}%2Ffile", f"/ipfs/{world.cid}\\file"
     ).stdout.decode()
-    assert said.count("errno 44") == 2
+    assert output.count("errno 44") == 2

@@ -1,5 +1,5 @@
-"""What a receipt tells of a run beside its input and output: what was only read ahead, what was missing, and
-whether NaNs were fixed."""
+"""What a receipt says of a run besides its input and output: which blocks were only fetched ahead, which were
+missing, and whether NaN bits were fixed."""
 
 import io
 import json
@@ -34,11 +34,11 @@ def run(home: Home, tmp_path: Path) -> Runner:
 
 
 def receipt(target: Path) -> dict[str, Any]:
-    whole: dict[str, Any] = json.loads(target.read_text())
-    return whole
+    content: dict[str, Any] = json.loads(target.read_text())
+    return content
 
 
-def test_what_was_fetched_ahead_and_never_asked_for_is_told_apart(
+def test_a_receipt_lists_separately_the_blocks_that_were_only_fetched_ahead(
     run: Runner, tmp_path: Path, habits: Path
 ) -> None:
     dag = Dag()
@@ -53,12 +53,12 @@ def test_what_was_fetched_ahead_and_never_asked_for_is_told_apart(
     assert seen["read"] == [cids.text(file), *leaves[:16]]
     assert seen["ahead"]
     assert seen["ahead"] == leaves[16 : 16 + len(seen["ahead"])]
-    assert leaves[-1] not in seen["ahead"]  # for the guest stopped long before it
+    assert leaves[-1] not in seen["ahead"]  # because the guest stopped long before it
     assert seen["missing"] == []
 
 
 @pytest.mark.parametrize("form", ["json", "car"])
-def test_what_no_source_had_is_told_and_is_missing_again(
+def test_a_missing_block_is_in_the_receipt_and_is_missing_in_the_replay(
     run: Runner, tmp_path: Path, habits: Path, form: str
 ) -> None:
     dag = Dag()
@@ -77,8 +77,8 @@ def test_what_no_source_had_is_told_and_is_missing_again(
         assert {"exit code: the same", "read: the same", "missing: the same"} <= set(lines(again.stdout))
 
 
-def rewritten(source: Path, target: Path, told: dict[str, Any]) -> Path:
-    """The record `source`, with another receipt and all else as it was."""
+def rewritten(source: Path, target: Path, new_receipt: dict[str, Any]) -> Path:
+    """Copies the record `source`, with another receipt."""
     data = source.read_bytes()
     at = car.header_length(data[:9])
     (root,) = car.decode_header(data[:at])
@@ -92,20 +92,22 @@ def rewritten(source: Path, target: Path, told: dict[str, Any]) -> Path:
         folder = parse(root, blocks[root])
         assert isinstance(folder, Directory)
         children = {os.fsdecode(link.name): Built(link.cid, 0, link.tsize) for link in folder.links}
-        children["receipt.json"] = writer.add_file(io.BytesIO(json.dumps(told).encode()))
+        children["receipt.json"] = writer.add_file(io.BytesIO(json.dumps(new_receipt).encode()))
         writer.close(writer.add_folder(list(children.items())))
     return target
 
 
-def test_a_receipt_that_tells_of_other_reads_is_different(run: Runner, tmp_path: Path, habits: Path) -> None:
-    """One block less or more that was read, or was missing; and one that is told to be only fetched ahead."""
+def test_a_receipt_with_other_reads_is_reported_as_different(
+    run: Runner, tmp_path: Path, habits: Path
+) -> None:
+    """It lists a block fewer or more as read or as missing, or it lists a block as only fetched ahead."""
     dag = Dag()
     file = dag.file(LEAVES[:6])
     other = cids.text(dag.file([b"other" * 10]))
     del dag.blocks[cids.multihash(dag.block(LEAVES[3]))]
     source, target = dag.car(tmp_path / "source.car"), tmp_path / "run.car"
-    given = ("--from", source, "--offline", "--record", target)
-    assert run(*given, habits, "cat", f"/ipfs/{cids.text(file)}").returncode == 1
+    options = ("--from", source, "--offline", "--record", target)
+    assert run(*options, habits, "cat", f"/ipfs/{cids.text(file)}").returncode == 1
     recorded = json.loads(run("inspect", target, "--json").stdout)
     assert len(recorded["missing"]) == 1
     last = recorded["read"][-1]
@@ -118,13 +120,13 @@ def test_a_receipt_that_tells_of_other_reads_is_different(run: Runner, tmp_path:
         "more missing": {"missing": [*recorded["missing"], other]},
         "missing as ahead": {"missing": [], "ahead": [*recorded["ahead"], *recorded["missing"]]},
     }
-    for what, changed in changes.items():
+    for change, changed in changes.items():
         again = run("--replay", rewritten(target, tmp_path / "again.car", recorded | changed))
-        expected = {"nothing": 0, "read more": 125}.get(what, 3)  # 125: the record lacks that block
-        assert again.returncode == expected, (what, again)
+        expected = {"nothing": 0, "read more": 125}.get(change, 3)  # 125: the record lacks that block
+        assert again.returncode == expected, (change, again)
 
 
-def test_a_guest_whose_name_is_no_text(run: Runner, tmp_path: Path, habits: Path) -> None:
+def test_a_guest_whose_name_is_not_utf_8_can_be_recorded(run: Runner, tmp_path: Path, habits: Path) -> None:
     guest = tmp_path / os.fsdecode(b"\xff.wasm")
     guest.write_bytes(habits.read_bytes())
     for form in ("json", "car"):
@@ -159,13 +161,13 @@ CANONICAL = struct.pack(
 )
 
 
-def test_the_bits_of_a_nan_are_fixed_where_it_is_asked_for(run: Runner, tmp_path: Path) -> None:
-    """nans.wat makes each in a way in which processors differ, or which hands on the bits of what it was
-    given."""
+def test_nan_bits_are_fixed_only_with_deterministic(run: Runner, tmp_path: Path) -> None:
+    """nans.wat makes each NaN by an operation in which processors differ, or which keeps the bits of its
+    operand."""
     fixed, free = tmp_path / "fixed.json", tmp_path / "free.json"
     assert run("--record", fixed, "--deterministic", GUESTS / "nans.wat").stdout == CANONICAL
     assert "NaN bits" not in receipt(fixed)["differs"]
-    said = run("--record", free, GUESTS / "nans.wat").stdout
+    output = run("--record", free, GUESTS / "nans.wat").stdout
     assert "NaN bits" in receipt(free)["differs"]
     if platform.machine() == "x86_64":
-        assert said != CANONICAL
+        assert output != CANONICAL

@@ -1,5 +1,5 @@
-"""Whom the runner trusts: a cache folder, a daemon and a mount of this very user's; and its own folder, name
-by name."""
+"""The runner trusts only a cache folder, a daemon and a mount of this user. It checks every name in its own
+folder."""
 
 import ctypes
 import json
@@ -20,7 +20,7 @@ from tests.mounting import NOBODY, Home
 from tests.runner.conftest import DEMO, TOP, Done, Runner, lines
 
 READER = DEMO / "reader-p1.wat"
-AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="another user's files can be made by root alone")
+AS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
 
 MNT_DETACH = 2
 
@@ -31,7 +31,7 @@ with socket.socket(socket.AF_UNIX) as server:
     server.bind(path)
     os.chmod(path, 0o600)
     os.setuid(user)
-    server.listen()  # whose process calls this is whom SO_PEERCRED names
+    server.listen()  # SO_PEERCRED gives the user whose process calls this
     print("listening", flush=True)
     while True:
         with server.accept()[0] as peer, peer.makefile("rwb") as lines:
@@ -49,7 +49,7 @@ def run(home: Home, tmp_path: Path) -> Runner:
 
 @pytest.fixture
 def evil(tmp_path: Path) -> Path:
-    """A folder that someone would like to have for /ipfs."""
+    """A folder that an attacker wants a guest to get as /ipfs."""
     evil = tmp_path / "evil"
     evil.mkdir()
     (evil / "file").write_text("evil\n")
@@ -57,7 +57,7 @@ def evil(tmp_path: Path) -> Path:
 
 
 def daemon_folder(home: Home) -> Path:
-    """Where a daemon of this home has its socket, made as a mount makes it."""
+    """The folder where a daemon of this home has its socket. A mount has made it."""
     with home.mounted() as mount:
         folder = mount.control.parent
     for each in ("daemon.json", "control"):
@@ -66,8 +66,8 @@ def daemon_folder(home: Home) -> Path:
 
 
 @contextmanager
-def fake(folder: Path, mountpoint: Path, user: int) -> Iterator[None]:
-    """A daemon that is none: it answers, and names `mountpoint`."""
+def fake_daemon(folder: Path, mountpoint: Path, user: int) -> Iterator[None]:
+    """A fake daemon, which answers and names `mountpoint` as its own."""
     (folder / "daemon.json").write_text(json.dumps({"pid": os.getpid(), "mountpoint": str(mountpoint)}))
     command = [sys.executable, "-c", LISTEN, folder / "control", str(user)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as server:
@@ -80,15 +80,14 @@ def fake(folder: Path, mountpoint: Path, user: int) -> Iterator[None]:
 
 
 def refused(done: Done, *names: str) -> None:
-    said = done.stderr.decode()
-    assert (done.returncode, done.stdout, said.count("\n")) == (125, b"", 1), done
-    assert all(name in said for name in names), said
+    message = done.stderr.decode()
+    assert (done.returncode, done.stdout, message.count("\n")) == (125, b"", 1), done
+    assert all(name in message for name in names), message
 
 
 @pytest.fixture
 def real(tmp_path: Path) -> Iterator[Path]:
-    """A mount of this user's own, of another cache folder: by nothing else than its daemon's folder can it be
-    told apart."""
+    """A mount of this user with another cache folder. Only the folder of its daemon shows the difference."""
     with Home(tmp_path / "second").mounted() as mount:
         yield mount.path
 
@@ -97,7 +96,7 @@ def real(tmp_path: Path) -> Iterator[Path]:
 @AS_ROOT
 def test_another_users_cache_folder_is_refused(run: Runner, home: Home, real: Path) -> None:
     folder = daemon_folder(home)
-    with fake(folder, real, os.geteuid()):
+    with fake_daemon(folder, real, os.geteuid()):
         os.chown(folder, NOBODY, NOBODY)
         refused(run(READER, "/ipfs/file"), str(folder), "another user")
 
@@ -105,7 +104,7 @@ def test_another_users_cache_folder_is_refused(run: Runner, home: Home, real: Pa
 @pytest.mark.fuse
 def test_a_cache_folder_that_others_may_write_is_refused(run: Runner, home: Home, real: Path) -> None:
     folder = daemon_folder(home)
-    with fake(folder, real, os.geteuid()):
+    with fake_daemon(folder, real, os.geteuid()):
         folder.chmod(0o777)
         refused(run(READER, "/ipfs/file"), str(folder), "chmod 700")
 
@@ -115,7 +114,7 @@ def test_a_cache_folder_that_is_a_symlink_is_refused(
     run: Runner, home: Home, real: Path, tmp_path: Path
 ) -> None:
     folder = daemon_folder(home)
-    with fake(folder, real, os.geteuid()):
+    with fake_daemon(folder, real, os.geteuid()):
         folder.rename(tmp_path / "moved")
         folder.symlink_to(tmp_path / "moved")
         refused(run(READER, "/ipfs/file"), str(folder), "symlink")
@@ -123,14 +122,14 @@ def test_a_cache_folder_that_is_a_symlink_is_refused(
 
 @pytest.mark.fuse
 @AS_ROOT
-def test_another_user_who_listens_is_refused(run: Runner, home: Home, evil: Path) -> None:
-    with fake(daemon_folder(home), evil, NOBODY):
+def test_a_daemon_of_another_user_is_refused(run: Runner, home: Home, evil: Path) -> None:
+    with fake_daemon(daemon_folder(home), evil, NOBODY):
         refused(run(READER, "/ipfs/file"), "control", f"user {NOBODY}")
 
 
 @pytest.mark.fuse
-def test_what_is_mounted_there_must_be_a_mount_of_ours(run: Runner, home: Home) -> None:
-    with fake(daemon_folder(home), Path("/proc"), os.geteuid()):
+def test_a_mountpoint_without_a_mount_of_ours_is_refused(run: Runner, home: Home) -> None:
+    with fake_daemon(daemon_folder(home), Path("/proc"), os.geteuid()):
         refused(run(READER, "/ipfs/version"), "/proc is not a mount of yours")
 
 
@@ -140,39 +139,39 @@ def test_what_is_mounted_there_must_be_a_mount_of_ours(run: Runner, home: Home) 
 def test_another_users_mount_is_refused(
     run: Runner, home: Home, tmp_path: Path, kind: str, user: int
 ) -> None:
-    """Its type says nothing: any user may mount by fusermount3 under that name."""
-    point = tmp_path / "theirs"
-    point.mkdir()
+    """The type proves nothing: any user can mount with this type by fusermount3."""
+    mountpoint = tmp_path / "theirs"
+    mountpoint.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
     device = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={device},rootmode=40000,user_id={user},group_id={user}".encode()
-    assert libc.mount(b"ipfsfuse", bytes(point), kind.encode(), 0, options) == 0, os.strerror(
+    assert libc.mount(b"ipfsfuse", bytes(mountpoint), kind.encode(), 0, options) == 0, os.strerror(
         ctypes.get_errno()
     )
     try:
-        with fake(daemon_folder(home), point, os.geteuid()):
-            refused(run(READER, "/ipfs/x"), str(point), "not a mount of yours")
+        with fake_daemon(daemon_folder(home), mountpoint, os.geteuid()):
+            refused(run(READER, "/ipfs/x"), str(mountpoint), "not a mount of yours")
     finally:
         os.close(device)
-        libc.umount2(bytes(point), MNT_DETACH)
+        libc.umount2(bytes(mountpoint), MNT_DETACH)
 
 
 @pytest.mark.fuse
 def test_a_folder_that_is_not_mounted_is_never_given_to_a_guest(
     run: Runner, home: Home, evil: Path, tmp_path: Path
 ) -> None:
-    """A daemon that is ending, or one that lies: the runner makes a mount of its own."""
+    """The daemon may be ending, or may be a fake. The runner makes its own mount."""
     (tmp_path / "source").write_text("content\n")
     cid = home.add(tmp_path / "source")
     (evil / cid).write_text("evil\n")
-    with fake(daemon_folder(home), evil, os.geteuid()):
+    with fake_daemon(daemon_folder(home), evil, os.geteuid()):
         done = run(READER, f"/ipfs/{cid}")
     assert (done.returncode, lines(done.stdout)[0]) == (0, "content"), done
 
 
-def test_a_mount_that_was_replaced_meanwhile_is_not_given(tmp_path: Path) -> None:
-    """Who may rename above the mountpoint could put another folder there between the runner's look and the
-    guest's start."""
+def test_a_mount_that_was_replaced_after_the_check_is_not_given(tmp_path: Path) -> None:
+    """A user who may rename folders above the mountpoint could put another folder there between the runner's
+    check and the guest's start."""
     (tmp_path / "root").mkdir()
     numbers = {
         fields[4]: int(fields[0])
@@ -203,8 +202,8 @@ def a_pipe(path: Path, _outside: Path) -> None:
 
 
 def a_socket(path: Path, outside: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(str(outside / "socket"))
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        unix_socket.bind(str(outside / "socket"))
     (outside / "socket").rename(path)
 
 
@@ -218,22 +217,22 @@ def an_open_folder(path: Path, _outside: Path) -> None:
     path.chmod(0o777)
 
 
-def another_users(path: Path, _outside: Path) -> None:
+def folder_of_another_user(path: Path, _outside: Path) -> None:
     path.mkdir(mode=0o700)
     os.chown(path, NOBODY, NOBODY)
 
 
-PLANTED = (a_symlink, a_file, a_pipe, a_socket, a_full_folder, an_open_folder, another_users)
+PLANTED = (a_symlink, a_file, a_pipe, a_socket, a_full_folder, an_open_folder, folder_of_another_user)
 
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
-def test_what_is_planted_in_the_runners_folder(
+def test_files_that_are_planted_in_the_runners_folder_do_no_harm(
     tmp_path: Path, tree: Path, habits: Path, plant: Callable[[Path, Path], None]
 ) -> None:
-    """Under each name that the runner uses there: the run is right, or refused in a line, and nothing outside
+    """For each name that the runner uses there, the run succeeds or is refused in one line. Nothing outside
     is changed."""
-    if plant is another_users and os.geteuid() != 0:
-        pytest.skip("another user's files can be made by root alone")
+    if plant is folder_of_another_user and os.geteuid() != 0:
+        pytest.skip("only root can make files of another user")
     xdg, outside = tmp_path / "xdg", tmp_path / "outside-of-it"
     (outside / "folder").mkdir(parents=True)
     (outside / "file").write_text("untouched")
@@ -266,12 +265,14 @@ def test_what_is_planted_in_the_runners_folder(
         assert os.path.lexists(name)
 
 
-def test_what_an_earlier_version_made_is_used(tmp_path: Path, run: Runner, tree: Path, habits: Path) -> None:
-    """The folders for a guest's `/` had mode 0755."""
+def test_folders_of_an_earlier_version_are_used(
+    tmp_path: Path, run: Runner, tree: Path, habits: Path
+) -> None:
+    """Earlier versions made the folders for a guest's `/` with mode 0755."""
     run.mount = tree
     assert run(habits, "args").returncode == 0
-    (made,) = (tmp_path / "xdg" / "ipfsfuse-run" / "roots").glob("*/ipfs")
-    made.chmod(0o755)
+    (folder,) = (tmp_path / "xdg" / "ipfsfuse-run" / "roots").glob("*/ipfs")
+    folder.chmod(0o755)
     assert run(habits, "args").returncode == 0
 
 
@@ -282,7 +283,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def test_what_the_code_cache_does_not_know_is_left_alone(tmp_path: Path, tree: Path, habits: Path) -> None:
+def test_the_code_cache_leaves_unknown_files_alone(tmp_path: Path, tree: Path, habits: Path) -> None:
     from ipfsfuse_run.code_cache import MODULE, CodeCache
     from ipfsfuse_run.guest import Settings, build, key, make_engine
 
@@ -292,11 +293,11 @@ def test_what_the_code_cache_does_not_know_is_left_alone(tmp_path: Path, tree: P
         (folder / name).write_bytes(bytes(1000))
     settings = Settings(fuel=False, max_wasm_stack=None, deterministic=False)
     code, engine = b"\0asm\1\0\0\0", make_engine(settings)
-    made = CodeCache(folder, bound=1).compiled(
+    entry = CodeCache(folder, bound=1).compiled(
         MODULE, code, "guest", 1 << 32, key(settings), lambda: build(engine, MODULE, code, "guest")
     )
-    os.close(made.file)
-    left = {each.name for each in folder.iterdir()}
-    assert {"notes.txt", "a" * 64} < left
-    assert f"{'b' * 64}-{'c' * 16}" not in left
-    assert len(left) == 3
+    os.close(entry.file)
+    names = {each.name for each in folder.iterdir()}
+    assert {"notes.txt", "a" * 64} < names
+    assert f"{'b' * 64}-{'c' * 16}" not in names
+    assert len(names) == 3

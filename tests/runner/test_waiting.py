@@ -1,4 +1,4 @@
-"""A guest that waits for a block which never comes: whatever ends the run ends it, long before the mount's
+"""A guest that waits for a block that never arrives. A signal or a timeout ends it, long before the mount's
 deadline."""
 
 import os
@@ -15,12 +15,12 @@ from tests.runner.conftest import DEMO, Runner
 pytestmark = pytest.mark.fuse
 
 NEVER = "bafkreigh2akiscaildcqabsyg3dfr6chu3fgpregiymsck7e7aqa4s52zy"
-"""The CID of a raw block; who is asked for it here never answers."""
+"""The CID of a raw block. The gateway never answers a request for it."""
 
 
 @pytest.fixture
-def silence() -> Iterator[socket.socket]:
-    """A gateway that takes connections and says nothing."""
+def silent_gateway() -> Iterator[socket.socket]:
+    """A gateway that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server
 
@@ -31,8 +31,8 @@ def run(home: Home, tmp_path: Path) -> Runner:
     return Runner({**home.env, "XDG_CACHE_HOME": str(tmp_path / "xdg"), "TMPDIR": str(tmp_path / "tmp")})
 
 
-def waiting(silence: socket.socket) -> list[str]:
-    port = silence.getsockname()[1]
+def mount_options(silent_gateway: socket.socket) -> list[str]:
+    port = silent_gateway.getsockname()[1]
     return ["--from", f"http://127.0.0.1:{port}", "--deadline", "10m"]
 
 
@@ -41,25 +41,27 @@ def nothing_is_mounted(run: Runner) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal(run: Runner, silence: socket.socket, number: signal.Signals) -> None:
-    with run.start(*waiting(silence), DEMO / "reader-p1.wat", f"/ipfs/{NEVER}") as process:
-        asked, _address = silence.accept()
-        with asked:
+def test_a_signal_ends_a_waiting_guest(
+    run: Runner, silent_gateway: socket.socket, number: signal.Signals
+) -> None:
+    with run.start(*mount_options(silent_gateway), DEMO / "reader-p1.wat", f"/ipfs/{NEVER}") as process:
+        connection, _address = silent_gateway.accept()
+        with connection:
             process.send_signal(number)
             assert process.wait(timeout=60) == -number
     wait_until(lambda: nothing_is_mounted(run), "the mount is gone")
 
 
-def test_out_of_time(run: Runner, silence: socket.socket) -> None:
+def test_a_timeout_ends_a_waiting_guest(run: Runner, silent_gateway: socket.socket) -> None:
     with run.start(
-        *waiting(silence), "-W", "timeout=1s", DEMO / "reader-p2.wat", f"/ipfs/{NEVER}"
+        *mount_options(silent_gateway), "-W", "timeout=1s", DEMO / "reader-p2.wat", f"/ipfs/{NEVER}"
     ) as process:
         assert process.wait(timeout=60) == 124
     wait_until(lambda: nothing_is_mounted(run), "the mount is gone")
 
 
-def test_what_the_runner_does_itself_asks_a_mount_nothing(run: Runner, home: Home, tmp_path: Path) -> None:
-    """The mount's daemon stands still: who asks it something can't be ended but by SIGKILL."""
+def test_the_runner_itself_never_waits_for_a_mount(run: Runner, home: Home, tmp_path: Path) -> None:
+    """The mount's daemon is stopped. Only SIGKILL would end a process that waits for its answer."""
     (tmp_path / "source").mkdir()
     cid = home.add(tmp_path / "source")
     command = ["--dir", f"{home.mountpoint / cid}::/data::ro", DEMO / "reader-p1.wat", "/data/x"]
@@ -68,17 +70,17 @@ def test_what_the_runner_does_itself_asks_a_mount_nothing(run: Runner, home: Hom
         with run.start("--mount", mount.path, *command) as process:
             try:
                 children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-                wait_until(children.read_text, "the guest has its process")
+                wait_until(children.read_text, "the guest's process has started")
                 process.send_signal(signal.SIGTERM)
                 assert process.wait(timeout=PATIENCE) == -signal.SIGTERM
             finally:
                 os.kill(mount.pid, signal.SIGCONT)
 
 
-def test_kill_9(run: Runner, silence: socket.socket) -> None:
-    with run.start(*waiting(silence), DEMO / "reader-p1.wat", f"/ipfs/{NEVER}") as process:
-        asked, _address = silence.accept()
-        with asked:
+def test_kill_9_of_the_runner_ends_a_waiting_guest(run: Runner, silent_gateway: socket.socket) -> None:
+    with run.start(*mount_options(silent_gateway), DEMO / "reader-p1.wat", f"/ipfs/{NEVER}") as process:
+        connection, _address = silent_gateway.accept()
+        with connection:
             (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             process.kill()
             process.wait(timeout=60)

@@ -1,5 +1,5 @@
 """The preview 1 cases of WebAssembly/wasi-testsuite. The variable WASI_TESTSUITE names a checkout of its
-branch prod/testsuite-base, which has them compiled."""
+branch prod/testsuite-base, which has the compiled cases."""
 
 import json
 import os
@@ -14,11 +14,13 @@ from tests.mounting import Home
 from tests.runner.conftest import Runner
 
 SUITE = os.environ.get("WASI_TESTSUITE")
-DEVIATIONS = {"sock_shutdown-invalid_fd": "it takes descriptor 3 to be closed, which is the guest's / here"}
+DEVIATIONS = {
+    "sock_shutdown-invalid_fd": "it expects descriptor 3 to be closed, but here it is the guest's /"
+}
 
 
 def _cases() -> list[Any]:
-    """A module of the suite, and the engine that runs it."""
+    """Each module of the suite with each engine."""
     if SUITE is None:
         skip = pytest.mark.skip(reason="WASI_TESTSUITE does not name a checkout of wasi-testsuite")
         return [pytest.param(Path(), "", marks=skip)]
@@ -40,7 +42,7 @@ def _cases() -> list[Any]:
 
 @pytest.fixture(scope="module")
 def mounted(tmp_path_factory: pytest.TempPathFactory, wasmtime: Path) -> Iterator[Runner]:
-    """A runner with a live mount: the command runs guests on no other folder."""
+    """A runner with a live mount. The command engine runs guests only on a mount."""
     home = Home(tmp_path_factory.mktemp("home"))
     path = f"{wasmtime}{os.pathsep}{home.env['PATH']}"
     with home.mounted("--offline"):
@@ -52,12 +54,12 @@ def mounted(tmp_path_factory: pytest.TempPathFactory, wasmtime: Path) -> Iterato
 def test_case(module: Path, engine: str, mounted: Runner, tmp_path: Path) -> None:
     expected = module.with_suffix(".json")
     case = json.loads(expected.read_text()) if expected.exists() else {}
-    given = [f"--env={name}={value}" for name, value in case.get("env", {}).items()]
+    options = [f"--env={name}={value}" for name, value in case.get("env", {}).items()]
     if "root" in case:
         root = tmp_path / "root"
         shutil.copytree(module.parent / case["root"], root, symlinks=True)
-        given.append(f"--dir={root}::/")
-    done = mounted("--engine", engine, *given, module, *case.get("args", []))
+        options.append(f"--dir={root}::/")
+    done = mounted("--engine", engine, *options, module, *case.get("args", []))
     assert done.returncode == case.get("exit_code", 0), done
-    for stream, said in (("stdout", done.stdout), ("stderr", done.stderr)):
-        assert case.get(stream) in (None, said.decode())
+    for stream, output in (("stdout", done.stdout), ("stderr", done.stderr)):
+        assert case.get(stream) in (None, output.decode())

@@ -1,13 +1,13 @@
-"""A component in text form that tries every mutating call of wasi:filesystem, and prints one byte for each:
-its error code."""
+"""A component in text form that tries every mutating call of wasi:filesystem, and prints the error code of
+each as one byte."""
 
 from pathlib import Path
 
 READER = Path(__file__).parents[2] / "scripts" / "demo_data" / "reader-p2.wat"
-"""Its imports are taken over."""
+"""The demo guest whose imports the component copies."""
 
 NOT_PERMITTED = 31
-"""wasi:filesystem/types.error-code, by its place in the enum; 255 is success."""
+"""The position of `not-permitted` in wasi:filesystem/types.error-code. The guest prints 255 for success."""
 
 _BORROW = '(param "self" (borrow $descriptor))'
 _PATH = '(param "path" string)'
@@ -18,7 +18,7 @@ _OPEN = (
     '"flags" $flags)'
 )
 
-# name: (its WIT parameters behind self, its result, core parameters, where the error code lies)
+# name: (WIT parameters after self, result, core parameters, offset of the error code)
 _METHODS = {
     "open-at": (_OPEN, "(own $descriptor)", "i32 i32 i32 i32 i32", 4),
     "set-size": ('(param "size" u64)', "", "i64", 1),
@@ -53,13 +53,13 @@ def _opening(path: str, open_flags: int, flags: int) -> tuple[str, str]:
     return "open-at", f"(global.get $ipfs) (i32.const 1) {path} (i32.const {open_flags}) (i32.const {flags})"
 
 
-# what is tried: (method, core arguments); $ipfs is the folder, $fd the file opened for reading
+# name: (method, core arguments); $ipfs is the folder, $fd the file that is open for reading
 _TRIES = {
     "open to write": _opening(_FILE, 0, 2),
     "open to read and write": _opening(_FILE, 0, 3),
     "open and create": _opening(_NEW, 1, 1),
     "open and create to write": _opening(_NEW, 1, 2),
-    "open and create alone": _opening(_NEW, 5, 2),
+    "open and create exclusively": _opening(_NEW, 5, 2),
     "open and truncate": _opening(_FILE, 8, 2),
     "set-size": ("set-size", "(global.get $fd) (i64.const 0)"),
     "set-times": ("set-times", f"(global.get $fd) {_NOW} {_NOW}"),
@@ -74,14 +74,14 @@ _TRIES = {
     "write-via-stream": ("write-via-stream", "(global.get $fd) (i64.const 0)"),
     "append-via-stream": ("append-via-stream", "(global.get $fd)"),
     "open a directory to change it": _opening(_DIR, 2, 33),
-    # which is where the call before put it
+    # the descriptor that the call before stored at 4
     "create in that directory": ("create-directory-at", f"(i32.load (i32.const 4)) {_NAME}"),
 }
 
 TRIES = list(_TRIES)
 OPENED_TO_CHANGE, SUCCESS = "open a directory to change it", 255
 CALLS = [name for name in TRIES if name != OPENED_TO_CHANGE]
-"""What is not permitted."""
+"""The calls that fail with NOT_PERMITTED."""
 
 
 def _core_type(params: str) -> str:
@@ -89,7 +89,7 @@ def _core_type(params: str) -> str:
 
 
 def _types_between(reader: str) -> str:
-    """The imports of the demo's reader, with every mutating method in place of those it has itself."""
+    """The imports of the demo's reader, with every mutating method in place of its own methods."""
     head, _, rest = reader.partition('    (export "[method]descriptor.open-at"')
     _methods, _, tail = rest.partition('  (alias export $types "descriptor"')
     stamp = """    (type $datetime-is (record (field "seconds" u64) (field "nanoseconds" u32)))
@@ -124,7 +124,7 @@ _WORLD = """  (core module $Memory
   (alias export $preopens "get-directories" (func $get-directories-at-host))
   (core func $get-directories (canon lower (func $get-directories-at-host) (memory $mem) (realloc $realloc)))
 """
-"""Memory, and what the guest needs to find the folder and to tell what came of it."""
+"""Memory, and the imports by which the guest finds the folder and prints its results."""
 
 
 def _main(wanted: str, tries: str, file: str, folder: str) -> str:
@@ -142,7 +142,7 @@ def _main(wanted: str, tries: str, file: str, folder: str) -> str:
     (global $new-size i32 (i32.const {len(folder) + 4}))
     (global $ipfs (mut i32) (i32.const 0))
     (global $fd (mut i32) (i32.const 0))
-    ;; the result lies at 0: its error code to 2048 + the try's number, 255 for success
+    ;; the result of a try is at 0: stores its error code, or 255 for success, at 2048 + the try's number
     (func $note (param $number i32) (param $code i32)
       (i32.store8 (i32.add (i32.const 2048) (local.get $number))
         (select (i32.load8_u (local.get $code)) (i32.const 255) (i32.load8_u (i32.const 0)))))
@@ -160,7 +160,7 @@ def _main(wanted: str, tries: str, file: str, folder: str) -> str:
 
 
 def component(file: str, folder: str) -> str:
-    """The guest's text; the paths are below /ipfs, without that prefix."""
+    """The text of the guest. The paths are relative to /ipfs."""
     lowered = "\n".join(
         f'  (alias export $types "[method]descriptor.{name}" (func ${name}-at-host))\n'
         f"  (core func ${name} (canon lower (func ${name}-at-host) (memory $mem)))"

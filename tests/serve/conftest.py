@@ -1,4 +1,4 @@
-"""A running `ipfsfuse serve`, and questions to it."""
+"""A running `ipfsfuse serve`, and requests to it."""
 
 import http.client
 import json
@@ -38,9 +38,9 @@ class Server:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self.process = process
         assert process.stdout is not None
-        told = process.stdout.readline()
-        assert told, process.communicate()
-        (self.url,) = json.loads(told)["listening"]
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        (self.url,) = json.loads(line)["listening"]
         self.address = self.url.removeprefix("http://")
 
     def ask(self, target: str, *, method: str = "GET", **headers: str) -> Answer:
@@ -74,6 +74,6 @@ def serving(home: Home, *options: str | Path) -> Iterator[Server]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        _out, said = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, said
-        assert "Traceback" not in said, said
+        _out, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, errors
+        assert "Traceback" not in errors, errors

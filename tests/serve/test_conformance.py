@@ -1,6 +1,6 @@
-"""The trustless cases of the gateway-conformance suite (github.com/ipfs/gateway-conformance), on its fixtures.
+"""The trustless cases of the gateway-conformance suite (github.com/ipfs/gateway-conformance).
 
-Where the fixtures are not there (../shared/fixtures), these tests are skipped, and say so.
+They use its fixtures. Without the fixtures (../shared/fixtures) these tests are skipped.
 """
 
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ def test_a_range_of_a_raw_block(server: Server, wanted: str, start: int, end: in
     assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/31"
 
 
-def test_several_ranges_may_be_ignored_and_what_is_not_there_is_416(server: Server) -> None:
+def test_several_ranges_may_be_ignored_and_a_range_past_the_end_is_416(server: Server) -> None:
     assert server.ask(f"/ipfs/{RAW_FILE}?format=raw", Range="bytes=0-1,4-5").body == block(RAW_FILE)
     answer = server.ask(f"/ipfs/{RAW_FILE}?format=raw", Range="bytes=31-")
     assert (answer.status, answer.headers["content-range"]) == (416, "bytes */31")
@@ -96,7 +96,7 @@ def test_several_ranges_may_be_ignored_and_what_is_not_there_is_416(server: Serv
 
 
 def cars(server: Server, path: str, query: str = "") -> list[str]:
-    """The blocks of a CAR, which is the same asked for by query and by header."""
+    """The blocks of a CAR. Asserts that a request by query and one by header give the same blocks."""
     by_query = server.ask(f"/ipfs/{path}?format=car{query}")
     by_header = server.ask(f"/ipfs/{path}?{query.removeprefix('&')}", Accept=CAR_TYPE)
     assert by_query.status == by_header.status == 200
@@ -106,7 +106,7 @@ def cars(server: Server, path: str, query: str = "") -> list[str]:
 
 
 def nested() -> tuple[str, str, str]:
-    """A directory, a directory in it with its name, and a file in that with its path below."""
+    """The name and the CID of the directory in `NESTED`, and the CID of the file in it."""
     outer = nodes.parse(cids.parse(NESTED), block(NESTED))
     assert isinstance(outer, nodes.Directory)
     (link,) = outer.links
@@ -116,7 +116,7 @@ def nested() -> tuple[str, str, str]:
     return link.name.decode(), cids.text(link.cid), cids.text(file.cid)
 
 
-def test_car_pathing_gives_the_way_and_what_it_leads_to(server: Server) -> None:
+def test_a_car_of_a_path_has_the_blocks_of_the_path_and_its_target(server: Server) -> None:
     name, inner, _file = nested()
     whole = list(
         dict.fromkeys(
@@ -130,7 +130,7 @@ def test_car_pathing_gives_the_way_and_what_it_leads_to(server: Server) -> None:
     assert cars(server, f"{NESTED}/{name}", "&dag-scope=entity") == [NESTED, inner]
 
 
-def test_car_of_files_in_a_directory(server: Server) -> None:
+def test_a_car_of_a_file_in_a_directory_has_the_blocks_of_its_scope(server: Server) -> None:
     assert cars(server, DUPLICATES, "&dag-scope=entity") == [DUPLICATES]
     assert cars(server, f"{DUPLICATES}/ascii.txt") == [DUPLICATES, ASCII]
     assert cars(server, f"{DUPLICATES}/ascii.txt", "&dag-scope=block") == [DUPLICATES, ASCII]
@@ -148,7 +148,7 @@ def shards(cid: str = HAMT) -> list[str]:
     return [found for each in inner for found in (each, *shards(each))]
 
 
-def test_car_through_a_hamt_gives_the_nodes_on_the_way_alone(server: Server) -> None:
+def test_a_car_through_a_hamt_has_only_the_nodes_on_the_path(server: Server) -> None:
     block_only = cars(server, f"{HAMT}/1.txt", "&dag-scope=block")
     assert block_only[0] == HAMT
     assert block_only[-1] == MULTI
@@ -174,7 +174,7 @@ def test_entity_bytes_give_the_fewest_blocks(server: Server, span: str, first: i
     assert cars(server, f"{DUPLICATES}/multiblock.txt", f"&entity-bytes={span}") == [DUPLICATES, *expected]
 
 
-def test_entity_bytes_of_a_file_whose_block_is_missing(server: Server) -> None:
+def test_entity_bytes_give_the_blocks_of_a_file_although_another_is_missing(server: Server) -> None:
     root = dagpb.decode(block(MISSING))
     held = [cids.text(link.cid) for link in root.links]
     have = {cids.multihash(cids.parse(cid)) for cid in held} & set(
@@ -185,7 +185,7 @@ def test_entity_bytes_of_a_file_whose_block_is_missing(server: Server) -> None:
     assert cars(server, MISSING, "&dag-scope=entity&entity-bytes=2200:*") == [MISSING, held[2]]
 
 
-def test_order_and_duplicates(server: Server) -> None:
+def test_order_and_duplicates_are_as_the_client_asks(server: Server) -> None:
     def ask(query: str, accept: str) -> tuple[str, list[str]]:
         answer = server.ask(f"/ipfs/{DUPLICATES}{query}", Accept=accept)
         assert answer.status == 200

@@ -28,7 +28,7 @@ from tests.faults.gateway import Gateway, blocks_of
 from tests.faults.test_harm import thousands_of_nodes_in_cids
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node, free_port
-from tests.looptime.steps import none_is_long
+from tests.looptime.steps import no_step_is_long
 from tests.mounting import Home, wait_until
 from tests.serve.conftest import Server, serving
 from tests.sources.ipns import NameServer, make, name_of
@@ -51,7 +51,7 @@ def same(one: Path, other: Path) -> None:
     subprocess.run(["diff", "-r", one, other], check=True)
 
 
-# -- what it gives ---------------------------------------------------------------------------------------
+# -- content ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fuse
@@ -110,7 +110,9 @@ def router(server: Server) -> Iterator[str]:
 
 
 @pytest.mark.kubo
-def test_cars_have_the_blocks_of_a_real_nodes_in_its_order(home: Home, kubo_node: Node) -> None:
+def test_cars_have_the_same_blocks_in_the_same_order_as_those_of_a_real_node(
+    home: Home, kubo_node: Node
+) -> None:
     folder, cid = tree(home)
     wide = home.folder / "wide"
     wide.mkdir()
@@ -145,7 +147,7 @@ def test_cars_have_the_blocks_of_a_real_nodes_in_its_order(home: Home, kubo_node
     assert folder.exists()
 
 
-def test_head_etags_and_what_is_refused(home: Home) -> None:
+def test_head_etags_and_refused_requests(home: Home) -> None:
     _folder, cid = tree(home)
     with serving(home) as server:
         raw, as_car = f"/ipfs/{cid}?format=raw", f"/ipfs/{cid}?format=car"
@@ -175,7 +177,7 @@ def test_head_etags_and_what_is_refused(home: Home) -> None:
         assert server.ask(raw, Content_Length="5").status == 413
 
 
-# -- where it comes from ---------------------------------------------------------------------------------
+# -- sources ---------------------------------------------------------------------------------------------
 
 
 def gateway_of(home: Home, *cid: str) -> Gateway:
@@ -186,7 +188,7 @@ def gateway_of(home: Home, *cid: str) -> Gateway:
     return Gateway(blocks)
 
 
-def test_it_fetches_for_nobody_unless_it_is_told_to(home: Home, tmp_path: Path) -> None:
+def test_nothing_is_fetched_for_clients_without_the_option_fetch(home: Home, tmp_path: Path) -> None:
     elsewhere = Home(tmp_path / "elsewhere")
     folder, cid = tree(elsewhere)
     with gateway_of(elsewhere, cid).serving() as gateway:
@@ -201,13 +203,13 @@ def test_it_fetches_for_nobody_unless_it_is_told_to(home: Home, tmp_path: Path) 
             assert len(blocks) > 30
             assert server.ask(car, Cache_Control="only-if-cached").blocks() == blocks
             assert server.ask(f"/ipfs/{ABSENT}?format=raw").status in (404, 504)
-        with serving(home) as server:  # what was fetched is here now
+        with serving(home) as server:  # what was fetched is in the cache now
             assert server.ask(car).blocks() == blocks
     assert folder.exists()
 
 
 @pytest.mark.fuse
-def test_through_the_mount_that_holds_the_folder(home: Home, tmp_path: Path) -> None:
+def test_content_is_read_through_a_mount_that_uses_the_cache_folder(home: Home, tmp_path: Path) -> None:
     elsewhere = Home(tmp_path / "elsewhere")
     folder, cid = tree(elsewhere)
     with gateway_of(elsewhere, cid).serving() as gateway, home.mounted("--from", gateway.url) as mount:
@@ -229,7 +231,7 @@ def test_through_the_mount_that_holds_the_folder(home: Home, tmp_path: Path) -> 
 
 
 @pytest.mark.fuse
-def test_records_of_names_that_were_seen_are_given_out(home: Home) -> None:
+def test_name_records_that_were_seen_are_served(home: Home) -> None:
     _folder, cid = tree(home)
     name = name_of(KEY)
     target = f"/ipns/{name}?format=ipns-record"
@@ -260,7 +262,7 @@ def test_records_of_names_that_were_seen_are_given_out(home: Home) -> None:
             assert server.ask(target).body == source.records[str(name)]
 
 
-# -- strangers -------------------------------------------------------------------------------------------
+# -- hostile clients -------------------------------------------------------------------------------------
 
 
 def connect(server: Server) -> socket.socket:
@@ -268,7 +270,7 @@ def connect(server: Server) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=30)
 
 
-def test_an_answer_that_can_not_be_ended_is_cut_off_visibly(home: Home, tmp_path: Path) -> None:
+def test_an_answer_that_can_not_be_completed_is_visibly_cut_off(home: Home, tmp_path: Path) -> None:
     elsewhere = Home(tmp_path / "elsewhere")
     _folder, cid = tree(elsewhere)
     gateway = gateway_of(elsewhere, cid)
@@ -280,15 +282,17 @@ def test_an_answer_that_can_not_be_ended_is_cut_off_visibly(home: Home, tmp_path
         closing(connect(server)) as client,
     ):
         client.sendall(f"GET /ipfs/{cid}?format=car HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        said = b""
+        answer = b""
         while piece := client.recv(1 << 20):
-            said += piece
-        assert said.startswith(b"HTTP/1.1 200")
-        assert not said.endswith(b"0\r\n\r\n")
-        wait_until(lambda: home.json("status", "--json")["served"]["broken"] == 1, "it is counted")
+            answer += piece
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert not answer.endswith(b"0\r\n\r\n")
+        wait_until(
+            lambda: home.json("status", "--json")["served"]["broken"] == 1, "the broken answer is counted"
+        )
 
 
-def test_a_crowd_that_says_nothing_keeps_nobody_out_for_long(home: Home) -> None:
+def test_many_silent_clients_do_not_keep_others_out_for_long(home: Home) -> None:
     _folder, cid = tree(home)
     with serving(home) as server:
         crowd = [connect(server) for _ in range(bounds.MAX_CONNECTIONS - 10)]
@@ -301,7 +305,7 @@ def test_a_crowd_that_says_nothing_keeps_nobody_out_for_long(home: Home) -> None
             each.close()
 
 
-def test_a_client_that_reads_nothing_delays_no_other_and_not_the_end(home: Home) -> None:
+def test_a_client_that_reads_nothing_delays_neither_other_clients_nor_the_end(home: Home) -> None:
     _folder, cid = tree(home, size=64 << 20)
     with serving(home) as server:
         stalled = [connect(server) for _ in range(5)]
@@ -317,8 +321,8 @@ def test_a_client_that_reads_nothing_delays_no_other_and_not_the_end(home: Home)
             each.close()
 
 
-def test_an_answer_that_is_not_taken_is_given_up_however_it_is_sent() -> None:
-    """A client of HTTP/2 can open no window for one answer, and go on asking for others."""
+def test_an_answer_that_the_client_does_not_take_is_given_up() -> None:
+    """An HTTP/2 client can refuse to take one answer, and send more requests."""
 
     async def block(cid: Cid, fetch: bool) -> bytes:
         return bytes(2 << 20)
@@ -341,56 +345,56 @@ def test_an_answer_that_is_not_taken_is_given_up_however_it_is_sent() -> None:
     assert trio.run(main, clock=MockClock(autojump_threshold=0)) <= 33 * gateway.SEND_SECONDS
 
 
-def test_a_long_answer_is_not_cut_off_though_its_client_says_nothing() -> None:
-    """By HTTP/2 a client that opened a large window need send nothing while it reads."""
+def test_a_long_answer_to_a_silent_client_is_not_cut_off() -> None:
+    """An HTTP/2 client with a large window may send nothing while it reads."""
 
     async def main() -> None:
         ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
         connection = bounds._Connection(ours)
         await theirs.send_all(b"a request")
         assert await connection.receive_some() == b"a request"
-        heard = list[bytes]()
+        received = list[bytes]()
 
-        async def hear() -> None:
-            heard.append(bytes(await connection.receive_some()))
+        async def receive() -> None:
+            received.append(bytes(await connection.receive_some()))
 
         async with theirs, trio.open_nursery() as nursery:
-            nursery.start_soon(hear)
+            nursery.start_soon(receive)
             for _ in range(3):
                 await trio.sleep(bounds.HEAD_SECONDS - 1)
                 await connection.send_all(b"a part of the answer")
             await theirs.send_all(b"another request")
-        assert heard == [b"another request"]
+        assert received == [b"another request"]
         await connection.aclose()
 
     trio.run(main, clock=MockClock(autojump_threshold=0.01))
 
 
-def test_a_car_of_thousands_of_nodes_in_cids_delays_no_other(home: Home) -> None:
-    """They are in no CAR, so nothing is sent between them."""
+def test_thousands_of_nodes_in_cids_do_not_block_the_event_loop(home: Home) -> None:
+    """Such nodes are not in the CAR, so nothing is sent while they are walked."""
     dag = Dag()
     root = cids.text(thousands_of_nodes_in_cids(dag, 10_000))
-    with none_is_long(home), serving(home, "--from", dag.car(home.folder / "inline.car")) as server:
+    with no_step_is_long(home), serving(home, "--from", dag.car(home.folder / "inline.car")) as server:
         assert len(server.ask(f"/ipfs/{root}?format=car").blocks()) == 1
 
 
-def test_garbage_ends_one_connection(home: Home) -> None:
+def test_garbage_ends_only_its_own_connection(home: Home) -> None:
     _folder, cid = tree(home)
     with serving(home) as server:
-        for said in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"a" * 100_000, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nxxxxx",
+        for sent in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"GET /" + b"a" * 100_000, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nxxxxx",
                      b"GET /ipfs/%ff?format=raw HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 50_000,
                      b"GET /ipfs/x?" + b"a=1&" * 1000 + b" HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n\r\n"):  # fmt: skip
             with closing(connect(server)) as client:
-                client.sendall(said)
+                client.sendall(sent)
                 client.shutdown(socket.SHUT_WR)
                 answer = client.recv(1 << 16)
                 assert not answer.startswith(b"HTTP/1.1 200")
         assert server.ask(f"/ipfs/{cid}?format=raw").status == 200
 
 
-def test_a_web_page_under_a_name_of_its_own_reads_nothing(home: Home) -> None:
-    """DNS rebinding: a page's own name leads to this machine, so that the browser lets the page read the
-    answers. A proxy's name is allowed by an option."""
+def test_a_web_page_whose_name_resolves_to_this_machine_reads_nothing(home: Home) -> None:
+    """DNS rebinding: the page's name resolves to this machine, so the browser lets the page read the answers.
+    An option allows the name of a proxy."""
     _folder, cid = tree(home)
 
     def asked(server: Server, host: str) -> int:
@@ -422,7 +426,7 @@ def test_a_web_page_under_a_name_of_its_own_reads_nothing(home: Home) -> None:
     assert bounds.hosts(["192.0.2.1"], ["ipfs.example"]) == ["ipfs.example"]
 
 
-def test_what_prevents_it_is_told_in_one_line(home: Home) -> None:
+def test_serve_is_refused_with_a_reason_in_one_line(home: Home) -> None:
     port = free_port()
     with closing(socket.create_server(("127.0.0.1", port))):
         home.refused("serve", "--listen", f"127.0.0.1:{port}", names=str(port), code=2)
@@ -431,11 +435,11 @@ def test_what_prevents_it_is_told_in_one_line(home: Home) -> None:
     for name in ("ipfs.example:443", "https://ipfs.example", "*.example", "b\u00fccher.example", ""):
         home.refused("serve", "--allow-host", name, names="is not a host name", code=2)
     with serving(home) as server:
-        said = home.refused("mount", home.mountpoint, names=str(server.process.pid), code=os.EX_TEMPFAIL)
-        assert "ipfsfuse serve" in said
+        message = home.refused("mount", home.mountpoint, names=str(server.process.pid), code=os.EX_TEMPFAIL)
+        assert "ipfsfuse serve" in message
 
 
-def test_a_cid_in_any_spelling_is_served(home: Home) -> None:
+def test_a_cid_is_served_in_any_spelling(home: Home) -> None:
     _folder, cid = tree(home)
     with serving(home) as server:
         parsed = cids.parse(cid)

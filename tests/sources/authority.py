@@ -14,12 +14,15 @@ def _openssl(*args: str | Path) -> None:
     subprocess.run(["openssl", *args], check=True, capture_output=True)
 
 
-def _in_the_past() -> list[str]:
-    """How this openssl is told to make a certificate that expired: from 3.4 on by dates, before that by
-    negative days."""
-    said = subprocess.run(["openssl", "x509", "-help"], check=True, capture_output=True, text=True)
-    dated = "-not_after" in said.stdout + said.stderr
-    return ["-not_before", "20200101000000Z", "-not_after", "20200102000000Z"] if dated else ["-days", "-1"]
+def _expired_options() -> list[str]:
+    """The options that make an expired certificate: dates for OpenSSL 3.4 and later, negative days before."""
+    shown = subprocess.run(["openssl", "x509", "-help"], check=True, capture_output=True, text=True)
+    takes_dates = "-not_after" in shown.stdout + shown.stderr
+    return (
+        ["-not_before", "20200101000000Z", "-not_after", "20200102000000Z"]
+        if takes_dates
+        else ["-days", "-1"]
+    )
 
 
 class Authority:
@@ -28,8 +31,8 @@ class Authority:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._key, self.certificate = folder / "ca.key", folder / "ca.pem"
-        # demanded since OpenSSL 3.5 and Python 3.13
-        may = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
+        # required since OpenSSL 3.5 and Python 3.13
+        key_usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
         _openssl(
             "req",
             "-x509",
@@ -38,27 +41,27 @@ class Authority:
             "2",
             "-subj",
             "/CN=test authority",
-            *may,
+            *key_usage,
             "-keyout",
             self._key,
             "-out",
             self.certificate,
         )
 
-    def vouch(self, name: str, days: int = 2) -> ssl.SSLContext:
-        """The context of a server that is called `name` (`DNS:host` or `IP:address`); of negative `days`, one
-        that expired."""
+    def server_context(self, name: str, days: int = 2) -> ssl.SSLContext:
+        """The context of a server with the name `name` (`DNS:host` or `IP:address`). With negative `days` its
+        certificate has expired."""
         key, request, certificate, names = (
             self._folder / f"server.{end}" for end in ("key", "csr", "pem", "ext")
         )
         names.write_text(f"subjectAltName={name}\n")
         _openssl("req", *EC, "-subj", "/CN=server", "-keyout", key, "-out", request)
-        by = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial")
-        sign = ("x509", "-req", "-in", request, *by, "-extfile", names, "-out", certificate)
+        issuer = ("-CA", self.certificate, "-CAkey", self._key, "-CAcreateserial")
+        sign = ("x509", "-req", "-in", request, *issuer, "-extfile", names, "-out", certificate)
         if days > 0:
             _openssl(*sign, "-days", str(days))
         else:
-            _openssl(*sign, *_in_the_past())
+            _openssl(*sign, *_expired_options())
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate, key)
         return context

@@ -16,7 +16,7 @@ FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 
 
 need_fixtures = pytest.mark.skipif(
-    not FIXTURES.is_dir(), reason="the conformance fixtures are not beside the project"
+    not FIXTURES.is_dir(), reason="the conformance fixtures are not in ../shared"
 )
 
 
@@ -36,7 +36,7 @@ def sections(blocks: Pairs, roots: list[Cid] | None = None) -> bytes:
 
 
 def offsets(blocks: Pairs) -> dict[bytes, int]:
-    """Where each block's section begins in `sections(blocks)`, by digest."""
+    """The offset of each block's section in `sections(blocks)`, by digest."""
     at, found = len(car.encode_header([])), {}
     for cid, block in blocks:
         found[cids.multihash(cid)[2:]] = at
@@ -45,7 +45,7 @@ def offsets(blocks: Pairs) -> dict[bytes, int]:
 
 
 def index(records: dict[bytes, int], form: int = car.MULTIHASH_INDEX_SORTED) -> bytes:
-    """By hand, as go-car writes it: all sha2-256."""
+    """An index as go-car writes it. All digests are sha2-256."""
     data = b"".join(digest + offset.to_bytes(8, "little") for digest, offset in sorted(records.items()))
     bucket = (1).to_bytes(4, "little") + (40).to_bytes(4, "little") + len(data).to_bytes(8, "little") + data
     if form == car.INDEX_SORTED:
@@ -53,14 +53,15 @@ def index(records: dict[bytes, int], form: int = car.MULTIHASH_INDEX_SORTED) -> 
     return b"\x81\x08" + (1).to_bytes(4, "little") + (0x12).to_bytes(8, "little") + bucket
 
 
-def v2(data: bytes, behind: bytes, padding: int = 0) -> bytes:
+def v2(data: bytes, index_bytes: bytes, padding: int = 0) -> bytes:
+    """A CAR of version 2: `data`, and `index_bytes` behind it."""
     offset = car.V2_BYTES + padding
-    header = car.V2Header(offset, len(data), offset + len(data) + padding if behind else 0)
-    return car.encode_v2(header) + bytes(padding) + data + bytes(padding if behind else 0) + behind
+    header = car.V2Header(offset, len(data), offset + len(data) + padding if index_bytes else 0)
+    return car.encode_v2(header) + bytes(padding) + data + bytes(padding if index_bytes else 0) + index_bytes
 
 
-class Opened:
-    """A file with `data`, opened as a source; indexes go beside it."""
+class SampleCar:
+    """A CAR file with `data`, next to a folder for indexes."""
 
     def __init__(self, folder: Path, data: bytes) -> None:
         self.path = folder / "some.car"

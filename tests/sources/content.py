@@ -1,4 +1,4 @@
-"""Files to fetch: small ones, built by the importer's own parts."""
+"""Small files and directories to fetch, built with the product's own builder."""
 
 import random
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class SampleFile:
 def sample(
     seed: int, count: int = 8, size: int = 70_000, *, raw: bool = True, repeat: bool = False
 ) -> SampleFile:
-    """A file of `count` leaves of `size` bytes, the last one shorter; with `repeat` all but the last are the
+    """A file of `count` leaves of `size` bytes. The last one is shorter. With `repeat`, all others are the
     same."""
     profile = replace(builder.UNIXFS_V1_2025, chunk_size=size, raw_leaves=raw)
     chance = random.Random(seed)
@@ -72,11 +72,11 @@ def encode_car(root: Cid, blocks: Sequence[tuple[Cid, bytes]]) -> bytes:
 
 @dataclass(frozen=True)
 class SampleTree:
-    """A directory. Its blocks are in the order of a CAR, depth first, none twice."""
+    """A directory. Its blocks are in the order of a CAR: depth first, each once."""
 
     root: Cid
     blocks: dict[Cid, bytes]
-    """All that lies in it."""
+    """The directory and everything below it."""
     entity: dict[Cid, bytes]
     """The nodes of the directory itself."""
 
@@ -85,7 +85,7 @@ class SampleTree:
 
 
 def tree(heap: Blocks, root: Cid) -> SampleTree:
-    """The tree below `root` in `heap`; where that is a HAMT, it must be 256 wide."""
+    """The tree below `root` in `heap`. If `root` is a HAMT, it must be 256 wide."""
     blocks: dict[Cid, bytes] = {}
     entity: dict[Cid, bytes] = {}
 
@@ -103,7 +103,8 @@ def tree(heap: Blocks, root: Cid) -> SampleTree:
 
 
 def trees() -> dict[str, SampleTree]:
-    """Names of two letters are those of a HAMT's own nodes: no entry has such a one."""
+    """A directory of each kind. No entry has a name of two characters: `tree` would take it for a node of a
+    HAMT."""
     heap = Blocks()
     leaves = [Link(heap.leaf(b"file %d" % number), b"file %d" % number, 7) for number in range(20)]
     large = heap.balanced([b"%d" % number * 70_000 for number in range(4)], 8, True)

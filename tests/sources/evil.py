@@ -1,4 +1,4 @@
-"""All the ways in which a gateway can misbehave that we know, each an answer to one request."""
+"""All ways we know in which a gateway can misbehave. Each function gives one wrong answer to a request."""
 
 import gzip
 import itertools
@@ -24,7 +24,7 @@ def short_body(ask: Ask) -> None:
 
 
 def long_body(ask: Ask) -> None:
-    """Bytes behind the end, which the next answer on the connection must not begin with."""
+    """Sends bytes behind the end. The next answer on the connection must not begin with them."""
     block = ask.block or b"nothing"
     ask.send(200, block + b"HTTP/1.1 200 OK\r\n\r\n", length=len(block))
 
@@ -42,7 +42,7 @@ def endless_body(ask: Ask) -> None:
 
 
 def drips(ask: Ask) -> None:
-    """A byte at a time, for longer than anyone waits."""
+    """Sends one byte at a time, for longer than any client waits."""
     block = ask.block or b"nothing"
     ask.send(200, b"", length=len(block))
     for byte in block:
@@ -98,7 +98,7 @@ def server_error(ask: Ask) -> None:
 
 
 def one_in_three_fails() -> Behaviour:
-    """By turns of its own in each server, so that a run of it can be repeated."""
+    """Fails one request in three. Each server counts for itself, so that a test can be repeated."""
     count, lock = itertools.count(), threading.Lock()
 
     def behave(ask: Ask) -> None:

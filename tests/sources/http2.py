@@ -1,6 +1,7 @@
-"""A gateway on 127.0.0.1 that speaks HTTP/2 over TLS, in the simplest way; some CIDs never get an answer.
+"""A simple gateway on 127.0.0.1 that speaks HTTP/2 over TLS. A request for a block that it lacks gets no
+answer.
 
-Concurrency: a thread per connection, all ended with the server.
+Concurrency: a thread per connection. The threads end with the server.
 """
 
 import select
@@ -24,7 +25,7 @@ MAX_STREAMS = 100
 
 
 class Http2Server(Listening):
-    """`connections` counts those so far, `asked` the requests of each."""
+    """`connections`: how many there were so far. `asked`: how many requests came over each."""
 
     def __init__(self, blocks: Mapping[Cid, bytes], tls: ssl.SSLContext) -> None:
         super().__init__(backlog=128)
@@ -74,7 +75,7 @@ class Http2Server(Listening):
             block = self._blocks.get(cids.parse(path.partition("?")[0].rpartition("/")[2]))
         except NotACid:
             block = None
-        if block is not None:  # the others stall
+        if block is not None:  # a request for another block stalls
             headers = [
                 (":status", "200"),
                 ("content-type", "application/vnd.ipld.raw"),
@@ -84,7 +85,7 @@ class Http2Server(Listening):
             unsent[event.stream_id] = block
 
     def _send(self, state: h2.connection.H2Connection, stream: int, unsent: dict[int, bytes]) -> None:
-        """As much as flow control lets."""
+        """Sends as much as flow control allows."""
         while True:
             size = min(
                 state.local_flow_control_window(stream), state.max_outbound_frame_size, len(unsent[stream])

@@ -1,4 +1,4 @@
-"""IPNS records made for tests, and a server on loopback that gives them out, truly or not."""
+"""Makes IPNS records for tests. A server on loopback sends them, or other bytes that a test chooses."""
 
 import hashlib
 import time
@@ -79,7 +79,8 @@ def make(
     without: str = "",
     validity: bytes | None = None,
 ) -> bytes:
-    """A record of version 2 that is valid for `valid` seconds; `more` are further fields of its data."""
+    """A record of version 2 that is valid for `valid` seconds. `more`: further fields of its data. `without`:
+    a field that it lacks."""
     until = datetime.fromtimestamp(time.time() + valid, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     values: dict[str, object] = {
         "Value": value.encode(),
@@ -94,13 +95,13 @@ def make(
 
 
 def signed(key: PrivateKey, data: bytes) -> bytes:
-    own = public_key(key)
-    inlined = field(7, own) if len(own) > 42 else b""
+    serialized = public_key(key)
+    inlined = field(7, serialized) if len(serialized) > 42 else b""
     return inlined + field(8, sign(key, records.SIGNATURE_PREFIX + data)) + field(9, data)
 
 
 class NameServer(HttpAnswering):
-    """Answers `/ipns/NAME?format=ipns-record` and `/routing/v1/ipns/NAME` with what stands in `records`."""
+    """Answers `/ipns/NAME?format=ipns-record` and `/routing/v1/ipns/NAME` with the record in `records`."""
 
     def __init__(self) -> None:
         super().__init__()

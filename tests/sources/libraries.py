@@ -30,13 +30,13 @@ def parent(children: Pairs) -> tuple[Cid, bytes]:
 
 
 def dag(seeds: range | list[int], size: int = 1000) -> Pairs:
-    """Leaves and, last, the root above them."""
+    """Leaves, and their root as the last."""
     leaves = [raw(seed, size) for seed in seeds]
     return [*leaves, parent(leaves)]
 
 
 def add(library: Library, blocks: Pairs, name: str = "thing") -> int:
-    """How many blocks were new."""
+    """Adds `blocks`, with the last one as a root. Returns how many were new."""
     with library.open_writer() as writer:
         new = sum(writer.put(cid, block) for cid, block in blocks)
         writer.commit([NewRoot(blocks[-1][0], name, sum(len(block) for _cid, block in blocks))])

@@ -1,5 +1,7 @@
-"""Servers on 127.0.0.1 with a thread per connection, all ended with them: `Listening` for bare connections,
-`HttpAnswering` for requests."""
+"""Servers on 127.0.0.1: `Listening` for bare connections, `HttpAnswering` for requests.
+
+Concurrency: a thread per connection. The threads end with the server.
+"""
 
 import socket
 import threading
@@ -11,8 +13,8 @@ from typing import Self
 
 
 class Listening:
-    """`_serve` gets each connection and its number, from 0. It returns soon after `stopping` is set, or when
-    `_end` makes it."""
+    """Calls `_serve` with each connection and its number, from 0. `_serve` must return soon after `stopping`
+    is set, or after `_end` was called."""
 
     def __init__(self, backlog: int | None = None) -> None:
         self.stopping = threading.Event()
@@ -47,7 +49,7 @@ class Listening:
             self._threads[-1].start()
 
     def _end(self) -> None:
-        """Called once nobody can connect any more."""
+        """Called when the server accepts no more connections."""
 
     def _serve(self, connection: socket.socket, number: int, /) -> None:
         raise NotImplementedError
@@ -56,11 +58,11 @@ class Listening:
 class _HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
-    """With the usual 5, a crowd's connections are dropped by the kernel and tried again seconds later."""
+    """With the usual 5, the kernel drops most connections of a crowd. They are tried again seconds later."""
 
 
 class HttpAnswering:
-    """`answer` gets each request; one that answers nothing waits for `ended`."""
+    """Calls `answer` with each request. An `answer` that sends nothing waits for `ended`."""
 
     def __init__(self) -> None:
         self.url = ""

@@ -1,7 +1,7 @@
-"""An HTTP proxy on 127.0.0.1: CONNECT and absolute-form requests, to whichever server stands for a host's
-name.
+"""An HTTP proxy on 127.0.0.1. It takes CONNECT and absolute-form requests, and passes them to the server
+that a test gave for the host's name.
 
-Concurrency: a thread per connection, all ended with the proxy.
+Concurrency: a thread per connection. The threads end with the proxy.
 """
 
 import select
@@ -11,8 +11,8 @@ from tests.sources.listening import Listening
 
 
 class Proxy(Listening):
-    """`ports`: where each host's server really listens, on 127.0.0.1. `heads` are the first request's head of
-    each connection."""
+    """`ports`: the port on 127.0.0.1 where each host's server listens. `heads`: the head of the first request
+    of each connection."""
 
     def __init__(self, ports: dict[str, int]) -> None:
         super().__init__()

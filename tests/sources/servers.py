@@ -1,10 +1,10 @@
-"""An HTTP server of our own on 127.0.0.1, over raw sockets, that answers as each test wants: well, or as
-badly as it can.
+"""An HTTP server on 127.0.0.1, over raw sockets. Each test chooses how it answers: correctly, or in any wrong
+way.
 
     with Server(blocks) as server: ...              a trustless gateway that has `blocks`
     with Server(blocks, evil.wrong_bytes) as ...    one that misbehaves
 
-Concurrency: a thread per connection, all ended with the server.
+Concurrency: a thread per connection. The threads end with the server.
 """
 
 import os
@@ -60,7 +60,7 @@ class Ask:
     def send(
         self, status: int, body: bytes = b"", type_: str = RAW, length: int | None = None, **headers: str
     ) -> None:
-        """A whole answer; `length` lies about its body's."""
+        """Sends a whole answer. `length`: a wrong Content-Length."""
         lines = [
             f"HTTP/1.1 {status} Whatever",
             f"Content-Type: {type_}",
@@ -81,7 +81,7 @@ class Ask:
             self.hang_up()
 
     def stall(self) -> None:
-        """Nothing more until the client or the server goes away."""
+        """Sends nothing more, and waits until the client or the server goes away."""
         while not self.server.stopping.is_set():
             if select.select([self.connection], [], [], 0.05)[0] and not self.connection.recv(
                 1, socket.MSG_PEEK
@@ -101,8 +101,8 @@ Behaviour = Callable[[Ask], None]
 
 
 class Server(Listening):
-    """`files` can be had whole, as ranges and as CARs too, `trees` as CARs. `asked` are all requests so
-    far."""
+    """Serves `blocks`; `files` also whole, as ranges and as CARs; `trees` also as CARs. `asked`: all requests
+    so far."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class Server(Listening):
             if self._tls is not None:
                 served = self._tls.wrap_socket(connection, server_side=True)
                 self._open.add(served)
-            while self._one(served):
+            while self._answer_one(served):
                 pass
         except OSError:
             pass
@@ -153,7 +153,7 @@ class Server(Listening):
                 self._open.discard(each)
                 each.close()
 
-    def _one(self, connection: socket.socket) -> bool:
+    def _answer_one(self, connection: socket.socket) -> bool:
         head = bytearray()
         while b"\r\n\r\n" not in head:
             piece = connection.recv(65536)
@@ -170,7 +170,7 @@ class Server(Listening):
 
 
 def answer_well(ask: Ask) -> None:
-    """As the trustless gateway specification has it; a file's own bytes too, in ranges."""
+    """Answers as the trustless gateway specification says. Also sends the bytes of files, in ranges."""
     file = ask.server.files.get(ask.cid) if ask.cid is not None else None
     tree = ask.server.trees.get(ask.cid) if ask.cid is not None else None
     if tree is not None and ask.query.get("format") == "car":
@@ -198,7 +198,7 @@ def answer_well(ask: Ask) -> None:
 
 
 def self_signed(folder: os.PathLike[str]) -> ssl.SSLContext:
-    """A server's context with a certificate that nobody vouches for, made with the openssl program."""
+    """A server's context with a certificate that no authority signed, made with the openssl program."""
     import subprocess
 
     key, certificate = os.path.join(folder, "key.pem"), os.path.join(folder, "cert.pem")

@@ -1,4 +1,4 @@
-"""Takes what streams of sources and of the pool send."""
+"""Receives the streams of sources and of the pool."""
 
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -8,8 +8,8 @@ from ipfsfuse.sources.streams import Delivery, Hashed, Stream
 
 
 async def give_each(stream: Stream[Any], deliver: Callable[..., Awaitable[None]]) -> None:
-    """Awaits `deliver` with what is sent: of a range with its fields, but for `release`, which follows; of
-    blocks without their digests."""
+    """Awaits `deliver` for each item that `stream` sends. A delivery of a range is passed as its fields, and
+    then released. Blocks are passed without their digests."""
     async with stream as received:
         async for item in received:
             match item:

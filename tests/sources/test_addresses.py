@@ -1,5 +1,5 @@
-"""Which addresses count as public: every block of the IANA registries of special-purpose addresses, and its
-edges."""
+"""Which addresses are public: every block of the IANA registries of special-purpose addresses is not; the
+addresses next to the blocks are."""
 
 import ipaddress
 
@@ -7,7 +7,7 @@ import pytest
 
 from ipfsfuse.sources.http.addresses import special_purpose
 
-# iana-ipv4-special-registry, and the multicast and reserved space beside it
+# iana-ipv4-special-registry, and the multicast and reserved space
 IPV4 = {
     "0.0.0.0/8": "this network", "10.0.0.0/8": "private use", "100.64.0.0/10": "a provider's shared network",
     "127.0.0.0/8": "loopback", "169.254.0.0/16": "link-local use", "172.16.0.0/12": "private use",
@@ -28,7 +28,7 @@ IPV6 = {
     "fc00::/7": "private use", "fe80::/10": "link-local use", "fec0::/10": "site-local use", "ff00::/8": "multicast",
 }  # fmt: skip
 
-# an IPv4 address in an IPv6 one is what a connection ends at
+# a connection to such an IPv6 address ends at the IPv4 address in it
 EMBEDDED = {
     "::ffff:127.0.0.1": "loopback", "::ffff:10.0.0.1": "private use", "::ffff:169.254.169.254": "link-local use",
     "::127.0.0.1": "loopback", "::192.168.0.1": "private use", "::2": "this network", "64:ff9b::127.0.0.1": "loopback",
@@ -45,7 +45,9 @@ PUBLIC = [
 
 
 @pytest.mark.parametrize(("block", "purpose"), [*IPV4.items(), *IPV6.items()])
-def test_each_special_block_is_refused_from_its_first_address_to_its_last(block: str, purpose: str) -> None:
+def test_the_first_middle_and_last_address_of_each_special_block_are_not_public(
+    block: str, purpose: str
+) -> None:
     network = ipaddress.ip_network(block)
     found = {special_purpose(str(network[at])) for at in (0, network.num_addresses // 2, -1)}
     assert "" not in found
@@ -53,7 +55,7 @@ def test_each_special_block_is_refused_from_its_first_address_to_its_last(block:
 
 
 @pytest.mark.parametrize(("address", "purpose"), EMBEDDED.items())
-def test_an_ipv4_address_in_an_ipv6_one_counts(address: str, purpose: str) -> None:
+def test_the_ipv4_address_in_an_ipv6_address_decides_its_purpose(address: str, purpose: str) -> None:
     assert special_purpose(address) == purpose
 
 
@@ -62,7 +64,7 @@ def test_all_others_are_public(address: str) -> None:
     assert special_purpose(address) == ""
 
 
-def test_what_is_not_an_address_is_an_error() -> None:
+def test_text_that_is_not_an_address_is_an_error() -> None:
     for text in ("", "localhost", "127.1", "1.2.3.4.5"):
         with pytest.raises(ValueError, match="does not appear to be"):
             special_purpose(text)

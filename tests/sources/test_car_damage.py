@@ -1,5 +1,5 @@
-"""CAR files that are none, that are damaged, that lie, and that change: what is whole still reads, the rest
-has its error."""
+"""Files that are not CARs, and CARs that are damaged, have a wrong index or change. Their whole blocks can
+still be read; the others are errors."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources.local.car_file import CarSource
-from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, pairs, sections, v2
+from tests.sources.cars import FIXTURES, SampleCar, index, need_fixtures, offsets, pairs, sections, v2
 
 
 @need_fixtures
@@ -19,66 +19,66 @@ from tests.sources.cars import FIXTURES, Opened, index, need_fixtures, offsets, 
     ("name", "message"),
     [("badheaderlength", "its header would have"), ("sample-corrupt-pragma", "cut short")],
 )
-def test_fixtures_that_are_no_cars_are_refused(name: str, message: str, tmp_path: Path) -> None:
-    opened = Opened(tmp_path, (FIXTURES / "go-car" / f"{name}.car").read_bytes())
+def test_fixtures_that_are_not_cars_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    sample = SampleCar(tmp_path, (FIXTURES / "go-car" / f"{name}.car").read_bytes())
     with pytest.raises(SourceFailed, match=f"some.car: .*{message}"):
-        opened.open()
+        sample.open()
 
 
 @need_fixtures
-def test_a_bad_section_leaves_what_is_before_it(tmp_path: Path) -> None:
-    opened = Opened(tmp_path, (FIXTURES / "go-car" / "badsectionlength.car").read_bytes())
-    source = opened.open()
+def test_a_car_with_a_bad_section_opens_and_is_not_whole(tmp_path: Path) -> None:
+    sample = SampleCar(tmp_path, (FIXTURES / "go-car" / "badsectionlength.car").read_bytes())
+    source = sample.open()
     assert not source.whole
     assert list(source.roots()) == []
 
 
-def test_a_changed_file_gets_a_new_index_and_the_old_one_goes(tmp_path: Path) -> None:
+def test_a_changed_file_gets_a_new_index_and_the_old_one_is_removed(tmp_path: Path) -> None:
     first, second = pairs(5), pairs(7, seed=2)
-    opened = Opened(tmp_path, sections(first))
-    opened.get(first[0][0])
-    opened.path.write_bytes(sections(second))
-    assert opened.get(*(cid for cid, _block in second)) == [block for _cid, block in second]
-    assert len(list(opened.indexes.iterdir())) == 1
+    sample = SampleCar(tmp_path, sections(first))
+    sample.get(first[0][0])
+    sample.path.write_bytes(sections(second))
+    assert sample.get(*(cid for cid, _block in second)) == [block for _cid, block in second]
+    assert len(list(sample.indexes.iterdir())) == 1
 
 
-def test_a_kept_index_that_is_damaged_is_built_anew(tmp_path: Path) -> None:
+def test_a_damaged_stored_index_is_an_error_once_and_then_rebuilt(tmp_path: Path) -> None:
     blocks = pairs(50)
-    opened = Opened(tmp_path, sections(blocks))
-    opened.get(blocks[0][0])
-    (kept,) = opened.indexes.iterdir()
+    sample = SampleCar(tmp_path, sections(blocks))
+    sample.get(blocks[0][0])
+    (kept,) = sample.indexes.iterdir()
     kept.write_bytes(b"something else")
     with pytest.raises(SourceFailed):
-        opened.open()
-    assert opened.get(blocks[3][0]) == [blocks[3][1]]
+        sample.open()
+    assert sample.get(blocks[3][0]) == [blocks[3][1]]
 
 
 @pytest.mark.parametrize("wrap", ["v1", "v2"])
-def test_what_stands_before_a_cut_still_reads(wrap: str, tmp_path: Path) -> None:
+def test_blocks_before_a_cut_can_still_be_read(wrap: str, tmp_path: Path) -> None:
     blocks = pairs(20)
     data = sections(blocks)
     cut = offsets(blocks)[cids.multihash(blocks[12][0])[2:]] + 500
     whole = data if wrap == "v1" else v2(data, index(offsets(blocks)))
-    opened = Opened(tmp_path, whole[: cut + (0 if wrap == "v1" else car.V2_BYTES)])
-    assert not opened.open().whole
-    assert opened.get(*(cid for cid, _block in blocks[:12])) == [block for _cid, block in blocks[:12]]
+    sample = SampleCar(tmp_path, whole[: cut + (0 if wrap == "v1" else car.V2_BYTES)])
+    assert not sample.open().whole
+    assert sample.get(*(cid for cid, _block in blocks[:12])) == [block for _cid, block in blocks[:12]]
     for cid, _block in blocks[12:]:
         with pytest.raises(NotHere):
-            opened.get(cid)
+            sample.get(cid)
 
 
 @pytest.mark.parametrize("wrong", [0, 5, 18, 10**6, 1 << 62, (1 << 64) - 1])
-def test_an_index_that_lies_about_a_place_is_no_crash_and_no_wrong_block(wrong: int, tmp_path: Path) -> None:
+def test_a_wrong_offset_in_an_index_is_an_error_of_that_block_only(wrong: int, tmp_path: Path) -> None:
     blocks = pairs(10)
     records = offsets(blocks) | {cids.multihash(blocks[4][0])[2:]: wrong}
-    opened = Opened(tmp_path, v2(sections(blocks), index(records)))
+    sample = SampleCar(tmp_path, v2(sections(blocks), index(records)))
     with pytest.raises(SourceFailed, match="its index names a place"):
-        opened.get(blocks[4][0])
-    assert opened.get(blocks[5][0]) == [blocks[5][1]]
+        sample.get(blocks[4][0])
+    assert sample.get(blocks[5][0]) == [blocks[5][1]]
 
 
 @pytest.mark.parametrize(
-    "behind",
+    "index_bytes",
     [
         b"\x99\x09nothing known",
         b"\x81",
@@ -86,11 +86,11 @@ def test_an_index_that_lies_about_a_place_is_no_crash_and_no_wrong_block(wrong: 
         b"\x81\x08\x01\0\0\0\x12\0\0\0\0\0\0\0\x01\0\0\0\x28\0\0\0\xff\xff\xff\xff\0\0\0\0",
     ],
 )
-def test_an_index_that_can_not_be_read_is_replaced(behind: bytes, tmp_path: Path) -> None:
+def test_an_unreadable_index_is_replaced(index_bytes: bytes, tmp_path: Path) -> None:
     blocks = pairs(10)
-    opened = Opened(tmp_path, v2(sections(blocks), behind))
-    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
-    assert opened.indexes.exists()
+    sample = SampleCar(tmp_path, v2(sections(blocks), index_bytes))
+    assert sample.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    assert sample.indexes.exists()
 
 
 @pytest.mark.parametrize(
@@ -111,12 +111,12 @@ def test_an_index_that_can_not_be_read_is_replaced(behind: bytes, tmp_path: Path
         ),
     ],
 )
-def test_what_is_no_car_is_refused_by_name(data: bytes, message: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_car_is_refused_with_its_name(data: bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(SourceFailed, match=f"some.car: .*{message}"):
-        Opened(tmp_path, data).open()
+        SampleCar(tmp_path, data).open()
 
 
-def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceFailed, match="No such file") as caught:
         CarSource.open(tmp_path / "none.car", tmp_path)
     assert caught.value.kind == "missing"
@@ -125,7 +125,7 @@ def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
-    """A FIFO that nobody writes to was waited for without end."""
+    """To open a FIFO without a writer would take forever."""
     os.mkfifo(tmp_path / "fifo.car")
     reading, writing = os.pipe()
     for path in (tmp_path / "fifo.car", Path(f"/dev/fd/{reading}")):
@@ -135,13 +135,13 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
     os.close(writing)
 
 
-def test_a_file_that_changes_below_an_open_source_is_named(tmp_path: Path) -> None:
+def test_a_file_that_changes_while_its_source_is_open_is_an_error(tmp_path: Path) -> None:
     first, second = pairs(5), pairs(5, seed=2)
-    opened = Opened(tmp_path, sections(first))
-    source = opened.open()
-    with open(opened.path, "r+b") as file:
+    sample = SampleCar(tmp_path, sections(first))
+    source = sample.open()
+    with open(sample.path, "r+b") as file:
         file.write(sections(second))
-    os.utime(opened.path, ns=(1, 1))
+    os.utime(sample.path, ns=(1, 1))
 
     async def main() -> None:
         with pytest.raises(SourceFailed, match="has changed since it was opened"):
@@ -152,9 +152,9 @@ def test_a_file_that_changes_below_an_open_source_is_named(tmp_path: Path) -> No
 
 def test_a_block_that_is_truncated_away_later_is_an_error(tmp_path: Path) -> None:
     blocks = pairs(5, 300_000)
-    opened = Opened(tmp_path, sections(blocks))
-    source = opened.open()
-    os.truncate(opened.path, 700_000)
+    sample = SampleCar(tmp_path, sections(blocks))
+    source = sample.open()
+    os.truncate(sample.path, 700_000)
 
     async def main() -> None:
         assert await source.get(blocks[1][0]) == blocks[1][1]
@@ -169,17 +169,17 @@ def test_a_block_that_is_truncated_away_later_is_an_error(tmp_path: Path) -> Non
 def test_a_car_that_ends_in_zeros_is_whole(wrap: str, padding: int, tmp_path: Path) -> None:
     blocks = pairs(20)
     data = sections(blocks) + bytes(padding)
-    opened = Opened(tmp_path, data if wrap == "v1" else v2(data, b""))
-    assert opened.open().whole
-    assert opened.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    sample = SampleCar(tmp_path, data if wrap == "v1" else v2(data, b""))
+    assert sample.open().whole
+    assert sample.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
 
 
 def test_a_car_padded_by_a_hole_is_whole(tmp_path: Path) -> None:
-    opened = Opened(tmp_path, sections(pairs(20)))
-    os.truncate(opened.path, 1 << 40)
-    assert opened.open().whole
+    sample = SampleCar(tmp_path, sections(pairs(20)))
+    os.truncate(sample.path, 1 << 40)
+    assert sample.open().whole
 
 
 def test_a_car_with_zeros_in_its_middle_is_damaged(tmp_path: Path) -> None:
     data = sections(pairs(20))
-    assert not Opened(tmp_path, data + bytes(300_000) + b"\1").open().whole
+    assert not SampleCar(tmp_path, data + bytes(300_000) + b"\1").open().whole

@@ -1,4 +1,4 @@
-"""The HTTP client itself: HTTP/2, kept connections that died, what is repeated, and large blocks."""
+"""The HTTP client: HTTP/2, kept connections that died, repeated requests, and large blocks."""
 
 import contextlib
 import subprocess
@@ -34,7 +34,7 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(client, "OWN_TRANSPORT", request.param == "own")
 
 
-both = pytest.mark.parametrize("transport", ["own", "httpx"], indirect=True)
+both_transports = pytest.mark.parametrize("transport", ["own", "httpx"], indirect=True)
 
 
 def with_http2(
@@ -43,7 +43,7 @@ def with_http2(
     authority = Authority(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
     client.tls_context.cache_clear()
-    with Http2Server(BLOCKS, authority.vouch("IP:127.0.0.1")) as server:
+    with Http2Server(BLOCKS, authority.server_context("IP:127.0.0.1")) as server:
 
         async def opened() -> None:
             gateway = Gateway(Http(parse_origin(server.url)), server.url)
@@ -57,7 +57,7 @@ def with_http2(
     client.tls_context.cache_clear()
 
 
-async def all_blocks(gateway: Gateway) -> None:
+async def check_all_blocks(gateway: Gateway) -> None:
     got: dict[Cid, bytes] = {}
 
     async def get(cid: Cid) -> None:
@@ -71,18 +71,18 @@ async def all_blocks(gateway: Gateway) -> None:
 
 def test_blocks_come_by_http2_where_it_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main(gateway: Gateway, server: Http2Server) -> None:
-        await all_blocks(gateway)
-        await all_blocks(gateway)
+        await check_all_blocks(gateway)
+        await check_all_blocks(gateway)
         kept = HttpSettings().idle_connections
-        assert server.connections <= 2 * len(BLOCKS) - kept, "kept ones are used again"
+        assert server.connections <= 2 * len(BLOCKS) - kept, "kept connections are used again"
         assert sum(server.asked) == 2 * len(BLOCKS)
 
     with_http2(tmp_path, monkeypatch, main)
 
 
-def test_streams_that_stall_stop_no_other_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """httpcore can't share an HTTP/2 connection: three streams that stall hold up a fourth. So nobody shares
-    one."""
+def test_stalled_streams_do_not_stop_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpcore can't share an HTTP/2 connection: three stalled streams hold up a fourth. So it shares
+    none."""
 
     async def main(gateway: Gateway, server: Http2Server) -> None:
         async with trio.open_nursery() as nursery:
@@ -92,37 +92,37 @@ def test_streams_that_stall_stop_no_other_one(tmp_path: Path, monkeypatch: pytes
                 while sum(server.asked) < len(STALLED):  # noqa: ASYNC110  # in another thread
                     await trio.sleep(0.05)
             with trio.fail_after(10):
-                await all_blocks(gateway)
+                await check_all_blocks(gateway)
             nursery.cancel_scope.cancel()
 
     with_http2(tmp_path, monkeypatch, main)
 
 
-def test_streams_that_are_given_up_use_no_connection_up(
+def test_streams_that_are_given_up_do_not_use_up_connections(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """httpcore does not tell the server that a stream was given up: such a connection is closed."""
+    """httpcore does not tell the server that a stream was given up, so the client closes its connection."""
 
     async def main(gateway: Gateway, server: Http2Server) -> None:
         large = [cid for cid, block in BLOCKS.items() if len(block) == 1 << 20]
         http = gateway._http
-        for turn in range(60):  # their bodies are more than a connection's window in all
+        for turn in range(60):  # together their bodies are larger than a connection's window
             async with http.ask("GET", f"/ipfs/{cids.text(large[turn % 4])}?format=raw") as response:
                 assert response.status == 200
         for cid in STALLED[: 2 * MAX_STREAMS]:
             with trio.move_on_after(0.01):
                 await gateway.get(cid)
         with trio.fail_after(10):
-            await all_blocks(gateway)
+            await check_all_blocks(gateway)
 
     with_http2(tmp_path, monkeypatch, main)
 
 
-@both
+@both_transports
 @pytest.mark.parametrize("command", ["block/get", "files/cp"])
 @pytest.mark.usefixtures("transport")
-def test_what_is_safe_is_sent_again_where_a_kept_connection_is_dead(command: str) -> None:
-    """The server takes the second request over a connection, and closes that without a word."""
+def test_only_a_safe_request_is_sent_again_if_a_kept_connection_is_dead(command: str) -> None:
+    """The server receives a second request over a connection, and closes the connection without an answer."""
     seen: list[int] = []
 
     def closes(ask: Ask) -> None:
@@ -149,12 +149,12 @@ def test_what_is_safe_is_sent_again_where_a_kept_connection_is_dead(command: str
     trio.run(main)
 
 
-@both
+@both_transports
 @pytest.mark.usefixtures("transport")
-def test_kept_connections_that_went_dead_in_silence_cost_a_moment_once(
+def test_kept_connections_that_died_silently_cost_one_short_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The machine has changed its network: nothing comes over any connection from before."""
+    """As after a change of the network: nothing comes over the old connections."""
     monkeypatch.setattr(client, "SHORTEST_SILENCE", 0.3)
     monkeypatch.setattr(client, "SILENCE", 0.3)
     dead: set[int] = set()
@@ -183,13 +183,13 @@ def test_kept_connections_that_went_dead_in_silence_cost_a_moment_once(
             for _ in range(6):
                 with trio.fail_after(5):
                     await ask()
-            assert 0.25 < trio.current_time() - began < 4, "one of them was waited for"
+            assert 0.25 < trio.current_time() - began < 4, "only one of them was waited for"
             await gateway.aclose()
 
     trio.run(main)
 
 
-@both
+@both_transports
 @pytest.mark.usefixtures("transport")
 def test_idle_connections_that_the_server_closed_are_not_used() -> None:
     async def main() -> None:
@@ -206,7 +206,7 @@ def test_idle_connections_that_the_server_closed_are_not_used() -> None:
     trio.run(main)
 
 
-@both
+@both_transports
 @pytest.mark.usefixtures("transport")
 def test_a_cancelled_request_leaves_the_client_usable() -> None:
     stalled = STALLED[0]
@@ -223,16 +223,16 @@ def test_a_cancelled_request_leaves_the_client_usable() -> None:
             for _ in range(50):
                 with trio.move_on_after(0.01):
                     await gateway.get(stalled)
-            await all_blocks(gateway)
+            await check_all_blocks(gateway)
             await gateway.aclose()
 
     trio.run(main)
 
 
-@both
+@both_transports
 @pytest.mark.usefixtures("transport")
-def test_who_asks_a_client_that_was_closed_meanwhile_is_answered() -> None:
-    """As a node's is when another request finds it gone: it is looked for anew."""
+def test_a_client_that_was_closed_still_answers_requests() -> None:
+    """The client of a node is closed when another request finds that the node has gone."""
 
     async def main() -> None:
         cid, block = next(iter(BLOCKS.items()))
@@ -246,7 +246,7 @@ def test_who_asks_a_client_that_was_closed_meanwhile_is_answered() -> None:
     trio.run(main)
 
 
-@both
+@both_transports
 @pytest.mark.usefixtures("transport")
 def test_a_block_that_is_too_large_is_named_with_its_size() -> None:
     big = raw_blocks(94, 1, size=3 << 20)
@@ -266,7 +266,9 @@ def test_a_block_that_is_too_large_is_named_with_its_size() -> None:
 
 
 @pytest.mark.parametrize("by", ["gateway", "rpc"])
-def test_a_large_block_of_a_real_node(kubo_node: Node, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+def test_a_block_of_a_real_node_that_is_too_large_is_refused(
+    kubo_node: Node, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
     data = bytes(range(256)) * (3 << 12)
     name = kubo_node.cmd("block", "put", "--allow-big-block", "--cid-codec=raw", stdin=data)
 
@@ -280,19 +282,19 @@ def test_a_large_block_of_a_real_node(kubo_node: Node, monkeypatch: pytest.Monke
     trio.run(main)
 
 
-def test_the_client_starts_without_the_command_line_of_httpx() -> None:
-    """Its imports take 30 ms of each start: rich, click, pygments."""
+def test_the_client_does_not_import_the_command_line_of_httpx() -> None:
+    """Its imports, rich, click and pygments, would add 30 ms to each start."""
     code = "import sys, ipfsfuse.sources.http.client; print({'rich', 'click', 'pygments'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
 
 
-@both
+@both_transports
 @pytest.mark.usefixtures("transport")
 def test_a_long_body_does_not_make_its_connection_stale() -> None:
     """A connection is idle from the end of its last response."""
     blocks = raw_blocks(95, 2, size=1 << 20)
 
-    def drips(ask: Ask) -> None:
+    def sends_slowly(ask: Ask) -> None:
         assert ask.block is not None
         head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(ask.block)}\r\n\r\n".encode()
         for at in range(0, len(ask.block), 1 << 18):
@@ -301,7 +303,7 @@ def test_a_long_body_does_not_make_its_connection_stale() -> None:
             time.sleep(0.3)
 
     async def main() -> None:
-        with Server(blocks, drips) as server:
+        with Server(blocks, sends_slowly) as server:
             gateway = Gateway(Http(parse_origin(server.url), HttpSettings(idle_seconds=0.5)), server.url)
             for cid, block in blocks.items():
                 assert await gateway.get(cid) == block
@@ -320,14 +322,14 @@ def in_chunks(ask: Ask) -> None:
     ask.send_chunked([ask.block[at : at + 50_000] for at in range(0, len(ask.block), 50_000)], RAW)
 
 
-@both
+@both_transports
 @pytest.mark.parametrize(
     ("size", "behave"), [(1 << 20, answer_well), (50_000, answer_well), (1 << 20, in_chunks)]
 )
 @pytest.mark.usefixtures("transport")
 def test_a_block_that_waits_for_the_rate_limit_is_not_late(size: int, behave: Behaviour) -> None:
-    """The time for a body is the server's alone: what came waits as long as the limit says, and takes no room
-    from other bodies meanwhile."""
+    """The time limit for a body counts only the server's time. Bytes that came wait as long as the rate limit
+    says, and take no room from other bodies meanwhile."""
     blocks = raw_blocks(94, 1, size=size)
     settings = HttpSettings(total=0.5, rate=RateLimit(size))
     used: list[int] = []

@@ -1,5 +1,5 @@
-"""What every source promises, asked of each: the library, a CAR file, a gateway, and a Kubo node in three
-ways."""
+"""The contract of a source, tested with every kind: the library, a CAR file, gateways, and a Kubo node that
+is read in several ways."""
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
@@ -76,11 +76,11 @@ def blocks_only(ask: Ask) -> None:
 KINDS = ["library", "car", "gateway", "gateway-near", "gateway-trustless", "gateway-blocks", "gateway-httpx"]
 KINDS += ["kubo-gateway", "kubo-rpc", "kubo-repository", "kubo"]
 IN_ONE_ANSWER = {"gateway", "gateway-httpx", "gateway-near", "gateway-trustless", "kubo"}
-"""Those that send a directory in one answer: none in place, and no node that must not look on the network for
-it."""
+"""The kinds that send a directory in one answer. Sources in place do not. Neither does a node that must not
+look on the network."""
 READ_IN_PLACE = "kubo-repository"
-"""Offline, so that what it gives it has read itself: all below a directory but the empty block, in an order
-of its own, and no listing's nodes."""
+"""It is offline, so it has read all that it sends in the repository. It sends all blocks below a directory
+except the empty one, in its own order. If only the directory's own nodes are wanted, it sends none."""
 
 
 @pytest.fixture(params=KINDS)
@@ -129,7 +129,7 @@ def source(
         yield opened
 
 
-def test_each_block_comes_as_it_is(source: Open) -> None:
+def test_each_block_comes_unchanged(source: Open) -> None:
     async def main() -> None:
         async with source() as opened:
             for file in FILES[:3]:
@@ -139,9 +139,9 @@ def test_each_block_comes_as_it_is(source: Open) -> None:
     trio.run(main)
 
 
-# a node that may look on the network takes 30 s to say so
+# a node that may look on the network takes 30 s to answer that it does not have the block
 @pytest.mark.parametrize("source", KINDS[:-1], indirect=True)
-def test_what_it_lacks_is_not_here(source: Open) -> None:
+def test_an_absent_block_is_not_here(source: Open) -> None:
     async def main() -> None:
         async with source() as opened:
             with pytest.raises(NotHere):
@@ -151,7 +151,7 @@ def test_what_it_lacks_is_not_here(source: Open) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=["raw", "dag-pb", "large", "repeated", "long"])
-def test_a_run_brings_every_leaf_once(source: Open, file: SampleFile) -> None:
+def test_a_range_brings_every_leaf_once(source: Open, file: SampleFile) -> None:
     async def main() -> None:
         got: dict[int, Block] = {}
 
@@ -166,7 +166,7 @@ def test_a_run_brings_every_leaf_once(source: Open, file: SampleFile) -> None:
     trio.run(main)
 
 
-def test_many_at_once(source: Open) -> None:
+def test_many_requests_at_once_are_answered(source: Open) -> None:
     file = FILES[0]
 
     async def main() -> None:
@@ -184,7 +184,7 @@ def test_many_at_once(source: Open) -> None:
     trio.run(main)
 
 
-def test_a_cancelled_run_leaves_the_source_usable(source: Open) -> None:
+def test_a_cancelled_range_leaves_the_source_usable(source: Open) -> None:
     file = FILES[2]
 
     async def main() -> None:
@@ -233,7 +233,7 @@ def test_a_directory_comes_in_one_answer_or_not_at_all(
 
 
 @pytest.mark.parametrize("source", ["gateway", "kubo"], indirect=True)
-def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(
+def test_an_absent_directory_is_not_here_and_a_directory_ends_at_its_limit(
     source: Open, request: pytest.FixtureRequest
 ) -> None:
     tree = TREES["hamt"]
@@ -245,12 +245,12 @@ def test_a_directory_that_is_absent_is_not_here_and_its_limit_ends_one(
             got.update(blocks)
 
         async with source() as opened:
-            # a node looks for it on the network first
+            # a node would look for it on the network first
             if request.node.callspec.params["source"] == "gateway":
                 with pytest.raises(NotHere):
                     await give_each(opened.subtree(Subtree(ABSENT, True, 1 << 20)), deliver)
             await give_each(opened.subtree(Subtree(tree.root, True, 1)), deliver)
-            assert len(got) < len(tree.blocks), "what came with the first bytes, if anything"
+            assert len(got) < len(tree.blocks), "at most the blocks that came with the first bytes"
             assert got.items() <= tree.blocks.items()
 
     trio.run(main)

@@ -1,4 +1,4 @@
-"""Where blocks come from without being told, and what the user is told of it."""
+"""The default sources, and the line that tells the user which sources are asked."""
 
 from pathlib import Path
 
@@ -16,7 +16,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_library_then_the_node_then_the_gateways(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_asked_first_then_the_node_then_the_gateways(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert defaults.chosen(None) == ("library",)
     monkeypatch.setenv("IPFS_GATEWAY", "https://one.example/\nhttp://127.0.0.1:8080/ipfs/")
     gateways = ("https://one.example", "http://127.0.0.1:8080")
@@ -29,8 +31,10 @@ def test_the_library_then_the_node_then_the_gateways(home: Path, monkeypatch: py
     assert defaults.chosen(["kubo", "gateway"]) == ("kubo", *gateways)
 
 
-def test_files_that_name_gateways(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own before the machine's; the variable before both."""
+def test_the_users_file_of_gateways_goes_before_the_machines(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's file goes before the machine's, and the variable before both."""
     file = home / ".config" / "ipfs" / "gateway"
     monkeypatch.setattr(defaults, "_files", lambda files=defaults._files: (*files()[:1], home / "etc"))
     (home / "etc").write_text("https://machine.example\n")
@@ -60,7 +64,7 @@ def test_a_bad_entry_is_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> No
         defaults.chosen(None)
 
 
-def test_one_line_says_what_is_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_line_says_which_sources_are_asked(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = defaults.described(["library"], by_default=True, offline=False)
     assert alone == (
         f"blocks come from library alone: there is no Kubo node at {home}/.ipfs, and no gateway is configured; "

@@ -1,4 +1,4 @@
-"""Gateways that misbehave: what each costs, and that no wrong byte gets through."""
+"""Gateways that misbehave: the error that each causes. No wrong byte gets through."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ CID, BLOCK = next(iter(BLOCKS.items()))
 
 @pytest.fixture(autouse=True, params=["own", "httpx"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything here holds for our own transport and for httpx's."""
+    """All tests here run with our own transport and with httpx's."""
     monkeypatch.setattr(client, "OWN_TRANSPORT", request.param == "own")
 
 
@@ -43,20 +43,20 @@ KINDS: dict[Behaviour, str] = {
 }  # fmt: skip
 
 
-ENDS = (evil.short_body, evil.not_http)
-"""These close the connection too, and httpcore reads on to that."""
+CLOSING = (evil.short_body, evil.not_http)
+"""These also close the connection, and httpcore reads on until that."""
 
 
 @pytest.mark.parametrize(("behave", "kind"), KINDS.items(), ids=[behave.__name__ for behave in KINDS])
-def test_each_failure_is_told_by_its_kind(behave: Behaviour, kind: str) -> None:
-    settings = HASTY if kind == "timeout" else HttpSettings()  # on a busy machine 0.3 s pass by themselves
+def test_each_failure_has_its_kind(behave: Behaviour, kind: str) -> None:
+    settings = HASTY if kind == "timeout" else HttpSettings()  # a busy machine may be 0.3 s late
 
     async def main() -> None:
         with Server(BLOCKS, behave) as server:
             source = gateway(server, settings)
             with pytest.raises(SourceFailed) as caught:
                 await source.get(CID)
-            assert caught.value.kind == kind or (behave in ENDS and caught.value.kind == "reset")
+            assert caught.value.kind == kind or (behave in CLOSING and caught.value.kind == "reset")
             assert "\n" not in str(caught.value)
             await source.aclose()
 
@@ -65,11 +65,11 @@ def test_each_failure_is_told_by_its_kind(behave: Behaviour, kind: str) -> None:
 
 @pytest.mark.parametrize("behave", [evil.wrong_bytes, evil.another_block])
 @pytest.mark.logs("has wrong bytes for")
-def test_wrong_bytes_from_the_only_source_are_that_blocks_error(behave: Behaviour) -> None:
+def test_wrong_bytes_from_the_only_source_are_an_error_of_that_block(behave: Behaviour) -> None:
     async def main() -> None:
         with Server(BLOCKS, behave) as server:
             pool = SourcePool([gateway(server)])
-            # the last source left is not set aside: it is asked again, and loses that block alone
+            # the only source is not quarantined: it is asked again, and only that block fails
             for _ in range(2):
                 with pytest.raises(WrongBlock):
                     await pool.get(CID)
@@ -80,8 +80,8 @@ def test_wrong_bytes_from_the_only_source_are_that_blocks_error(behave: Behaviou
     trio.run(main)
 
 
-def test_bytes_behind_a_body_begin_no_other_answer() -> None:
-    """httpcore takes them for the next answer: then that request fails, and gives no other bytes."""
+def test_bytes_behind_a_body_never_become_another_block() -> None:
+    """httpcore takes them for the next answer. Then the next request fails, and gives no wrong bytes."""
 
     async def main() -> None:
         with Server(BLOCKS, evil.long_body) as server:
@@ -96,7 +96,7 @@ def test_bytes_behind_a_body_begin_no_other_answer() -> None:
     trio.run(main)
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
+def test_a_certificate_that_no_authority_signed_is_refused(tmp_path: Path) -> None:
     async def main() -> None:
         with Server(BLOCKS, tls=self_signed(tmp_path)) as server:
             source = gateway(server)
@@ -109,7 +109,7 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> Non
     trio.run(main)
 
 
-def test_tls_to_a_port_that_speaks_none_fails_as_tls() -> None:
+def test_tls_to_a_port_without_tls_fails() -> None:
     async def main() -> None:
         with Server(BLOCKS, evil.not_http) as server:
             source = Gateway(Http(parse_origin(server.url.replace("http:", "https:")), HASTY), "x")
@@ -132,7 +132,7 @@ STATUSES = [
 
 
 @pytest.mark.parametrize(("status", "error"), STATUSES)
-def test_statuses(status: int, error: type[Exception]) -> None:
+def test_each_status_has_its_error(status: int, error: type[Exception]) -> None:
     async def main() -> None:
         with Server(
             BLOCKS, lambda ask: ask.send(status, b"said so", "text/plain", Retry_After="7")
@@ -152,8 +152,8 @@ def test_statuses(status: int, error: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize("send", ["whole", "chunked"])
-def test_a_long_page_that_says_not_found_says_so(send: str) -> None:
-    """It counted as a failure of the source, which was then set aside."""
+def test_a_long_not_found_page_means_not_here(send: str) -> None:
+    """Before this was mended, it counted as a failure of the source, which was then not asked for a while."""
     page = b"<p>not found</p>" * 10_000
 
     def behave(ask: Ask) -> None:
@@ -183,7 +183,7 @@ def redirects_to(location: Callable[[Ask], str]) -> Behaviour:
 def test_redirects_within_the_origin_are_followed() -> None:
     async def main() -> None:
         with Server(BLOCKS, redirects_to(lambda ask: ask.target + "&moved=1")) as server:
-            source = gateway(server, HttpSettings())  # it answers, in its time
+            source = gateway(server, HttpSettings())  # the server answers: no short time limit is needed
             assert await source.get(CID) == BLOCK
             await source.aclose()
 
@@ -198,14 +198,14 @@ def test_a_redirect_with_a_long_page_is_followed() -> None:
             else ask.send(301, bytes(200_000), "text/html", Location=ask.target + "&moved=1")
         )
         with Server(BLOCKS, moved) as server:
-            source = gateway(server, HttpSettings())  # it answers, in its time
+            source = gateway(server, HttpSettings())  # the server answers: no short time limit is needed
             assert await source.get(CID) == BLOCK
             await source.aclose()
 
     trio.run(main)
 
 
-def test_redirects_to_another_scheme_or_a_private_address_are_not() -> None:
+def test_redirects_to_another_scheme_or_a_private_address_are_not_followed() -> None:
     async def main() -> None:
         with Server(BLOCKS) as inner:
             here = f"127.0.0.1:{inner.port}"
@@ -259,7 +259,7 @@ CARS = {
 
 @pytest.mark.logs("has wrong bytes for")
 @pytest.mark.parametrize("behave", CARS.values(), ids=CARS)
-def test_a_run_is_right_whatever_car_comes(behave: Behaviour) -> None:
+def test_a_range_is_right_whatever_car_comes(behave: Behaviour) -> None:
     file = sample(1)
 
     async def main() -> None:
@@ -283,9 +283,9 @@ ALL_BAD: Sequence[Behaviour] = (evil.wrong_bytes, evil.another_block, *KINDS)
 
 @pytest.mark.slow
 @pytest.mark.logs("sent wrong bytes for .* and is not asked for 10 minutes", "has wrong bytes for")
-def test_ten_thousand_reads_through_everything_bad_and_one_good_source() -> None:
-    """Each bad gateway stands before the good one. Every read is right, and the statistics name who was bad,
-    and how."""
+def test_ten_thousand_reads_are_right_with_one_good_gateway_behind_bad_ones() -> None:
+    """All bad gateways come before the good one. Every read is right, and the statistics say how each bad
+    gateway failed."""
     blocks = raw_blocks(1, 2000, size=900)
     wanted = [*blocks] * 5
     random.Random(1).shuffle(wanted)
@@ -322,7 +322,7 @@ def test_ten_thousand_reads_through_everything_bad_and_one_good_source() -> None
                         True,
                     ), behave.__name__
             answered = sum(statistics.blocks for statistics in pool.statistics())
-            assert len(wanted) <= answered <= 1.05 * len(wanted) + 5  # two may answer where one was slow
+            assert len(wanted) <= answered <= 1.05 * len(wanted) + 5  # if one is slow, two may answer
             await pool.aclose()
         finally:
             for server in servers:

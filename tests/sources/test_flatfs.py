@@ -1,4 +1,4 @@
-"""A Kubo repository that is read in place: it is recognised or not used; and the node is not asked."""
+"""A Kubo repository is read in place, without the node, if its layout is known. If not, the node is asked."""
 
 import hashlib
 import json
@@ -42,8 +42,8 @@ MOUNT = {
 }
 
 
-def made(folder: Path, spec: object = None, sharding: str = MOUNT["shardFunc"]) -> Path:
-    """A repository by hand."""
+def make_repository(folder: Path, spec: object = None, sharding: str = MOUNT["shardFunc"]) -> Path:
+    """Makes a repository with the settings of its datastore, and no blocks."""
     (folder / "blocks").mkdir(parents=True)
     (folder / "blocks" / "SHARDING").write_text(sharding + "\n")
     (folder / "datastore_spec").write_text(
@@ -58,8 +58,8 @@ def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_block_is_found_by_its_multihash_whatever_its_codec(tmp_path: Path) -> None:
-    """The name is the one that Kubo gives to the empty directory, which every node has."""
-    repository = made(tmp_path / "repo")
+    """The file has the name that Kubo gives to the block of the empty directory, which every node has."""
+    repository = make_repository(tmp_path / "repo")
     empty = cids.parse("bafybeiczsscdsbs7ffqz55asqdf3smv6klcw3gofszvwlyarci47bgf354")
     path = repository / "blocks" / "X3" / "CIQFTFEEHEDF6KLBT32BFAGLXEZL4UWFNWM4LFTLMXQBCERZ6CMLX3Y.data"
     path.parent.mkdir()
@@ -90,11 +90,13 @@ def test_a_block_is_found_by_its_multihash_whatever_its_codec(tmp_path: Path) ->
         ({"mounts": [None, 5, {}], "type": "mount"}, MOUNT["shardFunc"]),
     ],
 )
-def test_what_is_kept_in_another_way_is_left_to_the_node(tmp_path: Path, spec: object, sharding: str) -> None:
-    assert kubo_repo.open_flatfs(made(tmp_path / "repo", spec, sharding)) is None
+def test_a_repository_with_another_layout_is_left_to_the_node(
+    tmp_path: Path, spec: object, sharding: str
+) -> None:
+    assert kubo_repo.open_flatfs(make_repository(tmp_path / "repo", spec, sharding)) is None
 
 
-def test_where_there_is_no_repository(tmp_path: Path) -> None:
+def test_a_missing_repository_is_not_opened(tmp_path: Path) -> None:
     assert kubo_repo.open_flatfs(tmp_path / "none") is None
 
 
@@ -118,10 +120,10 @@ def test_where_there_is_no_repository(tmp_path: Path) -> None:
         json.dumps({"mounts": [MOUNT | {"shardFunc": kubo_repo.SHARDING + "9" * 5000}]}),
     ],
 )
-def test_a_repository_whose_configuration_is_broken_is_left_alone_and_named(
+def test_a_repository_with_a_broken_configuration_is_left_alone_and_named(
     tmp_path: Path, spec: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    repository = made(tmp_path / "repo")
+    repository = make_repository(tmp_path / "repo")
     (repository / "datastore_spec").write_text(spec, encoding="latin-1")
     assert kubo_repo.open_flatfs(repository) is None
     (record,) = caplog.records
@@ -129,8 +131,8 @@ def test_a_repository_whose_configuration_is_broken_is_left_alone_and_named(
 
 
 @pytest.mark.logs("content is blocked")
-def test_a_denylist_that_is_added_later_is_seen(tmp_path: Path) -> None:
-    repository = made(tmp_path / "repo")
+def test_a_denylist_that_is_added_later_is_noticed(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "repo")
     blocks = kubo_repo.open_flatfs(repository)
     assert blocks is not None
     (cid, block), *_ = raw_blocks(96, 1).items()
@@ -149,15 +151,15 @@ def test_a_denylist_that_is_added_later_is_seen(tmp_path: Path) -> None:
     wait_until(lambda: blocks.read(cid) is None, "the list is seen", 5)
     assert (blocks.read_some([cid]), blocks.read_each([leaf]), blocks.have([cid])) == ([None], [], False)
     (repository / "denylists" / "mine.deny").unlink()
-    wait_until(lambda: blocks.read(cid) == block, "it is gone", 5)
+    wait_until(lambda: blocks.read(cid) == block, "its removal is seen", 5)
 
 
 @pytest.mark.logs("content is blocked")
-def test_the_denylists_of_the_nodes_own_user_count_too(
+def test_denylists_of_the_repositorys_owner_count_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one fact that can't be caused here: where the home of the repository's owner is."""
-    repository = made(tmp_path / "repo")
+    """Only the place of the owner's home is faked, because a test can't change it."""
+    repository = make_repository(tmp_path / "repo")
     home = tmp_path / "home of ipfs"
     monkeypatch.setattr(kubo_repo.pwd, "getpwuid", lambda _user: SimpleNamespace(pw_dir=str(home)))
     assert kubo_repo.open_flatfs(repository) is not None
@@ -168,8 +170,8 @@ def test_the_denylists_of_the_nodes_own_user_count_too(
 
 @pytest.mark.logs("content is blocked")
 @pytest.mark.parametrize("where", ["repo/denylists", "config/ipfs/denylists"])
-def test_a_node_that_blocks_content_is_asked(tmp_path: Path, where: str) -> None:
-    repository = made(tmp_path / "repo")
+def test_a_repository_with_a_denylist_is_left_to_the_node(tmp_path: Path, where: str) -> None:
+    repository = make_repository(tmp_path / "repo")
     folder = tmp_path / where
     folder.mkdir(parents=True)
     (folder / "README").touch()
@@ -178,8 +180,8 @@ def test_a_node_that_blocks_content_is_asked(tmp_path: Path, where: str) -> None
     assert kubo_repo.open_flatfs(repository) is None
 
 
-def test_what_is_no_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) -> None:
-    repository = made(tmp_path / "repo")
+def test_a_file_that_is_not_a_block_or_cannot_be_read_is_left_to_the_node(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "repo")
     (cid,) = raw_blocks(96, 1)
     leaf = Leaf(cid, 0, len(raw_blocks(96, 1)[cid]))
     blocks = Flatfs(repository / "blocks", 2)
@@ -216,14 +218,14 @@ async def streamed(source: Kubo, file: SampleFile) -> dict[int, bytes]:
     got: dict[int, bytes] = {}
 
     async def deliver(index: int, blocks: Sequence[Block]) -> None:
-        assert not got.keys() & set(range(index, index + len(blocks))), "each once"
+        assert not got.keys() & set(range(index, index + len(blocks))), "a leaf came twice"
         got.update((index + at, bytes(block)) for at, block in enumerate(blocks))
 
     await give_each(source.stream(file.run), deliver)
     return got
 
 
-def test_a_node_that_stands_still_is_not_needed_for_what_it_holds(
+def test_blocks_of_the_repository_are_read_while_the_node_is_paused(
     own_node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
@@ -243,7 +245,7 @@ def test_a_node_that_stands_still_is_not_needed_for_what_it_holds(
         own_node.resume()
 
 
-def test_what_the_repository_lacks_is_the_nodes_to_find(
+def test_the_node_finds_blocks_that_the_repository_lacks(
     two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = two_nodes
@@ -257,7 +259,7 @@ def test_what_the_repository_lacks_is_the_nodes_to_find(
         with trio.fail_after(60):
             assert await streamed(source, FILE) == FILE.expected, "from the other node, through this one"
             assert await source.get(FILE.root) == FILE.blocks[FILE.root]
-        assert blocks.have([leaf.cid for leaf in FILE.run.leaves]), "and now they are here"
+        assert blocks.have([leaf.cid for leaf in FILE.run.leaves]), "now this repository has them"
         await source.aclose()
 
     trio.run(main)
@@ -266,8 +268,8 @@ def test_what_the_repository_lacks_is_the_nodes_to_find(
 def test_leaves_are_read_in_the_repository_up_to_the_first_that_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though no node runs. One that is there and has another size is left out."""
-    repository = made(tmp_path / "repo")
+    """No node runs. A block with another size than its leaf is left out."""
+    repository = make_repository(tmp_path / "repo")
     monkeypatch.setenv("IPFS_PATH", str(repository))
     blocks = kubo_repo.open_flatfs(repository)
     assert blocks is not None
@@ -288,12 +290,12 @@ def test_leaves_are_read_in_the_repository_up_to_the_first_that_it_lacks(
             await give_each(source.stream(file.run), deliver)
 
     trio.run(main)
-    # 9 to 14 are what is left of the segment that is read by one call
+    # leaves 9 to 14 are the rest of a segment, which one call reads
     assert set(range(26)) - got.keys() == {*range(9, 15), 25}
 
 
 @pytest.mark.parametrize("lacks", [1, 6, 39])
-def test_what_the_repository_has_is_read_there_up_to_the_first_leaf_that_it_lacks(
+def test_the_node_sends_the_leaves_from_the_first_that_the_repository_lacks(
     two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch, lacks: int
 ) -> None:
     near, far = two_nodes
@@ -309,19 +311,19 @@ def test_what_the_repository_has_is_read_there_up_to_the_first_leaf_that_it_lack
     async def main() -> None:
         source = Kubo("kubo", HttpSettings(), blocks=blocks)
         with trio.fail_after(60):
-            assert await streamed(source, file) == file.expected, "the rest from the other"
+            assert await streamed(source, file) == file.expected, "the rest comes from the other node"
         await source.aclose()
 
     trio.run(main)
 
 
-def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
+def test_the_node_sends_a_directory_if_the_repository_lacks_a_block_of_it(
     two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     near, far = two_nodes
     monkeypatch.setenv("IPFS_PATH", str(near.repo))
     tree = trees()["nested"]
-    *_but_for, missing = (cid for cid in tree.blocks if cids.inline_or_empty_block(cid) is None)
+    *_others, missing = (cid for cid in tree.blocks if cids.inline_or_empty_block(cid) is None)
     far.cmd("dag", "import", "--pin-roots=false", stdin=tree.car())
     near.cmd(
         "dag",
@@ -348,7 +350,7 @@ def test_a_directory_of_which_the_repository_lacks_something_is_the_nodes(
 
 
 @pytest.mark.logs("wrong")
-def test_a_block_that_is_collected_meanwhile_or_damaged(
+def test_a_collected_block_is_left_out_and_a_damaged_one_is_refused(
     own_node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
@@ -359,8 +361,8 @@ def test_a_block_that_is_collected_meanwhile_or_damaged(
 
     async def main() -> None:
         source = Kubo("kubo", HttpSettings(), blocks=blocks, offline=True)
-        monkeypatch.setattr(blocks, "have", lambda _wanted: True)  # looked just before
-        assert 2 not in await streamed(source, FILE), "left out: the pool asks for it alone"
+        monkeypatch.setattr(blocks, "have", lambda _wanted: True)  # as if it was there a moment ago
+        assert 2 not in await streamed(source, FILE), "it is left out, and the pool asks for it by itself"
         pool = SourcePool([source])
         with pytest.raises(WrongBlock):
             await pool.get(damaged)
@@ -370,8 +372,8 @@ def test_a_block_that_is_collected_meanwhile_or_damaged(
     trio.run(main)
 
 
-def test_only_the_node_of_this_repository_is_read_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IPFS_PATH", str(made(tmp_path / "repo")))
+def test_the_source_kubo_needs_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPFS_PATH", str(make_repository(tmp_path / "repo")))
     settings = OpenSettings(tmp_path / "library", tmp_path / "indexes", HttpSettings(), False)
     own, named = (
         open_source(spec, settings) for spec in parse_sources(["kubo", "kubo+http://127.0.0.1:5001"])
@@ -390,7 +392,9 @@ def test_only_the_node_of_this_repository_is_read_so(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.fuse
-def test_a_mount_of_it_reads_and_stages_with_the_node_standing_still(own_node: Node, tmp_path: Path) -> None:
+def test_a_mount_reads_and_stages_from_the_repository_while_the_node_is_paused(
+    own_node: Node, tmp_path: Path
+) -> None:
     home = Home(tmp_path / "home")
     home.env |= {"IPFS_PATH": str(own_node.repo)}
     content = os.urandom(3_000_000)
@@ -409,10 +413,10 @@ def test_a_mount_of_it_reads_and_stages_with_the_node_standing_still(own_node: N
 
 @pytest.mark.skipif(
     os.getuid() != 0 or shutil.which("setpriv") is None,
-    reason="needs root, to become who may read everything, and setpriv",
+    reason="needs root and setpriv, to become a user who may read all files",
 )
-def test_who_may_read_everything_may_read_a_repository_of_others(tmp_path: Path) -> None:
-    repository = made(tmp_path / "repo")
+def test_a_user_who_may_read_all_files_may_read_a_repository_of_others(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path / "repo")
     repository.chmod(0o700)
     look = (
         "import sys, pathlib; from ipfsfuse.sources.local import kubo_repo; "
@@ -431,7 +435,7 @@ def test_who_may_read_everything_may_read_a_repository_of_others(tmp_path: Path)
 def test_a_block_that_is_hashed_while_it_is_read_is_refused_if_a_bit_is_wrong(
     tmp_path: Path, size: int
 ) -> None:
-    """Wherever the bit lies: the repository's file is read and hashed piece by piece."""
+    """The bit may be anywhere in the block: the file is read and hashed piece by piece."""
     right = os.urandom(size)
     cid = cids.make(cids.RAW, b"\x12\x20" + hashlib.sha256(right).digest())
     blocks = Flatfs(tmp_path, 2)
@@ -455,7 +459,9 @@ def test_a_block_that_is_hashed_while_it_is_read_is_refused_if_a_bit_is_wrong(
 
 
 @pytest.mark.parametrize("most", [4_096, 20_000, 1 << 20])
-def test_many_blocks_come_in_order_by_calls_that_read_so_much_at_most(tmp_path: Path, most: int) -> None:
+def test_many_blocks_come_in_order_by_calls_that_read_a_limited_number_of_bytes(
+    tmp_path: Path, most: int
+) -> None:
     dice = random.Random(most)
     files, folder = BlockFiles(str(tmp_path), 2), Flatfs(tmp_path, 2)
     wanted: dict[bytes, bytes] = {}
@@ -470,13 +476,13 @@ def test_many_blocks_come_in_order_by_calls_that_read_so_much_at_most(tmp_path: 
     digests, got = list(wanted), list[Read | int]()
     while len(got) < len(digests):
         some = files.read_many(digests[len(got) : len(got) + 32], most)
-        assert some, "the first of what is asked for is always among it"
+        assert some, "each call reads at least the first block"
         assert sum(len(read.block) for read in some[1:] if isinstance(read, Read)) <= most
         got += some
     assert got == [Read(block, digest) for digest, block in wanted.items()]
 
 
-def test_of_many_blocks_what_is_not_a_regular_file_or_is_too_large_is_left_out(tmp_path: Path) -> None:
+def test_read_some_leaves_out_large_blocks_and_files_that_are_not_regular(tmp_path: Path) -> None:
     folder = Flatfs(tmp_path, 2)
     blocks = [b"absent", b"file", b"link", b"folder", b"pipe", b"large", b"last"]
     some = [

@@ -32,11 +32,11 @@ from tests.kubo.node import Node
 from tests.mounting import Home
 
 ALONE = 0.03
-"""Seconds after which a block is asked for alone (`flatfs.c`)."""
+"""Seconds without a request, after which a block counts as asked for alone (`flatfs.c`)."""
 
 
 class Repository:
-    """Blocks by hand, in the layout of flatfs."""
+    """Blocks that a test writes, in the layout of flatfs."""
 
     def __init__(self, folder: Path) -> None:
         self.blocks = Flatfs(folder, 2)
@@ -49,7 +49,7 @@ class Repository:
         return path
 
     def directory(self, count: int, *others: Link) -> tuple[Cid, list[Cid]]:
-        """One with so many small files, each of them there."""
+        """Writes a directory with `count` small files, and the files, but not `others`. Returns the CIDs."""
         files = [self.heap.leaf(b"file %d" % number * 1000) for number in range(count)]
         links = [Link(cid, b"%d.txt" % number, 1000) for number, cid in enumerate(files)]
         root = self.heap.directory([*links, *others])
@@ -58,7 +58,7 @@ class Repository:
         return root, files
 
     def ask_alone(self, cid: Cid) -> bytes | None:
-        """What the event loop does."""
+        """Takes a block as the event loop does, after a while without requests."""
         time.sleep(ALONE)
         return self.take(cid)
 
@@ -66,28 +66,29 @@ class Repository:
         found = self.blocks.take_hashed(cid)
         return found.block if isinstance(found, Hashed) else found
 
-    def opened(self, cid: Cid) -> "Opened":
-        return Opened(Path(self.blocks._path(cid)))
+    def watch(self, cid: Cid) -> "OpenWatch":
+        return OpenWatch(Path(self.blocks._path(cid)))
 
 
-class Opened:
-    """Whether a file is opened from now on. Source: inotify(7)."""
+class OpenWatch:
+    """Notices if a file is opened from now on. Source: inotify(7)."""
 
     _IN_OPEN = 0x20
     _libc = ctypes.CDLL(None, use_errno=True)
 
     def __init__(self, path: Path) -> None:
-        self._watch = self._libc.inotify_init1(os.O_CLOEXEC)
-        assert self._libc.inotify_add_watch(self._watch, os.fsencode(path), self._IN_OPEN) > 0
+        self._inotify = self._libc.inotify_init1(os.O_CLOEXEC)
+        assert self._libc.inotify_add_watch(self._inotify, os.fsencode(path), self._IN_OPEN) > 0
 
-    def within(self, seconds: float) -> bool:
-        ready, _, _ = select.select([self._watch], [], [], seconds)
-        os.close(self._watch)
+    def opened_within(self, seconds: float) -> bool:
+        """Whether the file is opened within so many seconds. Ends the watch."""
+        ready, _, _ = select.select([self._inotify], [], [], seconds)
+        os.close(self._inotify)
         return bool(ready)
 
 
 SOON, NEVER = 20.0, 0.3
-"""Seconds: the machine may be busy."""
+"""Seconds to wait for a read that must come, and for one that must not: the machine may be busy."""
 
 
 @pytest.fixture(autouse=True)
@@ -102,31 +103,33 @@ def repository(tmp_path: Path) -> Repository:
 
 def test_the_children_of_a_small_directory_are_read_ahead(repository: Repository) -> None:
     root, files = repository.directory(4)
-    opened = [repository.opened(cid) for cid in files]
+    watches = [repository.watch(cid) for cid in files]
     assert repository.ask_alone(root) == repository.heap.block(root)
-    assert all(each.within(SOON) for each in opened)
+    assert all(each.opened_within(SOON) for each in watches)
     assert repository.take(files[3]) == repository.heap.block(files[3])
 
 
-def test_of_a_file_that_is_asked_for_the_first_blocks_are_read_ahead(repository: Repository) -> None:
+def test_the_first_blocks_of_a_file_that_is_asked_for_are_read_ahead(repository: Repository) -> None:
     large = repository.heap.balanced([bytes([number]) * 70_000 for number in range(9)], 3, True)
     root, _files = repository.directory(1, Link(large, b"large", 700_000))
     inner = Cid(kubo_repo.nodes.links(large, repository.heap.block(large))[0])
     leaves = list(map(Cid, kubo_repo.nodes.links(inner, repository.heap.block(inner))))
     for cid in (large, inner, *leaves):
         repository.put(cid)
-    at_large, at_inner, at_first, at_second = map(repository.opened, (large, inner, *leaves[:2]))
+    at_large, at_inner, at_first, at_second = map(repository.watch, (large, inner, *leaves[:2]))
     assert repository.ask_alone(root) is not None
-    assert at_large.within(SOON)
+    assert at_large.opened_within(SOON)
     assert repository.take(large) is not None
-    assert at_inner.within(SOON)
-    assert at_first.within(SOON)
-    assert not at_second.within(NEVER)
+    assert at_inner.opened_within(SOON)
+    assert at_first.opened_within(SOON)
+    assert not at_second.opened_within(NEVER)
     for cid in (inner, leaves[0]):
         assert repository.take(cid) == repository.heap.block(cid)
 
 
-def test_a_files_leaves_are_not_read_before_somebody_asks_for_the_file(repository: Repository) -> None:
+def test_a_files_leaves_are_not_read_ahead_if_its_size_may_be_all_that_is_wanted(
+    repository: Repository,
+) -> None:
     large = repository.heap.balanced([bytes([number]) * 70_000 for number in range(3)], 3, True)
     root, _files = repository.directory(1, Link(large, b"large", 210_000))
     alone = repository.heap.balanced([bytes([number]) * 80_000 for number in range(3)], 3, True)
@@ -134,23 +137,23 @@ def test_a_files_leaves_are_not_read_before_somebody_asks_for_the_file(repositor
         first = Cid(kubo_repo.nodes.links(file, repository.heap.block(file))[0])
         for cid in (file, first):
             repository.put(cid)
-        opened = repository.opened(first)
+        watch = repository.watch(first)
         assert repository.ask_alone(asked) is not None, "its size may be all that is wanted"
-        assert not opened.within(NEVER)
+        assert not watch.opened_within(NEVER)
 
 
 def test_a_large_directory_and_one_among_many_blocks_are_not_followed(repository: Repository) -> None:
     root, files = repository.directory(5)
-    opened = repository.opened(files[0])
+    watch = repository.watch(files[0])
     assert repository.ask_alone(root) is not None
-    assert not opened.within(NEVER)
+    assert not watch.opened_within(NEVER)
     root, files = repository.directory(3)
-    opened = repository.opened(files[0])
+    watch = repository.watch(files[0])
     assert repository.blocks.read(root) is not None
-    assert not opened.within(NEVER)
+    assert not watch.opened_within(NEVER)
 
 
-def test_a_walk_down_many_small_directories_is_soon_not_followed(repository: Repository) -> None:
+def test_a_walk_down_many_small_directories_is_followed_for_16_blocks(repository: Repository) -> None:
     below, path = repository.heap.leaf(b"leaf"), []
     for number in range(40):
         below = repository.heap.directory([Link(below, b"%d" % number, 10)])
@@ -162,25 +165,25 @@ def test_a_walk_down_many_small_directories_is_soon_not_followed(repository: Rep
         for cid in reversed(path[:-1]):
             came += repository.take(cid) is not None
             longest, last = max(longest, time.monotonic() - last), time.monotonic()
-        if longest < ALONE / 2:  # else one of them was asked for alone
+        if longest < ALONE / 2:  # otherwise one of them counted as asked for alone
             assert came == 16
             return
-        time.sleep(1.1)  # what is left of this attempt is let go
+        time.sleep(1.1)  # until the blocks that this attempt read ahead are discarded
     pytest.skip("the machine is too busy")
 
 
-def test_what_nobody_takes_is_let_go(repository: Repository) -> None:
+def test_a_block_that_was_read_ahead_in_vain_is_discarded(repository: Repository) -> None:
     root, files = repository.directory(1)
-    opened = repository.opened(files[0])
+    watch = repository.watch(files[0])
     assert repository.ask_alone(root) is not None
-    assert opened.within(SOON)
+    assert watch.opened_within(SOON)
     time.sleep(1.2)
     repository.put(files[0]).unlink()
     assert repository.take(files[0]) is None
 
 
 @pytest.mark.logs("wrong bytes")
-def test_what_was_read_ahead_is_verified_like_any_other(repository: Repository) -> None:
+def test_a_block_that_was_read_ahead_is_verified_like_any_other(repository: Repository) -> None:
     root, files = repository.directory(2)
     path = Path(repository.blocks._path(files[1]))
     path.write_bytes(b"!" + path.read_bytes()[1:])
@@ -199,7 +202,7 @@ def test_what_was_read_ahead_is_verified_like_any_other(repository: Repository) 
 
 
 @pytest.mark.logs("content is blocked")
-def test_what_was_read_ahead_is_not_given_once_its_content_is_blocked(
+def test_a_block_that_was_read_ahead_is_not_given_once_content_is_blocked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
@@ -218,37 +221,35 @@ def test_what_was_read_ahead_is_not_given_once_its_content_is_blocked(
 
 
 @pytest.mark.parametrize("version", [0, 1])
-def test_a_name_that_is_looked_up_has_its_block_read_and_nothing_below(
-    repository: Repository, version: int
-) -> None:
-    function, own = repository.blocks.files.name_listener
+def test_looking_up_a_name_reads_its_block_and_nothing_below(repository: Repository, version: int) -> None:
+    function, context = repository.blocks.files.name_listener
     listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
     root, files = repository.directory(1)
     spelled = cids.text(root if version else Cid(cids.multihash(root))).encode()
     for name in (b"", b"x" * 59, b"b" * 59, b"Q" * 46, b"0" * 46, b"z" * 46, spelled[:-1], spelled):
-        at_root, below = repository.opened(root), repository.opened(files[0])
+        at_root, below = repository.watch(root), repository.watch(files[0])
         time.sleep(ALONE)
-        listener(own, name, len(name))
-        assert at_root.within(SOON if name == spelled else 0.01) == (name == spelled)
-        assert not below.within(NEVER if name == spelled else 0.0)
+        listener(context, name, len(name))
+        assert at_root.opened_within(SOON if name == spelled else 0.01) == (name == spelled)
+        assert not below.opened_within(NEVER if name == spelled else 0.0)
     assert repository.take(root) == repository.heap.block(root)
 
 
-def test_names_that_are_not_opened_keep_no_other_from_being_read_ahead(repository: Repository) -> None:
-    function, own = repository.blocks.files.name_listener
+def test_names_that_are_not_opened_do_not_stop_others_from_being_read_ahead(repository: Repository) -> None:
+    function, context = repository.blocks.files.name_listener
     listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
     file = repository.heap.leaf(b"file")
     roots = [repository.heap.directory([Link(file, b"%d" % number, 4)]) for number in range(20)]
     time.sleep(ALONE)
     for root in roots:
         repository.put(root)
-        opened, name = repository.opened(root), cids.text(root).encode()
-        listener(own, name, len(name))
-        assert opened.within(SOON)
+        watch, name = repository.watch(root), cids.text(root).encode()
+        listener(context, name, len(name))
+        assert watch.opened_within(SOON)
 
 
 @pytest.mark.parametrize("characters", [0, 1, 2, 54, 55, 1_000, 2**31, 2**40])
-def test_a_repository_may_say_anything_of_its_folders_names(tmp_path: Path, characters: int) -> None:
+def test_folder_names_of_any_length_do_no_harm(tmp_path: Path, characters: int) -> None:
     blocks = Flatfs(tmp_path, characters)
     cid = Blocks().leaf(b"leaf")
     path = Path(blocks._path(cid))
@@ -257,7 +258,7 @@ def test_a_repository_may_say_anything_of_its_folders_names(tmp_path: Path, char
     assert blocks.read(cid) == b"leaf"
 
 
-def test_it_ends_while_it_reads(tmp_path: Path) -> None:
+def test_it_can_be_freed_while_it_reads_ahead(tmp_path: Path) -> None:
     for number in range(50):
         repository = Repository(tmp_path / str(number))
         (tmp_path / str(number)).mkdir()
@@ -267,7 +268,7 @@ def test_it_ends_while_it_reads(tmp_path: Path) -> None:
     gc.collect()
 
 
-def test_what_only_looks_like_a_link_is_not_read(repository: Repository) -> None:
+def test_bytes_that_only_look_like_a_link_are_not_followed(repository: Repository) -> None:
     """A directory with an attribute that has the bytes of a link, before its links."""
     child, other = (repository.heap.leaf(name * 1000) for name in (b"child", b"other"))
     link, like_a_link = (b"\x0a\x24" + cid + b"\x12\x04name\x18\x01" for cid in (child, other))
@@ -275,15 +276,15 @@ def test_what_only_looks_like_a_link_is_not_read(repository: Repository) -> None
     root = repository.heap.put(b"\x0a" + bytes([len(data)]) + data + b"\x12" + bytes([len(link)]) + link)
     for cid in (root, child, other):
         repository.put(cid)
-    at_child, at_other = map(repository.opened, (child, other))
+    at_child, at_other = map(repository.watch, (child, other))
     assert repository.ask_alone(root) is not None
-    assert at_child.within(SOON)
-    assert not at_other.within(NEVER)
+    assert at_child.opened_within(SOON)
+    assert not at_other.opened_within(NEVER)
 
 
 @given(st.binary(max_size=300), st.integers(0, 60))
 def test_any_bytes_may_be_a_block(tmp_path_factory: pytest.TempPathFactory, block: bytes, at: int) -> None:
-    """Whatever a block links, or seems to link, is read if it is there."""
+    """All that a block links, or seems to link, may be read."""
     folder = tmp_path_factory.mktemp("any")
     files = BlockFiles(os.fspath(folder), 2)
     block = block[:at] + b"\x12\x2e\n\x24\x01\x55\x12\x20" + block[at:]
@@ -299,7 +300,7 @@ def test_any_bytes_may_be_a_block(tmp_path_factory: pytest.TempPathFactory, bloc
 
 
 def directory_of(node: Node, tmp_path: Path) -> tuple[Home, str, Path]:
-    """A home whose Kubo node is `node`, a directory of one file there, and the file of its block."""
+    """A home that uses `node`, the CID of a directory of one file at the node, and the path of its block."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "file").write_bytes(os.urandom(10_000))
     root = node.cmd("add", "-Q", "-r", "--cid-version=1", tmp_path / "one")
@@ -309,19 +310,18 @@ def directory_of(node: Node, tmp_path: Path) -> tuple[Home, str, Path]:
 
 
 def test_a_lookup_in_the_mounts_root_starts_to_read_at_once(own_node: Node, tmp_path: Path) -> None:
-    """What is staged already is looked at in the repository too: Python is not asked first."""
+    """A block that is already staged is read there too, because Python is not asked first."""
     home, root, path = directory_of(own_node, tmp_path)
     with home.mounted("--from", "kubo") as mount:
         assert os.listdir(mount.path / root) == ["file"]
-    opened = Opened(path)
+    watch = OpenWatch(path)
     with home.mounted("--from", "kubo") as mount:
         assert os.listdir(mount.path / root) == ["file"]
-    assert opened.within(SOON)
+    assert watch.opened_within(SOON)
 
 
-class Held:
-    """Whoever opens one of `paths` waits until this is closed, as on a disk that hangs. Source:
-    fanotify(7)."""
+class HangingFiles:
+    """Each open of one of `paths` waits until this is closed, as on a hanging disk. Source: fanotify(7)."""
 
     _CLASS_CONTENT, _CLOEXEC, _ADD, _OPEN_PERM, _CWD = 4, 1, 1, 0x10000, -100
     _libc = ctypes.CDLL(None, use_errno=True)
@@ -329,7 +329,7 @@ class Held:
     def __init__(self, paths: Sequence[Path]) -> None:
         self._group = self._libc.fanotify_init(self._CLASS_CONTENT | self._CLOEXEC, os.O_RDONLY)
         if self._group < 0:
-            pytest.skip("fanotify can't hold files: only root may")
+            pytest.skip("only root can make files hang, by fanotify")
         for path in paths:
             mask = ctypes.c_uint64(self._OPEN_PERM)
             assert not self._libc.fanotify_mark(self._group, self._ADD, mask, self._CWD, os.fsencode(path))
@@ -342,20 +342,20 @@ class Held:
 
 
 def look_up(repository: Repository, cid: Cid) -> None:
-    """What the thread that reads the device does with a name in the root."""
-    function, own = repository.blocks.files.name_listener
+    """Does what the thread that reads the device does with a name in the root."""
+    function, context = repository.blocks.files.name_listener
     listener = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)(function)
     name = cids.text(cid).encode()
-    listener(own, name, len(name))
+    listener(context, name, len(name))
 
 
-def test_a_disk_that_was_waited_for_in_vain_is_not_waited_for_again(
+def test_the_event_loop_waits_only_once_for_a_disk_that_hangs(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else one who looks up many names at once would stop the event loop for as many times."""
+    """Otherwise a program that looks up many names at once would stop the event loop once for each."""
     monkeypatch.setattr(kubo_repo, "READ_WAIT_SECONDS", 1.0)
     roots = [repository.heap.directory([Link(Blocks().leaf(b"%d" % at), b"1", 1)]) for at in range(6)]
-    with Held([repository.put(root) for root in roots]):
+    with HangingFiles([repository.put(root) for root in roots]):
         for root in roots:
             look_up(repository, root)
         began = time.monotonic()
@@ -365,7 +365,7 @@ def test_a_disk_that_was_waited_for_in_vain_is_not_waited_for_again(
         assert repository.blocks.read(root) == repository.heap.block(root)
 
 
-def test_what_was_not_there_when_it_was_read_ahead_is_looked_for_again(repository: Repository) -> None:
+def test_a_block_that_was_missing_when_it_was_read_ahead_is_looked_for_again(repository: Repository) -> None:
     root, files = repository.directory(1)
     path = Path(repository.blocks._path(files[0]))
     path.rename(path.with_suffix(".later"))
@@ -389,20 +389,20 @@ def test_nothing_is_read_ahead_while_content_is_blocked(
     assert repository.blocks.read(root) is not None
     (tmp_path / "denylists" / "one.deny").touch()
     assert repository.blocks.read(root) is None
-    opened = repository.opened(root)
+    watch = repository.watch(root)
     time.sleep(ALONE)
     look_up(repository, root)
     assert repository.ask_alone(root) is None
-    assert not opened.within(NEVER)
+    assert not watch.opened_within(NEVER)
     (tmp_path / "denylists" / "one.deny").unlink()
     assert repository.blocks.read(root) is not None
-    opened = repository.opened(root)
+    watch = repository.watch(root)
     time.sleep(ALONE)
     look_up(repository, root)
-    assert opened.within(SOON)
+    assert watch.opened_within(SOON)
 
 
-def test_a_block_is_read_once_where_denylists_are_looked_for_first(
+def test_a_block_is_read_once_if_denylists_are_looked_for_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
@@ -411,14 +411,14 @@ def test_a_block_is_read_once_where_denylists_are_looked_for_first(
     repository = Repository(tmp_path / "blocks")
     repository.blocks._denylists = kubo_repo.Denylists(tmp_path)
     root, _files = repository.directory(1)
-    opened = repository.opened(root)
+    watch = repository.watch(root)
     look_up(repository, root)
-    assert opened.within(SOON)
-    opened = repository.opened(root)
+    assert watch.opened_within(SOON)
+    watch = repository.watch(root)
     time.sleep(0.1)
     assert repository.take(root) is None
     assert repository.blocks.read(root) == repository.heap.block(root)
-    assert not opened.within(NEVER)
+    assert not watch.opened_within(NEVER)
 
 
 def run_python(script: str, *arguments: object) -> str:
@@ -436,7 +436,7 @@ files.read(b"\\1" * 32, 0x55)
 
 
 def test_a_worker_thread_may_still_read_while_the_process_ends(repository: Repository) -> None:
-    """One that was left alone with a disk that hangs is not waited for."""
+    """The end of the process does not wait for a thread that reads from a hanging disk."""
     path = Path(repository.blocks._path(cids.make(cids.RAW, b"\x12\x20" + b"\1" * 32)))
     path.parent.mkdir()
     path.write_bytes(b"still there")
@@ -462,24 +462,24 @@ def test_a_child_process_does_not_wait_for_its_parents_threads(tmp_path: Path) -
     assert float(run_python(END_AFTER_FORK, tmp_path)) < 0.9
 
 
-def test_what_is_outside_an_allow_list_is_not_read(own_node: Node, tmp_path: Path) -> None:
+def test_a_block_outside_the_allow_list_is_not_read(own_node: Node, tmp_path: Path) -> None:
     home, root, path = directory_of(own_node, tmp_path)
-    opened = Opened(path)
+    watch = OpenWatch(path)
     allowed = cids.text(cids.EMPTY)
     with home.mounted("--from", "kubo", "--allow", allowed) as mount, pytest.raises(PermissionError):
         os.listdir(mount.path / root)
-    assert not opened.within(NEVER)
+    assert not watch.opened_within(NEVER)
 
 
 @pytest.mark.logs("content is blocked")
-def test_what_an_earlier_look_for_denylists_found_counts_no_more_while_they_are_looked_up(
+def test_an_old_look_for_denylists_does_not_count_while_a_new_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks, goes_on = threading.Event(), threading.Event()
+    looking, may_return = threading.Event(), threading.Event()
 
     def slow(_folder: Path) -> bool:
-        looks.set()
-        return goes_on.wait(SOON)
+        looking.set()
+        return may_return.wait(SOON)
 
     monkeypatch.setattr(kubo_repo, "_has_denylist", slow)
     (tmp_path / "blocks").mkdir()
@@ -488,8 +488,8 @@ def test_what_an_earlier_look_for_denylists_found_counts_no_more_while_they_are_
     root, _files = repository.directory(1)
     other = threading.Thread(target=repository.blocks.read, args=(root,))
     other.start()
-    assert looks.wait(SOON)
+    assert looking.wait(SOON)
     given = repository.ask_alone(root)
-    goes_on.set()
+    may_return.set()
     other.join()
     assert given is None

@@ -1,8 +1,8 @@
-"""One gateway answers with damaged heads, bodies, redirects, CARs and trailers; beside a good one, every read
-is right.
+"""One gateway sends damaged heads, bodies, redirects, CARs and trailers, another one is good: every read is
+right.
 
-The cases are numbered: each can be run again alone. IPFSFUSE_HTTP_CASES says how many there are (100,000 take
-some minutes), IPFSFUSE_HTTP_FIRST the number of the first.
+The cases are numbered, so that one of them can be repeated. IPFSFUSE_HTTP_CASES is how many there are:
+100,000 take some minutes. IPFSFUSE_HTTP_FIRST is the number of the first.
 """
 
 import os
@@ -112,7 +112,7 @@ TRAILERS = [
 
 
 class Case:
-    """One response, made by the number of the case alone."""
+    """One response. It depends on nothing but the number of the case."""
 
     def __init__(self, number: int) -> None:
         self.chance = random.Random(number)
@@ -184,12 +184,12 @@ class Case:
         while at < len(body):
             size = chance.choice((1, 10, 1000, 100_000))
             piece = body[at : at + size]
-            said: Any = f"{len(piece):x}"
+            size_text: Any = f"{len(piece):x}"
             if chance.random() < 0.02:
-                said = chance.choice(
-                    ["", "-1", "zz", "f" * 20, said + ";x=" + "y" * 20_000, " " + said, "0x1"]
+                size_text = chance.choice(
+                    ["", "-1", "zz", "f" * 20, size_text + ";x=" + "y" * 20_000, " " + size_text, "0x1"]
                 )
-            parts.append(f"{said}\r\n".encode() + piece + b"\r\n")
+            parts.append(f"{size_text}\r\n".encode() + piece + b"\r\n")
             at += size
             if len(parts) > 300:
                 break
@@ -205,7 +205,7 @@ class Case:
 
 
 class NoNames(trio.abc.HostnameResolver):
-    """Redirects lead nowhere: no name has an address."""
+    """No name has an address, so redirects lead nowhere."""
 
     async def getaddrinfo(self, *_args: object, **_options: object) -> Any:
         raise socket.gaierror(socket.EAI_NONAME, "no such host")
@@ -214,30 +214,30 @@ class NoNames(trio.abc.HostnameResolver):
         raise AssertionError
 
 
-async def read_block(chain: SourcePool, chance: random.Random) -> None:
+async def read_block(pool: SourcePool, chance: random.Random) -> None:
     cid, block = chance.choice(BLOCKS_LIST)
-    assert (await chain.get(cid)).block == block
+    assert (await pool.get(cid)).block == block
 
 
-async def read_run(chain: SourcePool, _chance: random.Random) -> None:
+async def read_range(pool: SourcePool, _chance: random.Random) -> None:
     got: dict[int, Block] = {}
 
     async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
         assert got.keys().isdisjoint(range(index, index + len(blocks)))
         got.update({index + at: bytes(block) for at, block in enumerate(blocks)})
 
-    await give_each(chain.stream(FILE.run), deliver)
+    await give_each(pool.stream(FILE.run), deliver)
     assert got == FILE.expected
 
 
-async def read_directory(chain: SourcePool, chance: random.Random) -> None:
+async def read_directory(pool: SourcePool, chance: random.Random) -> None:
     takes = Takes()
     whole = chance.random() < 0.5
-    await give_each(chain.subtree(Subtree(TREE.root, whole, 1 << 20), takes), takes.take)
+    await give_each(pool.subtree(Subtree(TREE.root, whole, 1 << 20), takes), takes.take)
     assert takes.blocks.items() <= TREE.blocks.items()
 
 
-READS: list[Callable[[SourcePool, random.Random], Any]] = [read_block, read_block, read_run, read_directory]
+READS: list[Callable[[SourcePool, random.Random], Any]] = [read_block, read_block, read_range, read_directory]
 
 
 @pytest.mark.logs("sent wrong bytes for", "has wrong bytes for")
@@ -250,7 +250,7 @@ def test_every_read_is_right_whatever_one_gateway_sends(own: bool, monkeypatch: 
     def behave(ask: Ask) -> None:
         nonlocal asked
         asked += 1
-        ask.server.asked.clear()  # 100,000 of them are more than anybody looks at
+        ask.server.asked.clear()  # there may be 100,000 of them, and the test does not need them
         worker, _, path = ask.path[1:].partition("/ipfs/")
         case = cases.get(worker) or next(iter(cases.values()))  # a redirect may have led anywhere
         if ask.query.get("format") == "car":
@@ -265,23 +265,23 @@ def test_every_read_is_right_whatever_one_gateway_sends(own: bool, monkeypatch: 
     numbers = iter(range(FIRST + int(own), FIRST + CASES, 2))  # half of the cases for each transport
 
     async def worker(name: str, bad: str, good: str) -> None:
-        near = [
+        bad_gateways = [
             Gateway(Http(parse_origin(f"{bad}/{name}"), HASTY), "bad", local=local) for local in (True, False)
         ]
-        beside = Gateway(Http(parse_origin(good)), "good", local=True)
+        good_gateway = Gateway(Http(parse_origin(good)), "good", local=True)
         for number in numbers:
             cases[name] = case = Case(number)
-            first = near[number // 2 % 2]
-            first._ranges, first._cars = first.local, True  # what was not offered once may be again
+            first = bad_gateways[number // 2 % 2]
+            first._ranges, first._cars = first.local, True  # a case may offer what an earlier one did not
             with trio.fail_after(30):
                 try:
                     await READS[number // 4 % len(READS)](
-                        SourcePool([first, beside], rng=random.Random(1)), case.chance
+                        SourcePool([first, good_gateway], rng=random.Random(1)), case.chance
                     )
                 except BaseException as exc:
                     exc.add_note(f"IPFSFUSE_HTTP_FIRST={number}")
                     raise
-        for source in (*near, beside):
+        for source in (*bad_gateways, good_gateway):
             await source.aclose()
 
     async def main() -> None:
@@ -293,4 +293,4 @@ def test_every_read_is_right_whatever_one_gateway_sends(own: bool, monkeypatch: 
                     nursery.start_soon(worker, f"w{number}", bad.url, good.url)
 
     trio.run(main)
-    assert asked > CASES * 0.4, "each case asks the bad gateway"
+    assert asked > CASES * 0.4, "too few cases asked the bad gateway"

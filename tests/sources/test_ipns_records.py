@@ -31,7 +31,7 @@ def key_file(folder: Path, kind: int, private: bytes) -> Path:
 
 
 @pytest.mark.kubo
-def test_records_of_a_real_node_of_every_kind_of_key_verify(tmp_path: Path) -> None:
+def test_records_of_a_real_node_verify_for_every_kind_of_key(tmp_path: Path) -> None:
     need_kubo()
     secp = ec.generate_private_key(ec.SECP256K1()).private_numbers().private_value.to_bytes(32, "big")
     ecdsa = ec.generate_private_key(ec.SECP256R1()).private_bytes(
@@ -48,10 +48,10 @@ def test_records_of_a_real_node_of_every_kind_of_key_verify(tmp_path: Path) -> N
             node.cmd("key", "import", *form, name, str(path))
         cid = node.add(b"hello")
         keys = [line.split() for line in node.cmd("key", "list", "-l").splitlines()]
-        older = [line.split() for line in node.cmd("key", "list", "-l", "--ipns-base=b58mh").splitlines()]
+        old_forms = [line.split() for line in node.cmd("key", "list", "-l", "--ipns-base=b58mh").splitlines()]
         assert len(keys) == 5
-        for (name, called), (old_name, _) in zip(keys, older, strict=True):
-            node.cmd("name", "publish", "--allow-offline", f"--key={called}", "--ttl=7s", f"/ipfs/{cid}")
+        for (name, key_name), (old_name, _) in zip(keys, old_forms, strict=True):
+            node.cmd("name", "publish", "--allow-offline", f"--key={key_name}", "--ttl=7s", f"/ipfs/{cid}")
             parsed = parse_name(name)
             assert isinstance(parsed, KeyName)
             assert str(parsed) == name
@@ -67,7 +67,7 @@ def test_records_of_a_real_node_of_every_kind_of_key_verify(tmp_path: Path) -> N
                     verify(parsed, bytes(broken))
 
 
-def test_names_in_all_forms_are_one_name() -> None:
+def test_all_forms_of_a_name_are_the_same_name() -> None:
     rsa_name = "QmSrPmbaUKA3ZodhzPWZnpFgcPMFWF4QsxXbkWfEptTBJd"
     for text in (rsa_name, "k2k4r8l8zgv45qm2sjt7p16l7pvy69l4jr1o50cld4s98wbnanl0zn6t"):
         parsed = parse_name(text)
@@ -84,7 +84,7 @@ def test_names_in_all_forms_are_one_name() -> None:
     "text", ["", "x", "localhost", CID, "..", "a..b", ".a", "-a.example", "1.2.3.4", "a" * 64 + ".org",
              "k51qzi5uqu5d", "Qm", "12D3", "a.b" * 200, "a b.org", "a/b.org"],
 )  # fmt: skip
-def test_what_is_no_name_is_none(text: str) -> None:
+def test_text_that_is_not_a_name_is_none(text: str) -> None:
     assert parse_name(text) is None
 
 
@@ -95,14 +95,14 @@ def test_a_record_gives_its_value_sequence_and_time_to_live() -> None:
     assert found.validity == 5
 
 
-def test_fields_that_are_not_known_are_ignored() -> None:
+def test_unknown_fields_are_ignored() -> None:
     data = make(KEY, f"/ipfs/{CID}", more={"_own": {"a": [1, b"2", None]}, "zz": True})
     assert verify(NAME, data + field(15, b"later") + field(100, 3)).value == f"/ipfs/{CID}"
 
 
 @pytest.mark.parametrize("key", [KEY, rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP256K1()),
                                  ec.generate_private_key(ec.SECP384R1())])  # fmt: skip
-def test_a_record_of_another_key_or_wrongly_signed_is_refused(
+def test_a_record_with_another_key_or_a_wrong_signature_is_refused(
     key: Ed25519PrivateKey | rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey,
 ) -> None:
     good = make(key, f"/ipfs/{CID}")
@@ -127,7 +127,7 @@ def test_a_record_signed_in_version_1_alone_is_refused() -> None:
         )
 
 
-def test_unsigned_fields_must_be_as_the_signed_ones() -> None:
+def test_unsigned_fields_must_equal_the_signed_ones() -> None:
     good = make(KEY, f"/ipfs/{CID}", 3, validity=b"2999-01-01T00:00:00Z")
     same = field(1, f"/ipfs/{CID}".encode()) + field(4, b"2999-01-01T00:00:00Z") + field(5, 3)
     assert verify(NAME, good + same + field(6, 60 * 10**9)).sequence == 3
@@ -176,7 +176,7 @@ GOOD = make(KEY, f"/ipfs/{CID}", 9)
 
 
 @given(st.integers(0, len(GOOD) - 1), st.integers(1, 255), st.integers(0, 3))
-def test_no_change_of_a_records_bytes_changes_what_it_says(at: int, difference: int, cut: int) -> None:
+def test_a_changed_record_is_refused_or_says_the_same(at: int, difference: int, cut: int) -> None:
     changed = bytearray(GOOD)
     changed[at] ^= difference
     try:

@@ -1,5 +1,4 @@
-"""A real Kubo node as a source: found, lost and found again, asked without looking on the network; and two of
-them."""
+"""A real Kubo node as a source: found, lost and found again; asked offline; together with a second node."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,8 +34,7 @@ def put(node: Node, file: SampleFile) -> None:
 def test_offline_never_makes_the_node_look_on_the_network(
     two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
-    """The other node has the block and is connected: asked in the usual way it comes from there, offline it
-    does not."""
+    """Another node has the block and is connected. The block comes from there, but not offline."""
     asked, other = two_nodes
     file = sample(20)
     put(other, file)
@@ -74,7 +72,7 @@ def test_offline_never_makes_the_node_look_on_the_network(
     trio.run(main)
 
 
-def test_a_child_that_nobody_has_costs_a_directorys_answer_a_moment_and_the_node_no_blame(
+def test_a_missing_child_ends_a_directorys_answer_soon_and_is_not_a_failure(
     kubo_node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heap = Blocks()
@@ -97,7 +95,7 @@ def test_a_child_that_nobody_has_costs_a_directorys_answer_a_moment_and_the_node
     trio.run(main)
 
 
-def test_content_at_another_node_is_fetched_through_ours_also_after_that_one_was_away(
+def test_content_of_another_node_comes_through_ours_even_after_that_node_was_away(
     two_nodes: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, other = two_nodes
@@ -129,9 +127,7 @@ def test_content_at_another_node_is_fetched_through_ours_also_after_that_one_was
     trio.run(main)
 
 
-def test_a_node_that_restarts_is_found_again_where_it_is(
-    own_node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_node_that_restarts_is_found_again(own_node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     file = sample(23)
     put(own_node, file)
     monkeypatch.setenv("IPFS_PATH", str(own_node.repo))
@@ -155,7 +151,7 @@ def test_a_node_that_restarts_is_found_again_where_it_is(
     trio.run(main)
 
 
-def test_no_node_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_node_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPFS_PATH", str(tmp_path))
 
     async def main() -> None:
@@ -166,10 +162,10 @@ def test_no_node_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("token", "right"), [("bearer:right", True), ("bearer:wrong", False)])
-def test_a_node_that_asks_for_a_token(
+def test_the_token_for_a_node_is_read_from_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str, right: bool
 ) -> None:
-    """A refused token's message says which file it came from."""
+    """If the node refuses the token, the message names the file that the token came from."""
     file = sample(24)
     path = tmp_path / "token"
     path.write_text(token)
@@ -204,7 +200,7 @@ def test_a_node_that_asks_for_a_token(
     trio.run(main)
 
 
-def test_a_stream_that_breaks_off_with_a_trailer_is_no_block() -> None:
+def test_a_stream_that_breaks_off_with_a_trailer_is_an_error() -> None:
     file = sample(25)
 
     def breaks_off(ask: Ask) -> None:
@@ -223,8 +219,8 @@ def test_a_stream_that_breaks_off_with_a_trailer_is_no_block() -> None:
     trio.run(main)
 
 
-def test_a_unix_socket(tmp_path: Path) -> None:
-    """As a node whose API is on a socket file; here a relay to one of ours."""
+def test_blocks_come_over_a_unix_socket(tmp_path: Path) -> None:
+    """The API of a node may be on a socket file. Here the socket file leads to a server of the tests."""
     file = sample(26)
     path = tmp_path / "api.sock"
 

@@ -1,4 +1,4 @@
-"""A real Kubo node set up otherwise than usual: a socket file, a gateway port that gives no files, one that
+"""Kubo nodes with unusual settings: a socket file, a gateway port that serves no files, a gateway port that
 refuses."""
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def put(node: Node, file: SampleFile) -> None:
     node.cmd("dag", "import", "--pin-roots=false", stdin=file.car())
 
 
-async def all_blocks(source: Source, file: SampleFile) -> None:
-    """Every block one by one, and the leaves as a run, are what they should be."""
+async def check_all_blocks(source: Source, file: SampleFile) -> None:
+    """Checks every block of `file` one by one, and its leaves as one range."""
     for cid, block in file.blocks.items():
         assert await source.get(cid) == block
     got: dict[int, Block] = {}
@@ -41,7 +41,7 @@ async def all_blocks(source: Source, file: SampleFile) -> None:
 
 
 @pytest.mark.parametrize("by", ["gateway", "rpc"])
-def test_a_node_that_listens_on_a_socket_file(tmp_path: Path, by: str) -> None:
+def test_blocks_come_from_a_node_that_listens_on_a_socket_file(tmp_path: Path, by: str) -> None:
     need_kubo()
     node, path = Node(), tmp_path / "api.sock"
     node.settings = {
@@ -52,7 +52,7 @@ def test_a_node_that_listens_on_a_socket_file(tmp_path: Path, by: str) -> None:
     async def main() -> None:
         source = Kubo("kubo", HttpSettings(), unix_origin(str(path)))
         source._asked_for_gateway = by == "rpc"
-        await all_blocks(source, file)
+        await check_all_blocks(source, file)
         assert (source._gateway is None) == (by == "rpc")
         await source.aclose()
 
@@ -61,7 +61,7 @@ def test_a_node_that_listens_on_a_socket_file(tmp_path: Path, by: str) -> None:
         trio.run(main)
 
 
-def test_offline_no_node_on_another_machine_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_node_on_another_machine_is_asked_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither one that the user names nor one that a repository names."""
     monkeypatch.setenv("IPFS_PATH", str(tmp_path))
     for file in ("api", "gateway"):
@@ -86,13 +86,15 @@ def test_offline_no_node_on_another_machine_is_asked(tmp_path: Path, monkeypatch
     trio.run(main)
 
 
-def test_a_gateway_port_that_gives_blocks_alone_and_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gateway_port_that_serves_only_blocks_and_fetches_nothing_is_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     need_kubo()
     file = sample(20)
 
     async def main() -> None:
         source = Kubo("kubo", HttpSettings())
-        await all_blocks(source, file)
+        await check_all_blocks(source, file)
         await source.aclose()
 
     with Node(settings={"Gateway": {"NoFetch": True, "DeserializedResponses": False}}) as node:
@@ -106,7 +108,7 @@ def refuses(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("behave", [refuses, evil.html_page, evil.not_http])
-def test_where_the_gateway_port_is_of_no_use_blocks_come_over_rpc(
+def test_blocks_come_over_rpc_if_the_gateway_port_is_useless(
     own_node: Node, monkeypatch: pytest.MonkeyPatch, behave: Behaviour
 ) -> None:
     file = sample(20)

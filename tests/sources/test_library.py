@@ -30,7 +30,7 @@ def library(tmp_path: Path) -> Library:
     return Library(tmp_path / "library")
 
 
-def test_what_was_added_is_read(library: Library) -> None:
+def test_added_blocks_can_be_read(library: Library) -> None:
     blocks = dag(range(20))
     assert add(library, blocks) == 21
     assert [library.block(cid) for cid, _block in blocks] == [block for _cid, block in blocks]
@@ -39,7 +39,7 @@ def test_what_was_added_is_read(library: Library) -> None:
     assert (entry.name, entry.size) == ("thing", sum(len(block) for _cid, block in blocks))
 
 
-def test_a_second_add_of_the_same_adds_nothing(library: Library) -> None:
+def test_a_second_add_of_the_same_content_adds_nothing(library: Library) -> None:
     blocks = dag(range(20))
     add(library, blocks)
     before = {path: path.read_bytes() for path in library.folder.rglob("*") if path.is_file()}
@@ -52,7 +52,7 @@ def test_duplicates_within_an_add_are_stored_once(library: Library) -> None:
     assert add(library, blocks) == 2
 
 
-def test_removing_the_only_root_gives_everything_back(library: Library) -> None:
+def test_removing_the_only_root_frees_all_space(library: Library) -> None:
     blocks = dag(range(20))
     add(library, blocks)
     library.remove(blocks[-1][0])
@@ -62,7 +62,7 @@ def test_removing_the_only_root_gives_everything_back(library: Library) -> None:
         library.remove(blocks[-1][0])
 
 
-def test_removal_takes_any_spelling(library: Library) -> None:
+def test_a_root_is_removed_by_any_spelling_of_its_cid(library: Library) -> None:
     leaf = raw(1)
     block = dagpb.encode([Link(leaf[0], b"", 1000)], b"\x08\x01")
     root = Cid(multihash(block))
@@ -72,7 +72,7 @@ def test_removal_takes_any_spelling(library: Library) -> None:
     assert list(library.roots()) == []
 
 
-def test_removal_keeps_what_another_root_shares(library: Library) -> None:
+def test_removal_keeps_blocks_that_another_root_shares(library: Library) -> None:
     first, second = dag(range(20)), dag([*range(5), 100, 101])
     add(library, first)
     assert add(library, second) == 3  # two leaves and the root: the rest is there
@@ -86,7 +86,7 @@ def test_removal_keeps_what_another_root_shares(library: Library) -> None:
     assert packs(library) == {}
 
 
-def test_a_root_below_a_root_survives_its_parent(library: Library) -> None:
+def test_a_root_that_is_part_of_another_one_survives_its_removal(library: Library) -> None:
     blocks = dag(range(20))
     add(library, blocks)
     add(library, [blocks[3]])
@@ -128,7 +128,7 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path) -> None:
         Library(folder)
 
 
-def test_the_source_gets_and_streams(library: Library) -> None:
+def test_the_source_gets_blocks_and_streams_ranges(library: Library) -> None:
     small, large = dag(range(300)), dag([1000, 1001, 1002], 1 << 20)
     add(library, small)
     add(library, large)
@@ -158,7 +158,7 @@ def test_the_source_gets_and_streams(library: Library) -> None:
 
 
 @pytest.mark.parametrize("bytes_first", [False, True])
-def test_a_block_that_is_linked_as_bytes_and_as_a_node_keeps_all_below_it(
+def test_a_block_that_is_linked_as_raw_and_as_a_node_keeps_all_below_it(
     library: Library, bytes_first: bool
 ) -> None:
     unneeded, leaf = dag(range(100, 140)), raw(1)
@@ -171,7 +171,7 @@ def test_a_block_that_is_linked_as_bytes_and_as_a_node_keeps_all_below_it(
         writer.commit([NewRoot(root[0], "kept", 1), NewRoot(unneeded[-1][0], "unneeded", 1)])
     library.remove(unneeded[-1][0])
     fresh = Library(library.folder)
-    assert fresh.packs.find(cids.multihash(unneeded[0][0])) is None, "the pack was written anew"
+    assert fresh.packs.find(cids.multihash(unneeded[0][0])) is None, "the pack was rewritten"
     assert [fresh.block(cid) for cid, _block in (root, node, leaf)] == [root[1], node[1], leaf[1]]
     fresh.close()
 
@@ -196,7 +196,7 @@ def test_many_small_packs_become_one(library: Library) -> None:
 
 @pytest.mark.parametrize("number", ["1e999", "NaN", "-1", "1" + "0" * 400, "1" + "0" * 5000, '"x"', "null"])
 @pytest.mark.parametrize("key", ["size", "added"])
-def test_a_root_with_a_number_that_can_not_be_is_no_root_and_spoils_no_other(
+def test_a_root_with_an_impossible_number_is_ignored_and_others_are_listed(
     library: Library, key: str, number: str
 ) -> None:
     add(library, [raw(1)])
@@ -208,8 +208,8 @@ def test_a_root_with_a_number_that_can_not_be_is_no_root_and_spoils_no_other(
     assert list(library.roots()) == [raw(1)[0]]
 
 
-def test_what_a_damaged_root_needs_is_not_removed(library: Library) -> None:
-    """The next `add` or `rm` removed all packs that no readable root named."""
+def test_packs_that_a_damaged_root_needs_are_not_removed(library: Library) -> None:
+    """Before this was mended, the next `add` or `rm` removed all packs that no readable root named."""
     blocks = dag(range(20))
     add(library, blocks)
     (path,) = (library.folder / "roots").iterdir()
@@ -223,29 +223,29 @@ def test_what_a_damaged_root_needs_is_not_removed(library: Library) -> None:
     assert set(library.roots()) == {blocks[-1][0], raw(1)[0]}
 
 
-def test_no_bit_that_turns_in_a_root_costs_a_pack(library: Library) -> None:
-    """A root that named a pack of another name was taken for right, and its own pack for unused."""
+def test_no_flipped_bit_in_a_root_loses_a_pack(library: Library) -> None:
+    """A flipped bit may make a root name another pack. Its own pack must not seem unused then."""
     blocks = dag(range(3))
     add(library, blocks)
     (path,) = (library.folder / "roots").iterdir()
-    before, there = path.read_bytes(), packs(library)
+    before, packs_before = path.read_bytes(), packs(library)
     refusals = 0
     for bit in range(8 * len(before)):
-        turned = bytearray(before)
-        turned[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(turned)
+        flipped = bytearray(before)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
         try:
             library.compact()
         except StoreFailed as exc:
             assert "add its content again" in str(exc)
             refusals += 1
-        assert packs(library) == there, turned
-    (name,) = there
+        assert packs(library) == packs_before, flipped
+    (name,) = packs_before
     assert refusals > 8 * len(name)
 
 
 @pytest.mark.logs("was not given back")
-def test_a_root_that_names_a_pack_which_is_not_there_is_mended_by_an_add(library: Library) -> None:
+def test_an_add_repairs_a_root_that_names_a_missing_pack(library: Library) -> None:
     blocks = dag(range(20))
     add(library, blocks)
     (path,) = (library.folder / "roots").iterdir()
@@ -264,7 +264,7 @@ def test_a_root_that_names_a_pack_which_is_not_there_is_mended_by_an_add(library
     assert list(library_damage(library, lambda _done: None)) == []
 
 
-def test_what_another_process_adds_and_merges_meanwhile_is_no_damage(
+def test_packs_that_another_process_merges_meanwhile_are_not_damage(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(library_compaction, "MANY", 2)
@@ -279,7 +279,8 @@ def test_what_another_process_adds_and_merges_meanwhile_is_no_damage(
 def test_an_add_that_fails_leaves_a_damaged_root_where_it_is(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It took the damaged root away, and the next `add` removed the packs that this one needed."""
+    """Before this was mended, it removed the damaged root, and the next `add` removed the packs that the root
+    needed."""
     blocks = dag(range(20))
     add(library, blocks)
     (path,) = (library.folder / "roots").iterdir()
@@ -299,14 +300,15 @@ def test_an_add_that_fails_leaves_a_damaged_root_where_it_is(
 
 
 @pytest.mark.logs("had wrong bytes")
-@pytest.mark.parametrize("what", ["content", "head"])
-def test_what_is_damaged_in_a_pack_is_mended_by_adding_it_again(library: Library, what: str) -> None:
-    """The log advises that; the library said that it had the block already, or refused the add."""
+@pytest.mark.parametrize("damaged", ["content", "head"])
+def test_adding_content_again_repairs_a_damaged_pack(library: Library, damaged: str) -> None:
+    """The log advises this. Before this was mended, the library did not store the block again, or refused the
+    add."""
     blocks = dag(range(20))
     add(library, blocks)
     (name,) = packs(library)
     pack, (cid, block) = library.folder / name, blocks[3]
-    lost = block if what == "content" else cid
+    lost = block if damaged == "content" else cid
     data = pack.read_bytes()
     pack.write_bytes(data.replace(lost, lost[:-1] + bytes([lost[-1] ^ 1]), 1))
     add(library, blocks)
@@ -314,37 +316,38 @@ def test_what_is_damaged_in_a_pack_is_mended_by_adding_it_again(library: Library
 
 
 @pytest.mark.logs("space was not given back")
-def test_no_bit_that_turns_before_a_block_fails_an_add_or_a_removal_or_costs_another_block(
+def test_no_flipped_bit_before_a_block_fails_an_add_or_removal_or_loses_another_block(
     library: Library,
 ) -> None:
-    """Both failed after they were done, where the length of a section was wrong."""
-    stays, goes = dag(range(3), 40), dag(range(10, 13), 40)
+    """Before this was mended, a wrong length of a section made both fail after they were done."""
+    kept, removed = dag(range(3), 40), dag(range(10, 13), 40)
     with library.open_writer() as writer:
-        for cid, block in (*goes, *stays):
+        for cid, block in (*removed, *kept):
             writer.put(cid, block)
-        writer.commit([NewRoot(blocks[-1][0], "thing", 1) for blocks in (stays, goes)])
+        writer.commit([NewRoot(blocks[-1][0], "thing", 1) for blocks in (kept, removed)])
     (name,) = packs(library)
-    pack, root = library.folder / name, library.folder / "roots" / cids.text(goes[-1][0])
-    before, about_root = pack.read_bytes(), root.read_bytes()
-    starts = [before.index(cid) - 1 for cid, _block in (*goes, *stays)]
+    pack, root = library.folder / name, library.folder / "roots" / cids.text(removed[-1][0])
+    before, root_before = pack.read_bytes(), root.read_bytes()
+    starts = [before.index(cid) - 1 for cid, _block in (*removed, *kept)]
     for at in (*starts, starts[-1] + 1, starts[-1] + 3):
         for bit in range(8):
-            turned = bytearray(before)
-            turned[at] ^= 1 << bit
+            flipped = bytearray(before)
+            flipped[at] ^= 1 << bit
             pack.unlink()
-            pack.write_bytes(turned)
+            pack.write_bytes(flipped)
             pack.chmod(0o600)
-            root.write_bytes(about_root)
-            there = readable(library.folder, stays)
-            Library(library.folder).remove(goes[-1][0])
+            root.write_bytes(root_before)
+            readable_before = readable(library.folder, kept)
+            Library(library.folder).remove(removed[-1][0])
             add(Library(library.folder), [raw(1000 + bit)])
-            assert there <= readable(library.folder, stays)
+            assert readable_before <= readable(library.folder, kept)
 
 
-def test_a_damaged_pack_keeps_no_other_from_being_compacted(
+def test_a_damaged_pack_does_not_stop_the_compaction_of_others(
     library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No small packs were merged any more, and packs whose names follow were never rewritten."""
+    """Before this was mended, small packs were not merged any more, and packs with later names were never
+    rewritten."""
     monkeypatch.setattr(library_compaction, "MANY", 3)
     first, *others = [dag(range(at, at + 3)) for at in range(0, 50, 10)]
     add(library, first)
@@ -352,20 +355,20 @@ def test_a_damaged_pack_keeps_no_other_from_being_compacted(
     before = (library.folder / name).read_bytes()
     for blocks in others:
         add(library, blocks)
-    turned = bytearray(before)
-    turned[before.index(first[0][0]) - 1] ^= 0x40  # the length of a section
-    (library.folder / name).write_bytes(turned)
+    flipped = bytearray(before)
+    flipped[before.index(first[0][0]) - 1] ^= 0x40  # the length of a section
+    (library.folder / name).write_bytes(flipped)
     for _ in range(2):
         with pytest.raises(StoreFailed, match=f"{name} is damaged, and was not compacted"):
             Library(library.folder).compact()
         assert len(packs(library)) == 2
-    assert (library.folder / name).read_bytes() == turned
+    assert (library.folder / name).read_bytes() == flipped
     for blocks in others:
         assert readable(library.folder, blocks) == {cid for cid, _block in blocks}
 
 
 def readable(folder: Path, blocks: list[tuple[Cid, bytes]]) -> set[Cid]:
-    """What a library has of `blocks`."""
+    """Those of `blocks` that the library can read."""
     found, library = set(), Library(folder)
     for cid, block in blocks:
         with suppress(IpfsFuseError):
@@ -375,7 +378,7 @@ def readable(folder: Path, blocks: list[tuple[Cid, bytes]]) -> set[Cid]:
     return found
 
 
-def test_a_damaged_pack_is_one_line(library: Library) -> None:
+def test_an_add_repairs_a_pack_that_was_cut_short(library: Library) -> None:
     blocks = dag(range(20))
     add(library, blocks)
     ((name, size),) = packs(library).items()
@@ -386,7 +389,7 @@ def test_a_damaged_pack_is_one_line(library: Library) -> None:
     assert Library(library.folder).block(blocks[0][0]) == blocks[0][1]
 
 
-def test_a_block_that_is_too_large_is_named_and_left_out_of_runs(library: Library) -> None:
+def test_a_block_that_is_too_large_is_named_and_left_out_of_ranges(library: Library) -> None:
     large, small = raw(7, cids.MAX_BLOCK + 1), raw(8, cids.MAX_BLOCK)
     add(library, [large, small])
     leaves = [
@@ -412,4 +415,4 @@ def test_a_block_that_is_too_large_is_named_and_left_out_of_runs(library: Librar
     with pytest.raises(BlockTooLarge):
         library.block(large[0])
     trio.run(main)
-    assert got == [1], "the others are not what their leaves say"
+    assert got == [1], "the other blocks do not have the sizes of their leaves"

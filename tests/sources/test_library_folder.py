@@ -1,4 +1,4 @@
-"""The library's folder: it is marked and used by one user, and other files in it or behind its links are left
+"""The library's folder has a marker and belongs to one user. Other files in it, or behind its links, are left
 alone."""
 
 import gc
@@ -21,17 +21,17 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs
 
 
 def contents(path: Path) -> dict[str, object]:
-    """Everything below `path`, with what it holds and who may use it."""
+    """All files below `path`, with their modes, owners and content."""
     found: dict[str, object] = {}
     for each in sorted([path, *path.rglob("*")]):
         info = each.lstat()
-        what = os.readlink(each) if each.is_symlink() else each.read_bytes() if each.is_file() else ""
-        found[str(each)] = (info.st_mode, info.st_uid, what)
+        content = os.readlink(each) if each.is_symlink() else each.read_bytes() if each.is_file() else ""
+        found[str(each)] = (info.st_mode, info.st_uid, content)
     return found
 
 
 def refused(folder: Path) -> str:
-    """Why the folder is refused: one line that says what to do."""
+    """The message with which the folder is refused. It is one line that says what to do."""
     with pytest.raises(StoreFailed) as raised:
         Library(folder)
     line = str(raised.value)
@@ -63,7 +63,7 @@ def test_a_new_library_is_marked(folder: Path) -> None:
     assert (folder / "format").read_text() == "ipfsfuse library 1\n"
 
 
-def test_a_library_from_before_the_marker_gets_one(folder: Path) -> None:
+def test_a_library_without_a_marker_gets_one(folder: Path) -> None:
     (folder / "format").unlink()
     (folder / "20260101T000000-0123abcd.tmp").touch()
     library = Library(folder)
@@ -72,9 +72,7 @@ def test_a_library_from_before_the_marker_gets_one(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mine.car", "notes.txt", "20260101T000000-0123abcd.CAR"])
-def test_a_folder_with_other_things_and_no_marker_is_refused_and_left_alone(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_folder_with_other_files_and_no_marker_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "cars").mkdir(mode=0o700)
     (tmp_path / "cars" / name).write_bytes(b"mine")
     before = contents(tmp_path)
@@ -83,7 +81,7 @@ def test_a_folder_with_other_things_and_no_marker_is_refused_and_left_alone(
 
 
 @pytest.mark.parametrize("text", ["ipfsfuse library 2\n", "something else\n", ""])
-def test_a_marker_of_another_kind_is_refused_and_left_alone(folder: Path, text: str) -> None:
+def test_a_library_with_an_unknown_marker_is_refused_and_left_alone(folder: Path, text: str) -> None:
     (folder / "format").write_text(text)
     before = contents(folder)
     line = refused(folder)
@@ -91,8 +89,8 @@ def test_a_marker_of_another_kind_is_refused_and_left_alone(folder: Path, text: 
     assert contents(folder) == before
 
 
-def test_what_is_not_ours_outlives_every_removal_and_compaction(folder: Path) -> None:
-    """A user's own CAR files in a library are neither read nor removed, by whatever name."""
+def test_files_that_are_not_ours_survive_every_removal_and_compaction(folder: Path) -> None:
+    """A user's own CAR files in a library are neither read nor removed, whatever their names are."""
     strays = {
         "mine.car",
         "mine.tmp",
@@ -117,13 +115,13 @@ def test_what_is_not_ours_outlives_every_removal_and_compaction(folder: Path) ->
 def test_a_compaction_that_fails_writes_to_no_other_file(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The descriptor of the file that it was writing belongs to the next file that is opened."""
+    """The next file that is opened gets the number of the descriptor that the compaction was writing to."""
     library = Library(folder)
-    stays, goes = dag(range(200, 220)), dag(range(300, 400))
+    kept, removed = dag(range(200, 220)), dag(range(300, 400))
     with library.open_writer() as writer:
-        for cid, block in (*stays, *goes):
+        for cid, block in (*kept, *removed):
             writer.put(cid, block)
-        writer.commit([NewRoot(blocks[-1][0], "thing", 1) for blocks in (stays, goes)])
+        writer.commit([NewRoot(blocks[-1][0], "thing", 1) for blocks in (kept, removed)])
     reads = 0
     read = CarFile.read
 
@@ -135,8 +133,8 @@ def test_a_compaction_that_fails_writes_to_no_other_file(
         return read(self, location)
 
     monkeypatch.setattr(CarFile, "read", fail)
-    library.remove(goes[-1][0])
-    assert reads == 11, "in the middle of a pack"
+    library.remove(removed[-1][0])
+    assert reads == 11, "the compaction failed in the middle of a pack"
     with (tmp_path / "precious").open("w+b", buffering=0) as file:
         file.write(b"precious")
         gc.collect()
@@ -170,17 +168,17 @@ def a_pipe(path: Path, _outside: Path) -> None:
 
 
 def a_socket(path: Path, _outside: Path) -> None:
-    place = os.open(path.parent, os.O_PATH)
+    folder_fd = os.open(path.parent, os.O_PATH)
     with socket.socket(socket.AF_UNIX) as made:
-        made.bind(f"/proc/self/fd/{place}/{path.name}")
-    os.close(place)
+        made.bind(f"/proc/self/fd/{folder_fd}/{path.name}")
+    os.close(folder_fd)
 
 
 def garbage(path: Path, _outside: Path) -> None:
     path.write_bytes(b"\xff\x00 garbage\n" * 300)
 
 
-def nothing_in_it(path: Path, _outside: Path) -> None:
+def an_empty_file(path: Path, _outside: Path) -> None:
     path.write_bytes(b"")
 
 
@@ -203,7 +201,7 @@ PLANTED = [
     a_pipe,
     a_socket,
     garbage,
-    nothing_in_it,
+    an_empty_file,
 ]
 PLANTED += [of_another_user, open_to_all]
 NAMES = [
@@ -222,10 +220,10 @@ NAMES = [
 @pytest.mark.logs(".")
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 @pytest.mark.parametrize("name", NAMES)
-def test_whatever_is_planted_at_a_name_nothing_outside_changes(
+def test_nothing_outside_changes_whatever_is_planted_at_a_name(
     folder: Path, victim: Path, name: str, plant: Callable[[Path, Path], None]
 ) -> None:
-    """It is refused in one line, or left alone; what else is in the library stays readable."""
+    """The library is refused in one line, or the planted file is left alone and the rest stays readable."""
     blocks = dag(range(20))
     path = folder / name.format(cid=cids.text(dag(range(50, 60))[-1][0]))
     if path.is_dir():
@@ -266,7 +264,7 @@ def test_a_library_behind_a_link_is_refused(tmp_path: Path, folder: Path) -> Non
     assert "is a symbolic link" in refused(tmp_path / "link")
 
 
-def test_a_root_that_does_not_say_its_own_name_is_none(folder: Path) -> None:
+def test_a_root_file_with_another_name_than_its_cid_is_ignored(folder: Path) -> None:
     (root,) = (folder / "roots").iterdir()
     (folder / "roots" / "another").write_bytes(root.read_bytes())
     library = Library(folder)

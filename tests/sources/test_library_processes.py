@@ -1,4 +1,4 @@
-"""Several at once in one library, and some of them killed."""
+"""Several processes use one library at once, and some of them are killed."""
 
 import random
 import subprocess
@@ -34,7 +34,7 @@ def test_another_library_object_sees_adds_and_removals_at_once(library: Library)
         reader.block(blocks[0][0])
 
 
-def test_nothing_is_removed_below_a_running_add(library: Library) -> None:
+def test_a_removal_keeps_the_blocks_that_a_running_add_needs(library: Library) -> None:
     blocks = dag(range(20))
     add(library, blocks)
     with Library(library.folder).open_writer() as writer:
@@ -63,7 +63,7 @@ os.kill(os.getpid(), 9)
 """
 
 
-def test_what_a_killed_writer_left_is_swept_by_the_next(library: Library) -> None:
+def test_the_next_writer_removes_the_file_of_a_killed_one(library: Library) -> None:
     project = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", KILLED, str(library.folder)], cwd=project, check=False)
     assert [name for name in packs(library) if name.endswith(".tmp")]
@@ -72,7 +72,7 @@ def test_what_a_killed_writer_left_is_swept_by_the_next(library: Library) -> Non
     assert len([name for name in packs(library) if name.endswith(".tmp")]) == 1
     add(library, dag(range(3)))
     assert len([name for name in packs(library) if name.endswith(".tmp")]) == 1, (
-        "a living writer's file was swept"
+        "the file of a living writer was removed"
     )
     living.commit([NewRoot(raw(5)[0], "five", 1000)])
     assert len(library.roots()) == 2
@@ -130,7 +130,7 @@ while True:
 """
 
 
-def test_whoever_is_killed_every_listed_root_is_whole(library: Library) -> None:
+def test_every_listed_root_is_whole_after_writers_were_killed(library: Library) -> None:
     project = Path(__file__).parents[2]
     chance = random.Random(3)
     for attempt in range(5):

@@ -1,5 +1,5 @@
-"""How many requests one source is sent at a time, and whose turn is next: of stalled ones, of several
-callers, of a source that is busy."""
+"""How many requests one source is sent at a time, and which one is next: with stalled requests, with several
+callers, and at a busy source."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 class Callers:
-    """Requests of callers at one limiter."""
+    """Sends requests of several callers through one limiter."""
 
     def __init__(self, limiter: ConcurrencyLimiter, nursery: trio.Nursery) -> None:
         self.limiter = limiter
@@ -31,9 +31,9 @@ class Callers:
         self.waited: list[float] = []
         self.displaced = 0
 
-    async def one(self, caller: Caller, seconds: float) -> float:
-        """A request that takes so long; whenever it is displaced, it is made again. Seconds until it first
-        started."""
+    async def request(self, caller: Caller, seconds: float) -> float:
+        """Makes a request that takes `seconds`. Makes it again whenever it is displaced. Returns the seconds
+        until it first started."""
         with request_of(caller):
             retried, first, waited = False, True, 0.0
             while True:
@@ -50,7 +50,7 @@ class Callers:
 
     def crowd(self, count: int, caller: Caller, seconds: float = float("inf")) -> None:
         for _ in range(count):
-            self.nursery.start_soon(self.one, caller, seconds)
+            self.nursery.start_soon(self.request, caller, seconds)
 
 
 @pytest.mark.parametrize("late_after", [0.01, 0.4, 2.0])
@@ -70,15 +70,15 @@ def test_a_new_request_starts_within_a_tenth_of_a_second_however_many_stalled_on
                 assert limiter.in_flight <= RUNNING + LATE
                 with trio.fail_after(
                     NEW + late_after + 0.1
-                ):  # it is not displaced before such an answer came
-                    assert await callers.one(caller, late_after) <= NEW
+                ):  # it has the time for an answer before it is displaced
+                    assert await callers.request(caller, late_after) <= NEW
             nursery.cancel_scope.cancel()
 
     run(main)
 
 
-def test_a_crowd_that_goes_on_coming_leaves_each_the_time_for_an_answer() -> None:
-    """Once, each was displaced by those behind it before a slow source could answer."""
+def test_a_growing_crowd_leaves_each_request_the_time_for_an_answer() -> None:
+    """Before this was mended, later requests displaced each one before a slow source could answer."""
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
@@ -86,7 +86,7 @@ def test_a_crowd_that_goes_on_coming_leaves_each_the_time_for_an_answer() -> Non
             answered: list[float] = []
 
             async def healthy() -> None:
-                await callers.one(ALICE, 0.39)
+                await callers.request(ALICE, 0.39)
                 answered.append(trio.current_time())
 
             for _ in range(50):
@@ -100,7 +100,7 @@ def test_a_crowd_that_goes_on_coming_leaves_each_the_time_for_an_answer() -> Non
     run(main)
 
 
-def test_a_caller_takes_no_permit_of_another_and_holds_three_quarters_at_most() -> None:
+def test_a_caller_displaces_no_other_and_holds_at_most_three_quarters() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(RUNNING, LATE, lambda: 0.4)
@@ -111,7 +111,7 @@ def test_a_caller_takes_no_permit_of_another_and_holds_three_quarters_at_most() 
             bobs = Callers(limiter, nursery)
             bobs.crowd(36, BOB)
             await wait_all_tasks_blocked()
-            assert limiter.in_flight == 108 + 12, "at once, as far as it may begin at once"
+            assert limiter.in_flight == 108 + 12, "at once, as many as may begin at once"
             await trio.sleep(2)
             assert limiter.in_flight == RUNNING + LATE
             assert bobs.displaced == 0
@@ -120,7 +120,7 @@ def test_a_caller_takes_no_permit_of_another_and_holds_three_quarters_at_most() 
     run(main)
 
 
-def test_of_callers_that_both_want_all_each_gets_half() -> None:
+def test_two_greedy_callers_get_half_each() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(RUNNING, LATE, lambda: 0.1)
@@ -146,7 +146,7 @@ def test_of_callers_that_both_want_all_each_gets_half() -> None:
     run(main)
 
 
-def test_what_was_never_tried_has_its_turn_before_what_was_although_that_has_waited_longer() -> None:
+def test_untried_requests_go_before_retried_ones_that_have_waited_longer() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(4, 4, lambda: 0.1)
@@ -159,7 +159,7 @@ def test_what_was_never_tried_has_its_turn_before_what_was_although_that_has_wai
     run(main)
 
 
-def test_a_crowd_does_not_begin_at_once_at_a_source_that_answers() -> None:
+def test_a_crowd_does_not_start_at_once_at_a_source_that_answers() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(RUNNING, LATE, lambda: 1.0)
@@ -173,7 +173,7 @@ def test_a_crowd_does_not_begin_at_once_at_a_source_that_answers() -> None:
     run(main)
 
 
-def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> None:
+def test_a_second_waiter_makes_a_queued_request_as_urgent_as_its_own() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(RUNNING, LATE, lambda: 2.0)
@@ -195,7 +195,7 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
             await wait_all_tasks_blocked()
             callers.crowd(3000, ALICE)
             await trio.sleep(1)
-            assert not started, "those who came later go first"
+            assert not started, "newer requests go first"
             with request_of(BOB):
                 stack.enter_context(request.waiting(1000))
             await wait_all_tasks_blocked()
@@ -205,7 +205,7 @@ def test_who_waits_for_what_waits_already_makes_it_as_urgent_as_his_own() -> Non
     run(main)
 
 
-def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
+def test_a_request_whose_caller_gives_up_soon_is_not_started() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(4, 4, lambda: 0.1)
@@ -231,7 +231,7 @@ def test_what_nobody_will_wait_for_any_more_is_not_begun() -> None:
     run(main)
 
 
-def test_a_source_that_is_busy_is_sent_half_as_many_and_then_one_more_each_round() -> None:
+def test_a_busy_source_is_sent_half_as_many_and_then_one_more_each_round() -> None:
     limiter = ConcurrencyLimiter(RUNNING, LATE, lambda: 1.0)
 
     async def main() -> None:
@@ -244,13 +244,11 @@ def test_a_source_that_is_busy_is_sent_half_as_many_and_then_one_more_each_round
             assert limiter.limit == RUNNING + LATE
             assert limiter.note_busy(asked)
             assert limiter.limit == 6
-            assert limiter.note_busy(asked), (
-                "of those that were sent together each says the same: it counts once"
-            )
+            assert limiter.note_busy(asked), "answers to requests that were sent together count once"
             assert limiter.limit == 6
             await trio.sleep(1)
             assert limiter.in_flight == 0
-            assert not limiter.note_busy(trio.current_time()), "a single request was not one too many of ours"
+            assert not limiter.note_busy(trio.current_time()), "a single request is never too many"
             for limit in range(6, 12):
                 for _ in range(limit + 1):
                     async with limiter.permit() as permit:
@@ -264,12 +262,12 @@ def test_a_source_that_is_busy_is_sent_half_as_many_and_then_one_more_each_round
                 await trio.sleep(0.01)
             assert limiter.limit == 1
             await trio.sleep(200)
-            assert (limiter.in_flight, limiter.waiting) == (0, 0), "one by one, but all"
+            assert (limiter.in_flight, limiter.waiting) == (0, 0), "all are sent, one by one"
 
     run(main)
 
 
-def test_where_one_at_a_time_is_borne_a_stalled_request_gives_way_once_it_is_late() -> None:
+def test_with_a_limit_of_one_a_late_request_is_displaced() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(1, 1, lambda: 0.5)
@@ -280,7 +278,7 @@ def test_where_one_at_a_time_is_borne_a_stalled_request_gives_way_once_it_is_lat
                 await trio.sleep(1)
                 limiter.note_busy(trio.current_time(), 3)
             assert limiter.limit == 1
-            assert await callers.one(BOB, 0.1) <= 0.6
+            assert await callers.request(BOB, 0.1) <= 0.6
             nursery.cancel_scope.cancel()
 
     run(main)
@@ -311,7 +309,7 @@ def test_a_cancelled_waiter_takes_no_permit() -> None:
     run(main)
 
 
-def test_where_the_one_that_looks_at_the_clock_goes_away_another_does() -> None:
+def test_another_waiter_watches_the_clock_if_the_first_one_leaves() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             limiter = ConcurrencyLimiter(4, 4, lambda: 0.5)
@@ -320,7 +318,7 @@ def test_where_the_one_that_looks_at_the_clock_goes_away_another_does() -> None:
             await wait_all_tasks_blocked()
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as first:
-                    first.start_soon(callers.one, ALICE, 1.0)
+                    first.start_soon(callers.request, ALICE, 1.0)
                     await wait_all_tasks_blocked()
                     callers.crowd(1, ALICE, 1.0)
                     await wait_all_tasks_blocked()
@@ -334,7 +332,7 @@ def test_where_the_one_that_looks_at_the_clock_goes_away_another_does() -> None:
 
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("IPFSFUSE_FUZZ", "5"))))
-def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotten(seed: int) -> None:
+def test_limits_hold_and_every_request_ends_with_random_callers(seed: int) -> None:
     chance = random.Random(seed)
     running, late = chance.randrange(1, 20), chance.randrange(1, 40)
     late_after = chance.choice([0.01, 0.3, 2.0])
@@ -344,7 +342,7 @@ def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotte
         limiter = ConcurrencyLimiter(running, late, lambda: late_after)
         inside: set[Permit] = set()
 
-        async def one(caller: Caller) -> None:
+        async def requests(caller: Caller) -> None:
             nonlocal ended
             retried = False
             await trio.sleep(chance.uniform(0, 10))
@@ -367,7 +365,7 @@ def test_whatever_comes_goes_and_is_cancelled_bounds_hold_and_nobody_is_forgotte
 
         async with trio.open_nursery() as nursery:
             for _ in range(200):
-                nursery.start_soon(one, chance.choice([ALICE, BOB, None]))
+                nursery.start_soon(requests, chance.choice([ALICE, BOB, None]))
         assert (ended, limiter.in_flight, limiter.waiting, len(inside)) == (200, 0, 0, 0)
 
     run(main)

@@ -1,5 +1,5 @@
-"""Our transport reads heads, known lengths and chunks as h11 does, however they are cut into pieces; all else
-is refused."""
+"""Our transport reads heads, bodies of known length and chunks as h11 does, in whatever pieces they come. It
+refuses all else."""
 
 import math
 import socket
@@ -87,20 +87,20 @@ few = settings(max_examples=60, deadline=None)
 
 
 class Read(NamedTuple):
-    """What a reader made of some bytes; a body that had not ended is None."""
+    """What was read from some bytes. `body` is None if it had not ended."""
 
     status: int
     body: bytes | None
 
 
 def encode(chunks: Iterable[tuple[bytes, bytes]], ends: Sequence[bytes] = ()) -> bytes:
-    """(content, how its size is spelled) of each chunk, and the trailers."""
+    """A chunked body. `chunks`: the content of each, and how its size is spelled. `ends`: the trailers."""
     body = b"".join(size % len(content) + b"\r\n" + content + b"\r\n" for content, size in chunks)
     return body + b"0\r\n" + b"".join(line + b"\r\n" for line in ends) + b"\r\n"
 
 
 def by_h11(data: bytes) -> Read | None:
-    """None for what it refuses. The connection ends behind `data`."""
+    """What h11 reads. None if it refuses `data`. The connection ends behind `data`."""
     connection = h11.Connection(h11.CLIENT)
     connection.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
     connection.send(h11.EndOfMessage())
@@ -123,7 +123,7 @@ def by_h11(data: bytes) -> Read | None:
 
 
 def by_us(data: bytes, sizes: Sequence[int] = (1 << 20,)) -> Read | None:
-    """As `by_h11`, of pieces of `sizes` by turns."""
+    """What our transport reads. None as for `by_h11`. `data` comes in pieces of `sizes`, in turn."""
 
     async def main() -> Read | None:
         here, there = trio.socket.socketpair()
@@ -181,11 +181,15 @@ def test_any_body_in_any_chunks_and_pieces_is_read_as_h11_reads_it(
     piece_sizes,
 )
 def test_damaged_framing_never_gives_other_bytes_than_h11(
-    chunks: list[tuple[bytes, bytes]], ends: list[bytes], draw: st.DataObject, put: bytes, sizes: list[int]
+    chunks: list[tuple[bytes, bytes]],
+    ends: list[bytes],
+    draw: st.DataObject,
+    inserted: bytes,
+    sizes: list[int],
 ) -> None:
     whole = encode(chunks, ends)
     at, removed = draw.draw(st.integers(0, len(whole) - 1)), draw.draw(st.integers(0, 3))
-    data = HEAD + whole[:at] + put + whole[at + removed :]
+    data = HEAD + whole[:at] + inserted + whole[at + removed :]
     ours, theirs = by_us(data, sizes), by_h11(data)
     assert ours is None or theirs is None or ours == theirs
 
@@ -197,7 +201,7 @@ def test_damaged_framing_never_gives_other_bytes_than_h11(
     st.sampled_from([b"\r\n", b"\n"]),
     st.binary(max_size=9),
 )
-def test_what_is_read_of_a_head_is_what_h11_reads(
+def test_a_head_is_refused_or_read_as_h11_reads_it(
     start: bytes, lines: list[bytes], end: bytes, body: bytes
 ) -> None:
     data = end.join([start, *lines, b"", b""]) + body
@@ -207,7 +211,7 @@ def test_what_is_read_of_a_head_is_what_h11_reads(
 
 @few
 @given(st.integers(0, len(KUBO) - 1), st.integers(0, 255))
-def test_one_byte_changed_in_a_nodes_head_is_read_as_h11_reads_it(at: int, byte: int) -> None:
+def test_a_nodes_head_with_a_changed_byte_is_refused_or_read_as_h11_reads_it(at: int, byte: int) -> None:
     assert by_us(KUBO + b"hello") == by_h11(KUBO + b"hello") == Read(200, b"hello")
     data = KUBO[:at] + bytes([byte]) + KUBO[at + 1 :] + b"hello"
     ours, theirs = by_us(data), by_h11(data)
@@ -223,7 +227,7 @@ def test_a_response_that_is_cut_short_is_refused(whole: bytes) -> None:
 
 
 @pytest.mark.parametrize("size", [1000, 1 << 20])
-def test_heads_and_trailers_without_end_are_refused(size: int) -> None:
+def test_endless_heads_and_trailers_are_refused(size: int) -> None:
     filler = b"X: y\r\n" * (MAX_FRAMING // 3)
     assert by_us(b"HTTP/1.1 200 OK\r\n" + filler, [size]) is None
     assert by_us(HEAD + b"0\r\n" + filler, [size]) is None
@@ -231,11 +235,11 @@ def test_heads_and_trailers_without_end_are_refused(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [b"-5", b"+5", b"0x5", b"", b"5 5", b"1" * 17, b"five", b"5\r"])
-def test_a_size_that_is_none_is_refused(size: bytes) -> None:
+def test_an_invalid_chunk_size_is_refused(size: bytes) -> None:
     assert by_us(HEAD + size + b"\r\nhello\r\n0\r\n\r\n") is None
 
 
-def test_bytes_behind_the_end_make_the_connection_unusable() -> None:
+def test_a_connection_with_bytes_behind_a_body_is_not_used_again() -> None:
     blocks = raw_blocks(41, 3)
     (first, body), *others = blocks.items()
 
@@ -258,7 +262,7 @@ def test_bytes_behind_the_end_make_the_connection_unusable() -> None:
     trio.run(main)
 
 
-def test_a_server_that_takes_a_request_byte_by_byte_has_no_more_time_than_another() -> None:
+def test_a_server_that_receives_a_request_slowly_gets_no_more_time() -> None:
     async def takes_slowly(listener: trio.SocketListener) -> None:
         async with await listener.accept() as stream:
             while True:
@@ -282,7 +286,7 @@ def test_a_server_that_takes_a_request_byte_by_byte_has_no_more_time_than_anothe
 
 
 @pytest.mark.parametrize("is_reset", [False, True])
-def test_what_has_come_before_a_connection_broke_is_given(is_reset: bool) -> None:
+def test_bytes_that_came_before_a_connection_broke_are_given(is_reset: bool) -> None:
     async def main() -> None:
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         async with listener, trio.open_nursery() as nursery:
@@ -304,7 +308,7 @@ def test_what_has_come_before_a_connection_broke_is_given(is_reset: bool) -> Non
 
     async def breaks_off(listener: trio.SocketListener) -> None:
         async with await listener.accept() as stream:
-            await stream.receive_some(1024)  # else closing resets the connection
+            await stream.receive_some(1024)  # otherwise closing would reset the connection
             await stream.send_all(HEAD + (b"3e8\r\n" + bytes(1000) + b"\r\n") * 10)
             await trio.sleep(0.05)
             await stream.send_all((b"3e8\r\n" + bytes(1000) + b"\r\n") * 10)

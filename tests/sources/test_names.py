@@ -1,4 +1,4 @@
-"""Names to paths: records from servers that lie, stall and replay; DNSLink."""
+"""Resolving names to paths: by records from servers that lie, stall and replay, and by DNSLink."""
 
 import base64
 import socketserver
@@ -37,17 +37,17 @@ EXPECTED = pytest.mark.logs("k51", "example", "_dnslink")
 
 
 class Ask:
-    """Resolves names by servers on loopback, each time with a resolver of its own: as after a restart."""
+    """Resolves names by servers on loopback. Each call has a new resolver, as after a restart."""
 
     def __init__(self, folder: Path, *servers: NameServer, dns: Callable[[], Dns] | None = None) -> None:
         self.folder = folder
         self.servers = servers
         self.dns = dns
-        self.called = ""
-        """What all sources are called, if not by their addresses."""
+        self.source_name = ""
+        """The name of all sources; "" if each is named by its address."""
 
     def __call__(self, *names: Name | str, seconds: float = 5.0) -> list[Resolved | IpfsFuseError]:
-        """What each name stands for, asked one after the other."""
+        """The path, or the error, of each name. They are resolved one after the other."""
         return trio.run(self._ask, names, seconds)
 
     def path(self, name: Name | str) -> str:
@@ -62,7 +62,7 @@ class Ask:
 
     async def _ask(self, names: Sequence[Name | str], seconds: float) -> list[Resolved | IpfsFuseError]:
         sources = [
-            Gateway(Http(parse_origin(each.url), HttpSettings()), self.called or each.url)
+            Gateway(Http(parse_origin(each.url), HttpSettings()), self.source_name or each.url)
             for each in self.servers
         ]
         store = NameRecords(self.folder)
@@ -101,17 +101,15 @@ def test_a_name_is_resolved_through_names_to_a_path(ask: Ask, servers: list[Name
     assert ask.path(NAMES[0]) == f"/ipfs/{CID}/ü/a b"
 
 
-def test_of_two_records_that_of_the_higher_sequence_counts(ask: Ask, servers: list[NameServer]) -> None:
+def test_of_two_records_the_one_with_the_higher_sequence_is_used(ask: Ask, servers: list[NameServer]) -> None:
     servers[0].records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{OTHER}", 7)
     servers[1].records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{CID}", 8)
     assert ask.path(NAMES[0]) == f"/ipfs/{CID}"
 
 
-def test_a_source_that_is_named_twice_is_asked_twice(
-    ask: Ask, servers: list[NameServer], tmp_path: Path
-) -> None:
-    """As a router may be: the first answer is not the answer of both."""
-    ask.called = "https://router.example"
+def test_two_sources_of_one_name_are_both_asked(ask: Ask, servers: list[NameServer], tmp_path: Path) -> None:
+    """Two sources may have the same name, as routers do. The answer of one is not the answer of both."""
+    ask.source_name = "https://router.example"
     for lacks, has in (servers, reversed(servers)):
         lacks.records.clear()
         has.records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{CID}", 8)
@@ -120,9 +118,7 @@ def test_a_source_that_is_named_twice_is_asked_twice(
 
 
 @EXPECTED
-def test_an_older_record_replayed_after_a_restart_is_not_believed(
-    ask: Ask, servers: list[NameServer]
-) -> None:
+def test_an_older_record_replayed_after_a_restart_is_not_used(ask: Ask, servers: list[NameServer]) -> None:
     old, new = make(KEYS[0], f"/ipfs/{OTHER}", 7), make(KEYS[0], f"/ipfs/{CID}", 8)
     servers[0].records[str(NAMES[0])] = new
     assert ask.path(NAMES[0]) == f"/ipfs/{CID}"
@@ -130,13 +126,12 @@ def test_an_older_record_replayed_after_a_restart_is_not_believed(
     assert ask.path(NAMES[0]) == f"/ipfs/{CID}"
     servers[0].records.clear()
     servers[1].records.clear()
-    assert (
-        ask.path(NAMES[0]) == f"/ipfs/{CID}"
-    )  # nobody can be asked: the record that was seen is still valid
+    # no source has a record: the one that was kept is still valid
+    assert ask.path(NAMES[0]) == f"/ipfs/{CID}"
 
 
 @EXPECTED
-def test_an_older_record_is_not_believed_when_the_newer_one_has_expired(
+def test_an_older_record_is_not_used_when_the_newer_one_has_expired(
     ask: Ask, servers: list[NameServer]
 ) -> None:
     servers[0].records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{CID}", 8, valid=1.5)
@@ -154,7 +149,7 @@ def test_an_expired_record_is_not_used(ask: Ask, servers: list[NameServer]) -> N
     assert "expired" in str(error)
 
 
-def test_an_expired_record_of_a_higher_sequence_hides_no_valid_one(
+def test_an_expired_record_of_a_higher_sequence_does_not_hide_a_valid_one(
     ask: Ask, servers: list[NameServer], tmp_path: Path
 ) -> None:
     servers[0].records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{OTHER}", 9, valid=-1)
@@ -176,7 +171,7 @@ def test_a_source_that_lies_can_only_withhold(ask: Ask, servers: list[NameServer
 
 @EXPECTED
 @pytest.mark.parametrize("how", ["flood", "page", "garbage"])
-def test_what_is_not_a_record_is_not_read_as_one(ask: Ask, servers: list[NameServer], how: str) -> None:
+def test_an_answer_that_is_not_a_record_is_refused(ask: Ask, servers: list[NameServer], how: str) -> None:
     data = make(KEYS[0], f"/ipfs/{CID}")
     servers[0].records[str(NAMES[0])] = {"flood": bytes(1 << 24), "page": data, "garbage": b"\xff" * 99}[how]
     servers[0].content_type = "text/html" if how == "page" else servers[0].content_type
@@ -184,7 +179,7 @@ def test_what_is_not_a_record_is_not_read_as_one(ask: Ask, servers: list[NameSer
 
 
 @EXPECTED
-def test_a_source_that_stalls_delays_no_name_beyond_the_time_for_the_others(
+def test_a_source_that_stalls_delays_a_name_only_by_the_time_for_newer_records(
     ask: Ask, servers: list[NameServer]
 ) -> None:
     servers[0].stalled = True
@@ -200,7 +195,7 @@ def test_a_source_that_stalls_delays_no_name_beyond_the_time_for_the_others(
 
 
 @EXPECTED
-def test_names_that_lead_to_each_other_end(ask: Ask, servers: list[NameServer]) -> None:
+def test_names_that_lead_to_each_other_are_malformed(ask: Ask, servers: list[NameServer]) -> None:
     servers[0].records[str(NAMES[0])] = make(KEYS[0], f"/ipns/{NAMES[1]}/x")
     servers[0].records[str(NAMES[1])] = make(KEYS[1], f"/ipns/{NAMES[0]}/x")
     assert isinstance(ask.error(NAMES[0]), Malformed)
@@ -222,7 +217,7 @@ def test_the_time_to_live_bounds_how_long_a_name_is_kept(tmp_path: Path, servers
         servers[0].asked.clear()
         servers[0].records[str(NAMES[0])] = make(KEYS[0], f"/ipfs/{CID}", ttl=ttl)
         resolver = Resolver([source], NameRecords(tmp_path), None)
-        async with trio.open_nursery() as nursery:  # many that want the same name ask once
+        async with trio.open_nursery() as nursery:  # many calls for one name cause one request
             for _ in range(20):
                 nursery.start_soon(resolver.resolve, NAMES[0])
         await trio.sleep(seconds)
@@ -292,7 +287,7 @@ def answer(query: bytes) -> bytes:
 
 
 class DnsServer(NameServer):
-    """Answers DNS over HTTPS, without the S."""
+    """Answers DNS over HTTPS requests, by plain HTTP."""
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         asked = parse_qs(urlsplit(request.path).query)["dns"][0]
@@ -352,12 +347,12 @@ def test_a_domain_leads_where_its_dnslink_says(dns_ask: Ask, servers: list[NameS
 
 
 @EXPECTED
-def test_a_server_that_answers_something_else_proves_nothing(tmp_path: Path) -> None:
+def test_an_answer_to_another_question_does_not_prove_absence(tmp_path: Path) -> None:
     with over_https() as made:
         asked = Ask(tmp_path, dns=made)
         assert isinstance(asked.error("liar.example"), Unavailable)
         assert isinstance(asked.error("garbage.example"), Unavailable)
-    assert isinstance(asked.error("plain.example"), Unavailable)  # it is gone
+    assert isinstance(asked.error("plain.example"), Unavailable)  # the server has ended
 
 
 def test_dns_is_asked_over_https_or_on_this_machine(tmp_path: Path) -> None:
@@ -369,5 +364,5 @@ def test_dns_is_asked_over_https_or_on_this_machine(tmp_path: Path) -> None:
 
 
 @EXPECTED
-def test_without_dns_no_domain_is_resolved(ask: Ask) -> None:
+def test_a_domain_is_unavailable_without_dns(ask: Ask) -> None:
     assert isinstance(ask.error("plain.example"), Unavailable)

@@ -1,5 +1,5 @@
-"""Many blocks by one answer: what a server that can't, one that lacks something and one that breaks off come
-to; and what is counted as on its way meanwhile."""
+"""Many blocks in one answer: from servers that can't send that, lack a block or break off. And the bytes that
+are counted while they are on their way."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -55,7 +55,7 @@ def with_gateway(
     trio.run(opened)
 
 
-async def brought(gateway: Gateway, subtree: Subtree = SUBTREE) -> dict[Cid, bytes]:
+async def directory_of(gateway: Gateway, subtree: Subtree = SUBTREE) -> dict[Cid, bytes]:
     got: dict[Cid, bytes] = {}
 
     async def deliver(blocks: Sequence[tuple[Cid, bytes]]) -> None:
@@ -85,7 +85,7 @@ def instead_of_cars(status: int, type_: str = "text/plain") -> Behaviour:
     return behave
 
 
-def test_a_long_page_in_place_of_blocks_is_a_failure() -> None:
+def test_a_long_page_instead_of_blocks_is_a_failure() -> None:
     """Only a CAR may be longer than what was asked for."""
 
     def behave(ask: Ask) -> None:
@@ -93,7 +93,7 @@ def test_a_long_page_in_place_of_blocks_is_a_failure() -> None:
 
     async def main(gateway: Gateway) -> None:
         with pytest.raises(SourceFailed):
-            await brought(gateway)
+            await directory_of(gateway)
 
     with Server({}, behave, files=(FILE,), trees=(TREE,)) as server:
         with_gateway(server, main)
@@ -111,13 +111,13 @@ def cars_asked(server: Server) -> int:
         *((status, "text/plain") for status in (400, 405, 406, 415, 501)),
     ],
 )
-def test_a_gateway_that_makes_no_cars_is_asked_for_one_once(status: int, type_: str) -> None:
+def test_a_gateway_without_cars_is_asked_for_a_car_only_once(status: int, type_: str) -> None:
     with Server({}, instead_of_cars(status, type_), files=(FILE,), trees=(TREE,)) as server:
 
         async def main(gateway: Gateway) -> None:
-            assert await brought(gateway) == {}
+            assert await directory_of(gateway) == {}
             assert await streamed(gateway) == FILE.expected
-            assert await brought(gateway) == {}
+            assert await directory_of(gateway) == {}
 
         with_gateway(server, main)
         assert cars_asked(server) == 1
@@ -126,7 +126,7 @@ def test_a_gateway_that_makes_no_cars_is_asked_for_one_once(status: int, type_: 
 @pytest.mark.parametrize(
     ("status", "error"), [(404, NotHere), (504, NotHere), (500, SourceFailed), (503, SourceFailed)]
 )
-def test_one_answer_that_is_not_had_does_not_end_cars(status: int, error: type[Exception]) -> None:
+def test_cars_are_still_asked_for_after_other_failures(status: int, error: type[Exception]) -> None:
     refused = instead_of_cars(status)
 
     def behave(ask: Ask) -> None:
@@ -136,10 +136,10 @@ def test_one_answer_that_is_not_had_does_not_end_cars(status: int, error: type[E
 
         async def main(gateway: Gateway) -> None:
             with pytest.raises(error):
-                await brought(gateway)
+                await directory_of(gateway)
             with pytest.raises(error):
                 await streamed(gateway)
-            assert await brought(gateway) == TREE.blocks
+            assert await directory_of(gateway) == TREE.blocks
             assert await streamed(gateway) == FILE.expected
 
         with_gateway(server, main)
@@ -147,7 +147,7 @@ def test_one_answer_that_is_not_had_does_not_end_cars(status: int, error: type[E
 
 
 @pytest.mark.parametrize(("status", "error"), [(404, NotHere), (504, NotHere), (500, SourceFailed)])
-def test_one_file_that_is_not_had_does_not_end_ranges(status: int, error: type[Exception]) -> None:
+def test_ranges_are_still_asked_for_after_one_file_has_failed(status: int, error: type[Exception]) -> None:
     def behave(ask: Ask) -> None:
         if ask.cid == OTHER.root:
             ask.send(status, b"no", "text/plain")
@@ -165,13 +165,13 @@ def test_one_file_that_is_not_had_does_not_end_ranges(status: int, error: type[E
         assert len(server.asked) == 2
 
 
-def test_leaves_that_claim_no_bytes_do_not_end_ranges() -> None:
+def test_ranges_are_still_asked_for_after_leaves_that_claim_no_bytes() -> None:
     hollow = LeafRange(OTHER.root, 0, [Leaf(leaf.cid, 0, 0) for leaf in OTHER.leaves])
     with Server({}, files=(FILE, OTHER)) as server:
 
         async def main(gateway: Gateway) -> None:
             assert await streamed(gateway, hollow) == OTHER.expected
-            assert all("range" not in ask.headers for ask in server.asked), "no range has no bytes"
+            assert all("range" not in ask.headers for ask in server.asked), "an empty range is not asked for"
             before = len(server.asked)
             assert await streamed(gateway) == FILE.expected
             assert len(server.asked) == before + 1
@@ -180,7 +180,7 @@ def test_leaves_that_claim_no_bytes_do_not_end_ranges() -> None:
 
 
 @pytest.mark.parametrize("gateway", ["off", "guarded"])
-def test_a_node_whose_gateway_port_is_of_no_use_sends_no_directory_and_nothing_is_held_against_it(
+def test_a_node_without_a_usable_gateway_port_sends_no_directory_and_does_not_fail(
     gateway: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def guarded(ask: Ask) -> None:
@@ -213,7 +213,7 @@ def test_a_node_whose_gateway_port_is_of_no_use_sends_no_directory_and_nothing_i
 
 
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_car_that_is_cut_short_gives_what_came(ended: bool) -> None:
+def test_the_blocks_before_the_end_of_a_truncated_car_are_used(ended: bool) -> None:
     cut = TREE.car()[:-10]
 
     def behave(ask: Ask) -> None:
@@ -238,18 +238,21 @@ def test_a_car_that_is_cut_short_gives_what_came(ended: bool) -> None:
         with_gateway(server, main)
 
 
-def test_what_was_received_stays_counted_until_its_release_and_no_byte_of_a_stream_that_was_left() -> None:
+def test_received_bytes_are_counted_until_they_are_released_or_the_stream_is_left() -> None:
     settings = HttpSettings()
     with Server({}, files=(FILE,)) as server:
 
         async def main(gateway: Gateway) -> None:
-            meanwhile = sum(leaf.size for leaf in FILE.run.leaves[3:7])  # after one, and two
+            # the next batch, after one leaf and two
+            meanwhile = sum(leaf.size for leaf in FILE.run.leaves[3:7])
             for _ in range(3):
                 async with gateway.stream(FILE.run) as stream:
                     first, second = await anext(stream), await anext(stream)
                     held = [sum(map(len, each.blocks)) for each in (first, second)]
                     await wait_all_tasks_blocked(0.05)
-                    assert settings.budget.used == sum(held) + meanwhile, "and what is read meanwhile"
+                    assert settings.budget.used == sum(held) + meanwhile, (
+                        "the bytes read meanwhile are counted too"
+                    )
                     first.release()
                     assert settings.budget.used == held[1] + meanwhile
                 assert settings.budget.used == 0
@@ -259,7 +262,7 @@ def test_what_was_received_stays_counted_until_its_release_and_no_byte_of_a_stre
         with_gateway(server, main, local=True, settings=settings)
 
 
-def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None:
+def test_a_delivery_that_fails_ends_the_stream_and_its_bytes_are_no_longer_counted() -> None:
     settings = HttpSettings()
     with Server({}, files=(FILE,)) as server:
 
@@ -275,8 +278,8 @@ def test_a_delivery_that_fails_ends_the_run_and_leaves_nothing_counted() -> None
         with_gateway(server, main, local=True, settings=settings)
 
 
-def test_a_car_of_tiny_sections_is_taken_apart_a_little_at_a_time() -> None:
-    """A piece of 256 KiB holds 40,000 of them, which take 200 ms to parse."""
+def test_a_car_of_tiny_sections_is_parsed_in_small_parts() -> None:
+    """A piece of 256 KiB holds 40,000 sections, which take 200 ms to parse."""
     section = car.section_head(cids.make(cids.RAW, b"\0\0"), 0)
     stream = car.encode_header([]) + section * 40_000
     assert len(stream) < 256 << 10
@@ -302,7 +305,7 @@ def test_a_car_of_tiny_sections_is_taken_apart_a_little_at_a_time() -> None:
         deliveries(stream + b"\1\1", counts)
 
 
-def test_an_answer_that_is_not_ready_yet_is_asked_for_again_later() -> None:
+def test_an_answer_that_is_not_ready_is_a_failure_and_is_asked_for_again() -> None:
     def behave(ask: Ask) -> None:
         if len(server.asked) == 1:
             ask.connection.sendall(b"HTTP/1.1 202 Accepted\r\nContent-Length: 5\r\n\r\nlater")
@@ -311,8 +314,8 @@ def test_an_answer_that_is_not_ready_yet_is_asked_for_again_later() -> None:
 
     async def main(gateway: Gateway) -> None:
         with pytest.raises(SourceFailed, match="202"):
-            await brought(gateway)
-        assert await brought(gateway) == TREE.blocks
+            await directory_of(gateway)
+        assert await directory_of(gateway) == TREE.blocks
 
     with Server(TREE.blocks, behave, trees=(TREE,)) as server:
         with_gateway(server, main)

@@ -1,4 +1,4 @@
-"""SOURCE texts, header files and where a node says it listens."""
+"""Parsing of SOURCE arguments, header files, proxies, and the address at which a node listens."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize(("text", "expected"), GOOD.items())
-def test_sources(text: str, expected: tuple[str, str, int | None]) -> None:
+def test_source_arguments_are_parsed(text: str, expected: tuple[str, str, int | None]) -> None:
     spec = parse_source(text)
     assert (spec.kind, spec.name, spec.origin.port if spec.origin else None) == expected
 
@@ -57,13 +57,13 @@ def test_bad_sources_get_one_clear_line(text: str, expected: str) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_a_car_file_is_known_by_its_path(tmp_path: Path) -> None:
+def test_a_path_to_a_car_file_is_a_source(tmp_path: Path) -> None:
     path = tmp_path / "data.car"
     path.write_bytes(b"")
     assert parse_source(str(path)).path == path
 
 
-def test_given_twice(tmp_path: Path) -> None:
+def test_a_source_that_is_given_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.car"
     path.write_bytes(b"")
     (tmp_path / "b.car").symlink_to(path)
@@ -74,7 +74,7 @@ def test_given_twice(tmp_path: Path) -> None:
     assert len(parse_sources(["library", "kubo", "https://a", "https://b", str(path)])) == 5
 
 
-def test_headers_file(tmp_path: Path) -> None:
+def test_a_headers_file_is_parsed_and_errors_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "headers"
     path.touch(0o600)
     path.write_text("# mine\nAuthorization: Bearer s3cret\n\nX-Thing:  yes \n")
@@ -94,7 +94,7 @@ def test_headers_file(tmp_path: Path) -> None:
         read_headers(tmp_path / "none")
 
 
-def test_multiaddrs() -> None:
+def test_multiaddrs_are_parsed() -> None:
     assert parse_multiaddr("/ip4/127.0.0.1/tcp/5001\n").text == "http://127.0.0.1:5001"
     assert parse_multiaddr("/ip4/0.0.0.0/tcp/5001").text == "http://127.0.0.1:5001"
     assert parse_multiaddr("/ip6/::1/tcp/5001").text == "http://[::1]:5001"
@@ -126,7 +126,7 @@ def test_authorization_comes_from_the_environment_or_a_file(
         kubo_authorization()
 
 
-def test_proxies_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", "http://user:p%40ss@proxy.example:3128")
     monkeypatch.setenv("no_proxy", "inside.example")
     proxy_for.cache_clear()

@@ -1,4 +1,4 @@
-"""The pool: which source is asked when, what a wrong block does, what a stalled one does not."""
+"""The pool: which source is asked when, and what wrong blocks and stalled sources cause."""
 
 import random
 import time
@@ -29,7 +29,7 @@ def test_sources_in_place_are_asked_before_the_network() -> None:
     run(main)
 
 
-def test_not_found_in_one_is_no_answer_from_all() -> None:
+def test_a_block_that_two_sources_lack_is_fetched_from_the_third() -> None:
     async def main() -> None:
         assert (
             await pool_of(InPlace("a", blocks={}), Timed("b", blocks={}), Timed("c")).get(CID)
@@ -38,7 +38,7 @@ def test_not_found_in_one_is_no_answer_from_all() -> None:
     run(main)
 
 
-def test_what_is_nowhere_in_place_is_unavailable_at_once() -> None:
+def test_a_block_is_unavailable_at_once_offline_or_without_network_sources() -> None:
     async def main() -> None:
         start = trio.current_time()
         for pool in (
@@ -53,7 +53,7 @@ def test_what_is_nowhere_in_place_is_unavailable_at_once() -> None:
     run(main)
 
 
-def test_identity_cids_ask_nobody_and_bad_hashes_neither() -> None:
+def test_no_source_is_asked_for_an_identity_cid_or_an_unsupported_hash() -> None:
     async def main() -> None:
         source = Timed("a")
         fetched = await pool_of(source).get(cids.make(cids.RAW, b"\x00\x05hello"))
@@ -65,7 +65,7 @@ def test_identity_cids_ask_nobody_and_bad_hashes_neither() -> None:
     run(main)
 
 
-def test_keeps_trying_while_a_source_may_still_give_it() -> None:
+def test_a_source_that_lacks_a_block_is_asked_again_with_growing_pauses() -> None:
     async def main() -> None:
         source = Timed("node", blocks={})
 
@@ -81,7 +81,7 @@ def test_keeps_trying_while_a_source_may_still_give_it() -> None:
     run(main)
 
 
-def test_a_dead_source_rests_and_is_tried_again() -> None:
+def test_a_dead_source_is_asked_again_after_a_pause() -> None:
     async def main() -> None:
         dead, good = Timed("dead", fails), Timed("good")
         pool = pool_of(dead, good)
@@ -92,7 +92,7 @@ def test_a_dead_source_rests_and_is_tried_again() -> None:
         assert (state.state, state.why, state.failures) == ("open", "it is down", {"connect": 3})
         await trio.sleep(1)
         assert (await pool.get(CID)).source is good
-        # one request found out, and it rests longer
+        # one request was tried; it failed, and the pause is longer
         assert (len(dead.asked), pool.statistics()[0].state) == (4, "open")
         dead.answer = None
         await trio.sleep(2)
@@ -102,21 +102,21 @@ def test_a_dead_source_rests_and_is_tried_again() -> None:
     run(main)
 
 
-async def refuses(cid: Cid) -> bytes:
+async def refuse(cid: Cid) -> bytes:
     raise too_large("it", cid, 3 << 20)
 
 
 @pytest.mark.logs("as a block of 3,145,728 bytes")
-def test_a_block_that_is_too_large_is_refused_at_once_and_named_once(
+def test_a_block_that_is_too_large_is_refused_at_once_and_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def main() -> None:
         for sources in (
-            [InPlace("a", refuses)],
-            [Timed("a", refuses)],
-            [Timed("a", refuses), Timed("b", blocks={}), Timed("c", fails)],
-            [Timed("b", blocks={}), Timed("c", fails), Timed("a", refuses)],
-            [InPlace("a", refuses), Timed("b", blocks={})],
+            [InPlace("a", refuse)],
+            [Timed("a", refuse)],
+            [Timed("a", refuse), Timed("b", blocks={}), Timed("c", fails)],
+            [Timed("b", blocks={}), Timed("c", fails), Timed("a", refuse)],
+            [InPlace("a", refuse), Timed("b", blocks={})],
         ):
             start = trio.current_time()
             caplog.clear()
@@ -127,24 +127,24 @@ def test_a_block_that_is_too_large_is_refused_at_once_and_named_once(
             assert trio.current_time() - start < 2
             assert len(caplog.records) == 1
             assert all(
-                told.state in ("untried", "good", "open") and not told.wrong for told in pool.statistics()
+                each.state in ("untried", "good", "open") and not each.wrong for each in pool.statistics()
             )
 
     run(main)
 
 
 @pytest.mark.logs("as a block of 3,145,728 bytes")
-def test_who_says_that_a_block_is_too_large_spoils_no_other_source() -> None:
+def test_a_false_refusal_of_a_block_as_too_large_does_not_hide_it_at_another_source() -> None:
     async def main() -> None:
-        assert (await pool_of(InPlace("a", refuses), Timed("good")).get(CID)).block == BLOCK
+        assert (await pool_of(InPlace("a", refuse), Timed("good")).get(CID)).block == BLOCK
         assert (
-            await pool_of(Timed("a", refuses), Timed("b", blocks={}), Timed("good", after(2.0))).get(CID)
+            await pool_of(Timed("a", refuse), Timed("b", blocks={}), Timed("good", after(2.0))).get(CID)
         ).block == BLOCK
         start = trio.current_time()
         with pytest.raises(BlockTooLarge):
-            await pool_of(Timed("a", refuses), Timed("stalls", never)).get(CID)
+            await pool_of(Timed("a", refuse), Timed("stalls", never)).get(CID)
         assert trio.current_time() - start == pool_of(Timed("a"), Timed("b")).patience, (
-            "a source that stalls has so long to show that it was a lie"
+            "a source that stalls has that time to show that the first one lied"
         )
 
     run(main)
@@ -163,7 +163,7 @@ def busy_for(seconds: float) -> Answer:
     return answer
 
 
-def test_retry_after_is_heeded_where_another_source_may_be_asked() -> None:
+def test_retry_after_is_heeded_if_another_source_may_be_asked() -> None:
     async def main() -> None:
         busy, other = Timed("busy", busy_for(100)), Timed("other", blocks={})
         with trio.move_on_after(99):
@@ -174,7 +174,7 @@ def test_retry_after_is_heeded_where_another_source_may_be_asked() -> None:
     run(main)
 
 
-def test_a_retry_after_of_the_last_source_does_not_outlast_the_deadline() -> None:
+def test_retry_after_of_the_only_source_does_not_stop_requests_until_the_deadline() -> None:
     async def main() -> None:
         for deadline in (30, 2):
             source = Timed("busy", busy_for(1e300))
@@ -187,11 +187,11 @@ def test_a_retry_after_of_the_last_source_does_not_outlast_the_deadline() -> Non
 
 
 @pytest.mark.logs("sent wrong bytes")
-def test_a_slow_answer_spends_no_hedge_where_nobody_else_can_be_asked() -> None:
-    """A request that is saved up is for the next slow source."""
+def test_a_slow_answer_spends_no_hedge_if_no_other_source_can_be_asked() -> None:
+    """The hedge that is left can be spent on the next slow source."""
 
     def slowly(ask: Ask) -> None:
-        time.sleep(0.8)  # more than what a gateway's slowest answers are taken for
+        time.sleep(0.8)  # longer than the slow answers of a gateway are assumed to take
         answer_well(ask)
 
     async def main() -> None:
@@ -221,15 +221,16 @@ def test_a_slow_source_is_hedged_within_its_budget() -> None:
             start = trio.current_time()
             assert (await pool.get(cid)).block == BLOCKS[cid]
             took[cid] = trio.current_time() - start
-        assert sum(took[cid] < 0.25 for cid in slow) >= 3  # asked elsewhere once the 95th percentile was over
+        # they were asked of the second source after the 95th percentile
+        assert sum(took[cid] < 0.25 for cid in slow) >= 3
         assert max(took.values()) < 2.1
         assert len(second.asked) == pool.statistics()[1].hedges <= 0.05 * len(BLOCKS) + 1
-        assert first.cancelled >= sum(took[cid] < 0.25 for cid in slow)  # whoever is slower is let go
+        assert first.cancelled >= sum(took[cid] < 0.25 for cid in slow)  # the slower request is cancelled
 
     run(main)
 
 
-def test_a_stalled_source_holds_nobody_up_whatever_the_budget() -> None:
+def test_a_stalled_source_delays_no_block_for_long_even_without_hedges() -> None:
     async def main() -> None:
         stalled, good = Timed("stalled", never), Timed("good")
         pool = pool_of(stalled, good)
@@ -241,7 +242,7 @@ def test_a_stalled_source_holds_nobody_up_whatever_the_budget() -> None:
     run(main)
 
 
-def test_cancelling_the_reader_cancels_every_request() -> None:
+def test_cancelling_the_reader_cancels_its_requests() -> None:
     async def main() -> None:
         one, two = Timed("one", never), Timed("two", never)
         with trio.move_on_after(10):
@@ -251,7 +252,7 @@ def test_cancelling_the_reader_cancels_every_request() -> None:
     run(main)
 
 
-def test_five_thousand_stalled_calls_delay_no_other_by_ten_milliseconds() -> None:
+def test_five_thousand_stalled_calls_delay_others_by_less_than_ten_milliseconds() -> None:
     async def main() -> None:
         chance = random.Random(4)
         stalled_cids = [cids.make(cids.RAW, b"\x12\x20" + chance.randbytes(32)) for _ in range(5000)]
@@ -273,7 +274,7 @@ def test_five_thousand_stalled_calls_delay_no_other_by_ten_milliseconds() -> Non
                 len(source.asked) - len(BLOCKS) - source.cancelled
                 <= managed_source.RUNNING + managed_source.LATE
             )
-            assert source.cancelled > 1000  # the others had their turns
+            assert source.cancelled > 1000  # the others got their turns
             nursery.cancel_scope.cancel()
 
     run(main)
@@ -284,7 +285,7 @@ def test_five_thousand_stalled_calls_delay_no_other_by_ten_milliseconds() -> Non
     "and is not asked for 20 minutes",
     "has wrong bytes for",
 )
-def test_a_wrong_block_sets_a_remote_gateway_aside_while_another_is_left() -> None:
+def test_a_wrong_block_quarantines_a_remote_gateway_if_there_is_another() -> None:
     lying = [True]
 
     def lie(ask: Ask) -> None:
@@ -307,7 +308,7 @@ def test_a_wrong_block_sets_a_remote_gateway_aside_while_another_is_left() -> No
 
 
 @pytest.mark.logs("library has wrong bytes for .*: add its content again")
-def test_a_wrong_block_in_place_costs_that_block_alone_and_says_how_to_repair_it() -> None:
+def test_a_wrong_block_in_place_affects_only_that_block_and_the_log_says_how_to_repair_it() -> None:
     async def main() -> None:
         library, far = InPlace("library", blocks=BLOCKS | {CID: b"rot"}), Timed("far")
         pool = pool_of(library, far)

@@ -1,4 +1,4 @@
-"""Requests in flight over all sources: bounded, and none of a source's share can be taken by another."""
+"""Requests in flight at all sources together: they are bounded, and each source has its share."""
 
 import random
 
@@ -11,7 +11,7 @@ from tests.sources.timed import Timed, never, pool_of, run
 SOURCES = 20
 
 
-def test_requests_in_flight_over_twenty_sources_stay_within_the_bound_in_all() -> None:
+def test_requests_in_flight_at_twenty_sources_stay_within_the_total_bound() -> None:
     async def main() -> None:
         chance = random.Random(9)
         sources = [Timed(f"source {number}", never) for number in range(SOURCES)]
@@ -23,7 +23,7 @@ def test_requests_in_flight_over_twenty_sources_stay_within_the_bound_in_all() -
             for _ in range(160):
                 await trio.sleep(0.5)
                 most = max(most, sum(len(source.asked) - source.cancelled for source in sources))
-            assert all(source.asked for source in sources), "each has its share"
+            assert all(source.asked for source in sources), "each source has its share"
             nursery.cancel_scope.cancel()
         assert SOURCES <= most <= 9 * managed_source.RUNNING_TOTAL
 

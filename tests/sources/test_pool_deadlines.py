@@ -1,5 +1,4 @@
-"""What the deadline of callers means for the sources: none that stalls, rests or is busy may use it up for
-the others."""
+"""Deadlines of callers: a source that stalls, rests or is busy leaves time to ask the others."""
 
 from collections.abc import Sequence
 
@@ -16,12 +15,13 @@ from tests.sources.timed import BLOCKS, CID, InPlace, Takes, Timed, after, fails
 
 DEADLINES = [0.3, 1.0, 3.0, 30.0]
 TREE = trees()["hamt"]
-FILE = sample(9, count=6, size=5000)  # hashed without a thread: this clock does not wait for those
+FILE = sample(9, count=6, size=5000)
+"""Its leaves are small enough to be hashed without a thread: the mock clock does not wait for threads."""
 
 
 @pytest.mark.parametrize("deadline", DEADLINES)
 @pytest.mark.parametrize("stalled", [1, 2, 5])
-def test_sources_that_stall_leave_a_good_one_behind_them_its_time(deadline: float, stalled: int) -> None:
+def test_sources_that_stall_leave_time_for_a_good_one_after_them(deadline: float, stalled: int) -> None:
     async def main() -> None:
         sources = [Timed(f"stalled {number}", never) for number in range(stalled)]
         pool = pool_of(*sources, Timed("good", after(deadline / 10)), deadline=deadline)
@@ -33,7 +33,7 @@ def test_sources_that_stall_leave_a_good_one_behind_them_its_time(deadline: floa
 
 
 @pytest.mark.parametrize("deadline", DEADLINES)
-def test_one_that_has_become_slow_is_not_waited_for_as_long_as_it_takes(deadline: float) -> None:
+def test_the_next_source_is_asked_soon_even_if_the_first_is_usually_slow(deadline: float) -> None:
     async def main() -> None:
         first, good = Timed("first", never), Timed("good")
         pool = pool_of(first, good, deadline=deadline)
@@ -47,7 +47,7 @@ def test_one_that_has_become_slow_is_not_waited_for_as_long_as_it_takes(deadline
 
 
 @pytest.mark.parametrize("deadline", DEADLINES)
-def test_a_run_that_stalls_goes_on_elsewhere_within_the_deadline(deadline: float) -> None:
+def test_a_range_that_stalls_is_completed_by_another_source_within_the_deadline(deadline: float) -> None:
     async def main() -> None:
         async def some(cid: Cid) -> bytes:
             return FILE.blocks[cid] if cid == FILE.leaves[0].cid else await never(cid)
@@ -66,7 +66,9 @@ def test_a_run_that_stalls_goes_on_elsewhere_within_the_deadline(deadline: float
 
 
 @pytest.mark.parametrize("deadline", DEADLINES)
-def test_a_run_at_the_only_source_is_broken_off_in_half_of_the_deadline(deadline: float) -> None:
+def test_a_range_that_stalls_at_the_only_source_is_broken_off_after_half_the_deadline(
+    deadline: float,
+) -> None:
     async def main() -> None:
         stuck = [True]
 
@@ -86,7 +88,7 @@ def test_a_run_at_the_only_source_is_broken_off_in_half_of_the_deadline(deadline
 
 
 @pytest.mark.parametrize("deadline", DEADLINES)
-def test_a_directory_that_does_not_begin_is_given_up_in_a_third_of_the_deadline(deadline: float) -> None:
+def test_a_directory_that_does_not_begin_is_given_up_after_a_third_of_the_deadline(deadline: float) -> None:
     async def main() -> None:
         pool = pool_of(Timed("stalls", never, blocks=TREE.blocks), deadline=deadline)
         for _ in range(40):
@@ -100,7 +102,7 @@ def test_a_directory_that_does_not_begin_is_given_up_in_a_third_of_the_deadline(
 
 
 @pytest.mark.parametrize("deadline", [1.0, 30.0])
-def test_a_block_that_appears_at_the_only_source_late_in_the_deadline_is_found(deadline: float) -> None:
+def test_a_block_that_appears_at_the_only_source_before_the_deadline_is_found(deadline: float) -> None:
     async def main() -> None:
         source = Timed("node", blocks={})
 
@@ -120,7 +122,7 @@ def test_a_block_that_appears_at_the_only_source_late_in_the_deadline_is_found(d
 
 
 class OneAtATime(Timed):
-    """Answers 429 where it is asked for more at a time, as Kubo with Gateway.MaxConcurrentRequests: 1."""
+    """Answers 429 if it is asked for more at a time, like Kubo with Gateway.MaxConcurrentRequests: 1."""
 
     running = 0
     refused = 0
@@ -138,7 +140,7 @@ class OneAtATime(Timed):
 
 
 @pytest.mark.parametrize("readers", [2, 5, 100])
-def test_a_source_that_bears_one_request_at_a_time_serves_all_the_same(readers: int) -> None:
+def test_a_source_that_allows_one_request_at_a_time_serves_many_readers(readers: int) -> None:
     async def main() -> None:
         source = OneAtATime("one")
         pool = pool_of(source)
@@ -152,15 +154,15 @@ def test_a_source_that_bears_one_request_at_a_time_serves_all_the_same(readers: 
         async with trio.open_nursery() as nursery:
             for _ in range(readers):
                 nursery.start_soon(reader)
-        told = pool.statistics()[0]
-        assert (told.blocks, told.state) == (len(BLOCKS), "good")
-        assert told.most_in_flight < readers + 10
-        assert source.refused <= len(BLOCKS), "it is not run against for good"
+        statistics = pool.statistics()[0]
+        assert (statistics.blocks, statistics.state) == (len(BLOCKS), "good")
+        assert statistics.most_in_flight < readers + 10
+        assert source.refused <= len(BLOCKS), "the pool learns to ask for less at a time"
 
     run(main)
 
 
-def test_a_run_that_asks_for_too_much_at_a_time_is_taken_leaf_by_leaf() -> None:
+def test_a_range_that_is_refused_as_too_many_requests_is_fetched_leaf_by_leaf() -> None:
     async def main() -> None:
         class Busy(OneAtATime):
             async def send_leaves(self, wanted: object, send: object) -> None:
@@ -180,12 +182,11 @@ def test_a_run_that_asks_for_too_much_at_a_time_is_taken_leaf_by_leaf() -> None:
     run(main)
 
 
-# -- a machine that slept ------------------------------------------------------------------------------------
+# -- a machine that sleeps -----------------------------------------------------------------------------------
 
 
-def test_while_a_machine_sleeps_no_caller_runs_out_of_time_and_no_source_stays_aside_for_it() -> None:
-    """trio's clock stands still meanwhile, as CLOCK_MONOTONIC does: only what the machine says that it slept
-    grows."""
+def test_a_pause_of_a_source_ends_while_the_machine_sleeps() -> None:
+    """trio's clock stands still while the machine sleeps, like CLOCK_MONOTONIC. Only `asleep` grows."""
 
     async def main() -> None:
         slept = [0.0]
@@ -201,7 +202,7 @@ def test_while_a_machine_sleeps_no_caller_runs_out_of_time_and_no_source_stays_a
         source.answer = None
         with trio.move_on_after(20) as scope:
             await pool.get(CID)
-        assert scope.cancelled_caught, "it is heeded while the machine is awake"
+        assert scope.cancelled_caught, "Retry-After is heeded while the machine is awake"
         slept[0] += 3600
         with trio.fail_after(10):
             assert (await pool.get(CID)).source is source
@@ -209,20 +210,20 @@ def test_while_a_machine_sleeps_no_caller_runs_out_of_time_and_no_source_stays_a
     run(main)
 
 
-def test_who_waits_while_the_machine_falls_asleep_gets_its_block_after() -> None:
+def test_a_call_that_waits_when_the_machine_falls_asleep_gets_its_block_afterwards() -> None:
     async def main() -> None:
         slept = [0.0]
         source = Timed("far", fails)
         pool = pool_of(source, Timed("other", blocks={}), asleep=lambda: slept[0])
         pool.network()[0].health.record_failure(trio.current_time(), "busy", "x", 600)
 
-        async def sleeps() -> None:
+        async def fall_asleep() -> None:
             await trio.sleep(5)
             slept[0] += 3600
             source.answer = None
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(sleeps)
+            nursery.start_soon(fall_asleep)
             with trio.fail_after(20):
                 assert (await pool.get(CID)).source is source
 

@@ -1,4 +1,4 @@
-"""Whatever one source raises is that source's failure: the next one is asked in the same call, and the log
+"""Any exception of a source counts as its failure: the next source is asked in the same call, and the log
 stays short."""
 
 import logging
@@ -36,7 +36,7 @@ def raising(make: Callable[[], BaseException]) -> Answer:
 
 
 async def in_a_nursery(_cid: Cid) -> bytes:
-    """As a source fails that does two things side by side."""
+    """Fails like a source that runs two tasks."""
 
     async def fail() -> None:
         raise OverflowError("date value out of range")
@@ -67,7 +67,7 @@ ANSWERS: dict[str, Answer] = {
 
 
 class Faulty(Timed):
-    """Raises as its answers do, by whichever call; in runs and directories after two blocks."""
+    """Raises what its answer raises, from every call. In ranges and directories, after two blocks."""
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
         for index, leaf in enumerate(wanted.leaves[:2]):
@@ -87,23 +87,23 @@ class Faulty(Timed):
 
 
 @pytest.mark.parametrize("kind", list(ANSWERS))
-def test_any_exception_of_one_source_costs_no_read(kind: str) -> None:
+def test_any_exception_of_one_source_leaves_the_block_to_the_next(kind: str) -> None:
     async def main() -> None:
         bad, good = Faulty("bad", ANSWERS[kind]), Timed("good")
         pool = pool_of(bad, good)
         start = trio.current_time()
         for cid in list(BLOCKS)[:100]:
             assert (await pool.get(cid)).source is good
-        assert trio.current_time() == start, "in the same call, without a wait"
-        told = pool.statistics()[0]
-        assert told.failures == {"store" if kind == "ours" else FAULT: len(bad.asked)}
-        assert (told.state, len(bad.asked)) == ("open", 3)
+        assert trio.current_time() == start, "the next source is asked in the same call, without a wait"
+        statistics = pool.statistics()[0]
+        assert statistics.failures == {"store" if kind == "ours" else FAULT: len(bad.asked)}
+        assert (statistics.state, len(bad.asked)) == ("open", 3)
 
     run(main)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in ANSWERS if kind != "no bytes"])
-def test_so_it_is_in_a_run_of_leaves_and_in_a_directory(kind: str) -> None:
+def test_any_exception_in_a_range_or_a_directory_counts_as_a_failure_of_the_source(kind: str) -> None:
     async def main() -> None:
         pool = pool_of(Faulty("bad", ANSWERS[kind]), Timed("good", blocks=FILE.blocks | TREE.blocks))
         got: dict[int, Block] = {}
@@ -115,13 +115,13 @@ def test_so_it_is_in_a_run_of_leaves_and_in_a_directory(kind: str) -> None:
         assert got == FILE.expected
         takes = Takes()
         await give_each(pool.subtree(Subtree(TREE.root, True, 1 << 20), takes), takes.take)
-        assert list(takes.got) == list(TREE.blocks)[:2], "what came before is taken"
+        assert list(takes.got) == list(TREE.blocks)[:2], "the blocks before the failure are kept"
         assert sum(pool.statistics()[0].failures.values()) == 2
 
     run(main)
 
 
-def test_a_source_in_place_that_fails_so_keeps_no_other_from_being_asked_nor_from_being_closed() -> None:
+def test_other_sources_are_asked_and_closed_if_every_call_of_one_in_place_raises() -> None:
     async def main() -> None:
         closed: list[str] = []
 
@@ -139,7 +139,7 @@ def test_a_source_in_place_that_fails_so_keeps_no_other_from_being_asked_nor_fro
         pool = pool_of(FaultyInPlace("bad", ANSWERS["value"]), good)
         assert (await pool.get(CID)).source is good
         assert pool.roots() == [CID]
-        assert await threads.run_sync(pool.roots) == [CID], "as a mount asks for them"
+        assert await threads.run_sync(pool.roots) == [CID], "a mount asks for the roots in a thread"
         takes = Takes()
         await give_each(pool.subtree(Subtree(TREE.root, True, 1 << 20), takes), takes.take)
         assert takes.got
@@ -149,7 +149,7 @@ def test_a_source_in_place_that_fails_so_keeps_no_other_from_being_asked_nor_fro
     run(main)
 
 
-def test_a_source_alone_that_fails_so_is_asked_until_the_deadline_and_others_go_on() -> None:
+def test_the_only_source_is_asked_until_the_deadline_although_it_raises() -> None:
     async def main() -> None:
         bad = Faulty("bad", ANSWERS["overflow"])
         with trio.move_on_after(30) as scope:
@@ -162,7 +162,7 @@ def test_a_source_alone_that_fails_so_is_asked_until_the_deadline_and_others_go_
     run(main)
 
 
-def test_a_reader_that_goes_away_is_not_taken_for_a_fault() -> None:
+def test_a_cancelled_reader_does_not_count_as_a_failure() -> None:
     async def main() -> None:
         async def slow(_cid: Cid) -> bytes:
             async with trio.open_nursery() as nursery:
@@ -174,19 +174,19 @@ def test_a_reader_that_goes_away_is_not_taken_for_a_fault() -> None:
             with trio.move_on_after(0.1) as scope:
                 await pool.get(CID)
             assert scope.cancelled_caught
-        assert [told.failures for told in pool.statistics()] == [{}, {}]
+        assert [each.failures for each in pool.statistics()] == [{}, {}]
 
     run(main)
 
 
-def test_a_fault_beside_a_cancellation_leaves_the_cancellation() -> None:
+def test_an_exception_during_a_cancellation_does_not_stop_the_cancellation() -> None:
     async def main() -> None:
         async def both(_cid: Cid) -> bytes:
             async def fail_when_cancelled() -> None:
                 try:
                     await trio.sleep_forever()
                 finally:
-                    raise ValueError("in its cleaning up")
+                    raise ValueError("while it cleans up")
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(fail_when_cancelled)
@@ -200,7 +200,7 @@ def test_a_fault_beside_a_cancellation_leaves_the_cancellation() -> None:
     run(main)
 
 
-def test_the_end_of_the_program_is_not_taken_for_a_fault() -> None:
+def test_an_exception_that_ends_the_program_does_not_count_as_a_failure() -> None:
     async def main() -> None:
         for ending in (KeyboardInterrupt, SystemExit):
             with pytest.raises(ending):
@@ -213,7 +213,7 @@ def test_the_end_of_the_program_is_not_taken_for_a_fault() -> None:
     run(main)
 
 
-def test_the_log_names_it_in_one_line_and_not_each_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_is_logged_in_one_line_and_not_every_time(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async def bad(cid: Cid) -> bytes:
             raise ValueError("a header of \x1b[31m its own\n2026-01-01 a forged line " + "x" * 1000)
@@ -252,7 +252,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("kind", list(HEADS))
-def test_no_header_line_of_one_gateway_spoils_a_read_from_another(kind: str) -> None:
+def test_a_bad_header_of_one_gateway_does_not_stop_reads_from_another(kind: str) -> None:
     def behave(ask: Ask) -> None:
         head = dict(HEADS[kind])
         ask.send(int(head.pop("status")), b"", **{name: str(value) for name, value in head.items()})

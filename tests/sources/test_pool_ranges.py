@@ -17,7 +17,7 @@ from tests.sources.timed import Timed, never, pool_of, run
 
 @pytest.mark.logs("gateway has wrong bytes")
 @pytest.mark.parametrize("wrong", [False, True])
-def test_a_run_is_completed_from_whoever_has_the_rest(wrong: bool) -> None:
+def test_a_range_is_completed_by_a_source_that_has_the_rest(wrong: bool) -> None:
     file = sample(8, count=6)
     some = {leaf.cid: file.blocks[leaf.cid] for leaf in file.leaves[:3]}
     if wrong:
@@ -45,7 +45,7 @@ async def collect(pool: SourcePool, file: SampleFile) -> dict[int, tuple[Block, 
     return got
 
 
-def test_a_run_that_stalls_is_broken_off_and_goes_on_elsewhere() -> None:
+def test_a_range_that_stalls_is_broken_off_and_completed_by_another_source() -> None:
     file = sample(9, count=6)
 
     async def main() -> None:
@@ -60,7 +60,7 @@ def test_a_run_that_stalls_is_broken_off_and_goes_on_elsewhere() -> None:
     run(main)
 
 
-def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
+def test_a_slow_reader_of_a_range_does_not_count_as_a_stalled_source() -> None:
     file = sample(10, count=4)
 
     async def main() -> None:
@@ -76,16 +76,16 @@ def test_a_slow_reader_of_a_run_is_not_taken_for_a_stalled_source() -> None:
     run(main)
 
 
-def test_the_readers_own_trouble_is_not_held_against_the_source() -> None:
+def test_a_failure_of_the_reader_does_not_count_against_the_source() -> None:
     file = sample(11, count=4)
 
     async def main() -> None:
         pool = pool_of(Timed("one", blocks=file.blocks))
 
         async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
-            raise SourceFailed("a reader's own", "reader")
+            raise SourceFailed("the reader's trouble", "reader")
 
-        with pytest.raises(SourceFailed, match="reader's own"):
+        with pytest.raises(SourceFailed, match="reader's trouble"):
             await give_each(pool.stream(file.run), deliver)
         assert pool.statistics()[0].failures == {}
 

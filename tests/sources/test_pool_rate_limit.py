@@ -1,5 +1,5 @@
-"""What our own rate limit holds back is not a source's silence: nothing is broken off, asked for twice or
-held against anybody."""
+"""Time for which our own rate limit holds an answer back does not count as silence of the source. Nothing is
+broken off or asked for twice, and no source counts as failed."""
 
 import itertools
 import random
@@ -33,7 +33,7 @@ from tests.sources.timed import BLOCK, BLOCKS, CID, Answer, Takes, Timed, never,
 
 
 def limited(blocks: dict[Cid, bytes], seconds: float) -> Answer:
-    """Answers at once; our limit then holds each block back for so many seconds."""
+    """Answers at once. Our limit then holds each block back for `seconds`."""
     limit = RateLimit(1)
 
     async def answer(cid: Cid) -> bytes:
@@ -45,7 +45,7 @@ def limited(blocks: dict[Cid, bytes], seconds: float) -> Answer:
 
 
 @pytest.mark.parametrize("others", [0, 1])
-def test_a_run_is_not_broken_off(others: int) -> None:
+def test_a_range_that_the_limit_holds_back_is_not_broken_off(others: int) -> None:
     file = sample(12, count=6)
 
     async def main() -> None:
@@ -61,7 +61,7 @@ def test_a_run_is_not_broken_off(others: int) -> None:
     run(main)
 
 
-def test_a_run_that_stalls_behind_the_limit_is_broken_off_all_the_same() -> None:
+def test_a_range_that_stalls_behind_the_limit_is_still_broken_off() -> None:
     file = sample(13, count=6)
 
     async def main() -> None:
@@ -80,8 +80,8 @@ def test_a_run_that_stalls_behind_the_limit_is_broken_off_all_the_same() -> None
     run(main)
 
 
-def test_a_run_that_drips_behind_the_limit_is_broken_off_all_the_same() -> None:
-    """Each byte that was held back gave its source all of its time again."""
+def test_a_range_that_drips_behind_the_limit_is_still_broken_off() -> None:
+    """A byte that is held back must not give its source the whole time again."""
     file = sample(15, count=1)
 
     async def main() -> None:
@@ -99,14 +99,14 @@ def test_a_run_that_drips_behind_the_limit_is_broken_off_all_the_same() -> None:
     run(main)
 
 
-def test_who_drips_behind_a_limit_that_others_use_up_is_broken_off() -> None:
-    """Each byte waited behind megabytes of others, and that wait excused the source for sending no more."""
+def test_a_source_that_drips_behind_a_limit_that_others_use_up_is_broken_off() -> None:
+    """Each byte waits behind megabytes of other answers. That wait must not excuse the source."""
     file = sample(16, count=1)
 
     async def main() -> None:
         limit = RateLimit(1000)
 
-        async def uses_it_up() -> None:
+        async def use_it_up() -> None:
             while True:
                 await limit.spend(5000)
 
@@ -117,7 +117,7 @@ def test_who_drips_behind_a_limit_that_others_use_up_is_broken_off() -> None:
 
         pool = pool_of(Timed("drips", drips), Timed("good", blocks=file.blocks))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(uses_it_up)
+            nursery.start_soon(use_it_up)
             with trio.fail_after(20):
                 await collect(pool, file)
             nursery.cancel_scope.cancel()
@@ -126,7 +126,7 @@ def test_who_drips_behind_a_limit_that_others_use_up_is_broken_off() -> None:
     run(main)
 
 
-def test_small_pieces_are_waited_for_together_and_all_are_counted() -> None:
+def test_small_pieces_are_counted_one_by_one_and_waited_for_together() -> None:
     async def main() -> None:
         limit, start = RateLimit(1000), trio.current_time()
         with SourceRequest().current():
@@ -141,7 +141,7 @@ def test_small_pieces_are_waited_for_together_and_all_are_counted() -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(limit.spend, 10_000)
                 await wait_all_tasks_blocked()
-                await limit.spend(0, True)  # it owes nothing, and waits for nobody
+                await limit.spend(0, True)  # it owes nothing, so it does not wait
                 assert trio.current_time() - start == pytest.approx(0.15)
 
     run(main)
@@ -156,13 +156,13 @@ def in_chunks(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("behave", [whole, in_chunks])
-def test_pieces_of_an_answer_are_told_apart_from_its_end(behave: Behaviour) -> None:
-    """So that what is left to wait for is waited for at its end."""
-    told = list[tuple[int, bool]]()
+def test_the_rate_limit_learns_which_piece_is_the_end_of_an_answer(behave: Behaviour) -> None:
+    """So the rest of the wait is waited for at the end of the answer."""
+    calls = list[tuple[int, bool]]()
 
     class Listening(RateLimit):
         async def spend(self, count: int, ended: bool = True) -> None:
-            told.append((count, ended))
+            calls.append((count, ended))
 
     async def main() -> None:
         with Server(BLOCKS, behave) as server:
@@ -173,17 +173,19 @@ def test_pieces_of_an_answer_are_told_apart_from_its_end(behave: Behaviour) -> N
             await http.aclose()
 
     trio.run(main)
-    came = list(itertools.accumulate(count for count, _ended in told))
-    assert came[-1] == 300_000
-    assert told[-1][1]
+    received = list(itertools.accumulate(count for count, _ended in calls))
+    assert received[-1] == 300_000
+    assert calls[-1][1]
     assert not any(
-        ended for (_count, ended), all_so_far in zip(told, came, strict=True) if all_so_far < 300_000
+        ended for (_count, ended), all_so_far in zip(calls, received, strict=True) if all_so_far < 300_000
     )
 
 
 @pytest.mark.parametrize(("seconds", "failures"), [(0, {"timeout": 1}), (5, {})])
-def test_what_is_held_back_comes_when_it_is_let_go(seconds: int, failures: dict[str, int]) -> None:
-    """A request without an answer counts against its source only if nothing came from that meanwhile."""
+def test_an_overtaken_request_is_a_failure_only_if_its_source_sent_nothing_meanwhile(
+    seconds: int, failures: dict[str, int]
+) -> None:
+    """A request without an answer counts as a failure only if nothing came from its source meanwhile."""
 
     async def main() -> None:
         managed = ManagedSource(Timed("one", limited(BLOCKS, seconds)), random.Random(1), 1)
@@ -198,7 +200,7 @@ def test_what_is_held_back_comes_when_it_is_let_go(seconds: int, failures: dict[
     run(main)
 
 
-def test_an_answer_with_a_directory_is_not_given_up() -> None:
+def test_a_directory_that_the_limit_holds_back_is_not_given_up() -> None:
     async def main() -> None:
         one, other = Timed("one", limited(BLOCKS, 2), BLOCKS), Timed("other")
         pool, takes = pool_of(one, other), Takes()
@@ -209,7 +211,7 @@ def test_an_answer_with_a_directory_is_not_given_up() -> None:
     run(main)
 
 
-def test_a_block_is_asked_of_nobody_else_and_makes_no_source_slow() -> None:
+def test_a_block_that_is_held_back_is_not_hedged_and_does_not_make_its_source_slow() -> None:
     async def main() -> None:
         one, other = Timed("one", limited(BLOCKS, 10)), Timed("other")
         pool = pool_of(one, other)
@@ -223,18 +225,18 @@ def test_a_block_is_asked_of_nobody_else_and_makes_no_source_slow() -> None:
 
 
 @pytest.mark.logs("it has 3,000,000 bytes")
-def test_who_says_that_a_block_is_too_large_does_not_spoil_one_that_is_held_back() -> None:
+def test_a_false_refusal_as_too_large_does_not_hide_a_block_that_is_held_back() -> None:
     async def main() -> None:
-        async def lies(_cid: Cid) -> bytes:
+        async def refuse(_cid: Cid) -> bytes:
             raise BlockTooLarge("it has 3,000,000 bytes")
 
-        pool = pool_of(Timed("lies", lies), Timed("one", limited(BLOCKS, 10)))
+        pool = pool_of(Timed("lies", refuse), Timed("one", limited(BLOCKS, 10)))
         assert (await pool.get(CID)).block == BLOCK
 
     run(main)
 
 
-def test_a_crowd_that_is_held_back_takes_no_place_from_each_other() -> None:
+def test_many_requests_that_are_held_back_are_not_cancelled_or_repeated() -> None:
     async def main() -> None:
         one = Timed("one", limited(BLOCKS, 1))
         pool = pool_of(one)
@@ -250,8 +252,8 @@ def test_a_crowd_that_is_held_back_takes_no_place_from_each_other() -> None:
     run(main)
 
 
-def test_a_range_of_a_real_answer_comes_by_one_request() -> None:
-    """Each leaf is held back for longer than the pool waits for a source that is silent: 2 seconds."""
+def test_a_range_that_is_held_back_comes_in_one_answer_of_a_real_server() -> None:
+    """Each leaf is held back for more than 2 seconds, for which the pool waits for a silent source."""
     file = sample(14, count=4)
 
     async def main() -> None:
@@ -269,11 +271,11 @@ def test_a_range_of_a_real_answer_comes_by_one_request() -> None:
     trio.run(main)
 
 
-def test_a_lookup_has_its_time_whatever_the_rate_limit_holds_back() -> None:
-    """Its answer waited behind other answers, and the router counted as silent."""
+def test_the_time_of_a_lookup_stands_still_while_the_limit_holds_it_back() -> None:
+    """A router whose answer waits behind other answers must not count as silent."""
 
     class Held:
-        """A router whose answer our limit holds back for so many seconds, and that then stalls."""
+        """A router whose answer our limit holds back for `seconds`. Then it stalls."""
 
         name = "http://router.example"
 
@@ -291,14 +293,14 @@ def test_a_lookup_has_its_time_whatever_the_rate_limit_holds_back() -> None:
         network = Network([one, other], HttpSettings())  # type: ignore[list-item]
         lookup = await network._look_up(CID)
         assert (lookup.failure, len(network.statistics())) == (None, 1)
-        # once one has named a provider the other has the grace time, which stands still while it is held back
+        # the other router has the grace time, which stands still while its answer is held back
         assert trio.current_time() - start == pytest.approx(4 * LOOKUP_SECONDS + OTHER_ROUTERS_SECONDS)
 
     run(main)
 
 
-def test_a_record_has_its_time_whatever_the_rate_limit_holds_back(tmp_path: Path) -> None:
-    """A record of a few bytes waited behind other answers, and its source counted as silent."""
+def test_the_time_of_a_record_stands_still_while_the_limit_holds_it_back(tmp_path: Path) -> None:
+    """The source of a record that waits behind other answers must not count as silent."""
     key = Ed25519PrivateKey.from_private_bytes(bytes(32))
     path = f"/ipfs/{cids.text(CID)}"
 

@@ -1,5 +1,5 @@
-"""Redirects: never to a private address, whatever a name resolves to when, with a proxy or without; and a
-node's own."""
+"""Redirects: none to a private address is followed, whatever a name resolves to, with or without a proxy. And
+redirects of a local node to names below localhost."""
 
 import socket
 from collections.abc import Callable, Iterator
@@ -36,12 +36,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     proxy_for.cache_clear()
 
 
-def to(location: str) -> Behaviour:
+def redirect_to(location: str) -> Behaviour:
     return lambda ask: ask.send(302, b"", Location=location.format(path=ask.path))
 
 
 def failure(url: str, settings: HttpSettings = HASTY) -> SourceFailed:
-    """How reading a block from `url` fails."""
+    """The failure of a read of a block from `url`."""
 
     async def main() -> SourceFailed:
         source = Gateway(Http(parse_origin(url), settings), url)
@@ -56,7 +56,7 @@ def failure(url: str, settings: HttpSettings = HASTY) -> SourceFailed:
 
 
 class Resolver(trio.abc.HostnameResolver):
-    """Gives each name what a test says, one answer after the other, the last one for ever."""
+    """Answers each name with the answers of the test, in order. The last one is repeated."""
 
     def __init__(self, answers: dict[str, list[list[str]]]) -> None:
         self.answers = answers
@@ -84,10 +84,10 @@ PRIVATE = ["http://127.0.0.1:1/", "http://169.254.169.254/latest", "http://[::1]
 
 @pytest.mark.parametrize("location", PRIVATE)
 @pytest.mark.parametrize("proxied", [False, True], ids=["direct", "proxied"])
-def test_private_addresses_are_not_followed_to(
+def test_redirects_to_private_addresses_are_not_followed(
     location: str, proxied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Server(BLOCKS, to(location)) as server, Proxy({"gateway.test": server.port}) as proxy:
+    with Server(BLOCKS, redirect_to(location)) as server, Proxy({"gateway.test": server.port}) as proxy:
         if proxied:
             monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
         failed = failure("http://gateway.test" if proxied else server.url)
@@ -100,19 +100,19 @@ def test_private_addresses_are_not_followed_to(
     "location",
     ["http://[::1/x", "http://a:99999/", "http://a:b/", "http://%00/", "http://a..b/", "http://u:p@a.test/"],
 )
-def test_a_redirect_to_what_is_not_an_address_is_told_as_one(location: str) -> None:
-    with Server(BLOCKS, to(location)) as server:
+def test_a_redirect_to_a_malformed_address_is_reported_as_such(location: str) -> None:
+    with Server(BLOCKS, redirect_to(location)) as server:
         failed = failure(server.url)
         assert failed.kind == "redirect"
         assert "redirects to what is not an address" in str(failed)
 
 
 @pytest.mark.parametrize("proxied", [False, True], ids=["direct", "proxied"])
-def test_a_name_with_one_private_address_among_public_ones_is_not_followed(
+def test_a_redirect_to_a_name_with_one_private_address_is_not_followed(
     proxied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
-        Server(BLOCKS, to("http://mixed.test{path}")) as server,
+        Server(BLOCKS, redirect_to("http://mixed.test{path}")) as server,
         Proxy({"gateway.test": server.port}) as proxy,
     ):
         if proxied:
@@ -132,14 +132,14 @@ def test_a_name_with_one_private_address_among_public_ones_is_not_followed(
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resolver that says a public address first and a private one then: nobody asks it twice."""
+    """The resolver gives a public address first and a private one then. It is asked only once."""
     connected: list[str] = []
 
     async def open_tcp_stream(host: str, port: int, **_options: object) -> trio.SocketStream:
         connected.append(host)
         raise OSError("not today")
 
-    with Server(BLOCKS, to("http://rebinding.test{path}")) as server:
+    with Server(BLOCKS, redirect_to("http://rebinding.test{path}")) as server:
 
         async def main() -> None:
             resolver = Resolver({"rebinding.test": [["93.184.216.34"], ["127.0.0.1"]]})
@@ -166,7 +166,7 @@ def test_the_connection_goes_to_the_address_that_was_checked(monkeypatch: pytest
 
 def test_a_command_is_not_redirected_to_another_place(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        Server(BLOCKS, to("http://other.test{path}")) as server,
+        Server(BLOCKS, redirect_to("http://other.test{path}")) as server,
         Proxy({"node.test": server.port, "other.test": server.port}) as proxy,
     ):
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
@@ -182,7 +182,7 @@ def test_a_command_is_not_redirected_to_another_place(monkeypatch: pytest.Monkey
 
 
 def subdomains(ask: Ask) -> None:
-    """As Kubo answers where it is called by the name localhost."""
+    """Answers like Kubo when it is addressed as localhost."""
     if ask.headers["host"].startswith("localhost:"):
         port = ask.headers["host"].partition(":")[2]
         ask.send(301, b"", Location=f"http://{ask.path.rpartition('/')[2]}.ipfs.localhost:{port}/?format=raw")
@@ -191,7 +191,7 @@ def subdomains(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "httpx"])
-def test_a_redirect_to_a_name_below_localhost_stays_where_it_was_named(
+def test_a_redirect_to_a_name_below_localhost_goes_to_the_same_server_with_its_headers(
     own: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "OWN_TRANSPORT", own)
@@ -206,13 +206,15 @@ def test_a_redirect_to_a_name_below_localhost_stays_where_it_was_named(
             await source.aclose()
 
         trio.run(main)
-        assert len(server.asked) == 1 + len(BLOCKS), "once it is known, nobody is redirected any more"
+        assert len(server.asked) == 1 + len(BLOCKS), "only the first request is redirected"
         assert {ask.headers["x-key"] for ask in server.asked} == {"secret"}
 
 
-def test_a_gateway_elsewhere_can_not_send_us_to_localhost_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_redirect_of_a_remote_gateway_to_a_localhost_name_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with (
-        Server(BLOCKS, to("http://x.localhost{path}")) as server,
+        Server(BLOCKS, redirect_to("http://x.localhost{path}")) as server,
         Proxy({"gateway.test": server.port}) as proxy,
     ):
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
@@ -230,7 +232,7 @@ def test_a_gateway_elsewhere_can_not_send_us_to_localhost_names(monkeypatch: pyt
 @pytest.mark.parametrize(
     "get", [lambda port: f"http://localhost:{port}", lambda port: f"http://127.0.0.1:{port}"]
 )
-def test_a_default_kubo_by_its_name_localhost(kubo_node: Node, get: Callable[[str], str]) -> None:
+def test_a_kubo_node_can_be_read_by_the_name_localhost(kubo_node: Node, get: Callable[[str], str]) -> None:
     file = sample(61)
     kubo_node.cmd("dag", "import", "--pin-roots=false", stdin=file.car())
 

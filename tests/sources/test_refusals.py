@@ -1,5 +1,5 @@
-"""What answers mean that are not what was asked for, and that whatever a request raises is its source's
-failure."""
+"""The meaning of answers that are not the requested block. Any exception of a request is a failure of its
+source."""
 
 import pytest
 import trio
@@ -56,7 +56,7 @@ async def raising_within(url: str, raised: Exception) -> None:
 
 
 @pytest.mark.parametrize("raised", RAISED)
-def test_whatever_a_request_raises_is_that_sources_failure_in_one_line(raised: Exception) -> None:
+def test_any_exception_of_a_request_is_its_sources_failure_in_one_line(raised: Exception) -> None:
     with Server({}) as server:
         with pytest.raises(SourceFailed) as caught:
             trio.run(raising_within, server.url, raised)
@@ -65,7 +65,7 @@ def test_whatever_a_request_raises_is_that_sources_failure_in_one_line(raised: E
     assert caught.value.__cause__ is raised
 
 
-def test_what_says_what_it_means_passes() -> None:
+def test_errors_of_a_source_are_passed_on_unchanged() -> None:
     with Server({}) as server:
         for raised in (NotHere("x"), SourceFailed("x", "busy", 7)):
             with pytest.raises(type(raised)) as caught:
@@ -73,7 +73,7 @@ def test_what_says_what_it_means_passes() -> None:
             assert caught.value is raised
 
 
-def test_a_servers_words_are_one_printable_line() -> None:
+def test_text_of_a_server_becomes_one_printable_line() -> None:
     assert one_line("a\nb\x1b[31mc\u202e") == "a b [31mc "
     assert len(one_line("x" * 10_000)) == 300
 
@@ -87,7 +87,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_one_header_line_of_one_gateway_spoils_no_read_of_a_good_one(head: str) -> None:
+def test_a_bad_answer_head_of_one_gateway_does_not_stop_reads_from_a_good_one(head: str) -> None:
     blocks = raw_blocks(84, 100, size=500)
 
     async def main() -> None:

@@ -1,4 +1,4 @@
-"""What lies below a directory, looked up by CID: all of it once, parents first, up to a limit."""
+"""A walk of a directory in a repository: each block once, parents first, up to a limit."""
 
 import math
 import random
@@ -20,11 +20,11 @@ TREES = {
     )
     for name, tree in trees().items()
 }
-"""Without the empty block, which nobody needs to be asked for."""
+"""Without the empty block: it is known and never looked up."""
 
 
-class Shelf:
-    """Blocks by CID; each call finds a few of those it is asked for."""
+class BlockStore:
+    """Blocks by CID. Each call looks up only some of the CIDs that it is given."""
 
     def __init__(self, blocks: Mapping[Cid, bytes], dice: random.Random) -> None:
         self._blocks, self._dice = blocks, dice
@@ -43,9 +43,9 @@ def all_of(walk: RepoWalk) -> list[tuple[Cid, bytes]]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", TREES)
-def test_each_block_once_and_behind_its_parents(name: str, seed: int) -> None:
+def test_each_block_comes_once_and_after_a_parent(name: str, seed: int) -> None:
     root, blocks = TREES[name]
-    walk = RepoWalk(Shelf(blocks, random.Random(seed)).find, root, 1 << 30)
+    walk = RepoWalk(BlockStore(blocks, random.Random(seed)).find, root, 1 << 30)
     got = all_of(walk)
     assert sorted(got) == sorted(blocks.items())
     assert not walk.incomplete
@@ -56,11 +56,11 @@ def test_each_block_once_and_behind_its_parents(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_what_is_not_there_is_told_and_the_rest_comes(name: str) -> None:
+def test_a_missing_block_makes_the_walk_incomplete_and_the_rest_comes(name: str) -> None:
     root, blocks = TREES[name]
     gone = list(blocks)[-1]
     walk = RepoWalk(
-        Shelf({cid: block for cid, block in blocks.items() if cid != gone}, random.Random(1)).find,
+        BlockStore({cid: block for cid, block in blocks.items() if cid != gone}, random.Random(1)).find,
         root,
         1 << 30,
     )
@@ -68,18 +68,18 @@ def test_what_is_not_there_is_told_and_the_rest_comes(name: str) -> None:
     assert walk.incomplete
 
 
-def test_the_limit_ends_it_and_one_call_gives_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubo_repo.time, "monotonic", lambda: 0.0)  # a call ends by its time, too
+def test_the_limit_ends_the_walk_and_one_call_gives_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kubo_repo.time, "monotonic", lambda: 0.0)  # a call also ends by its time
     large = raw_blocks(5, 40, size=200_000)
     root_block = dagpb.encode(
         [dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(large)], b"\x08\x01"
     )
     (some,) = raw_blocks(6, 1)
     root = cids.make(cids.DAG_PB, cids.multihash(some))
-    shelf = {root: root_block, **large}
+    stored = {root: root_block, **large}
 
     def find(wanted: Sequence[Cid]) -> Sequence[bytes | None]:
-        return [shelf.get(cid) for cid in wanted[:5]]
+        return [stored.get(cid) for cid in wanted[:5]]
 
     walk = RepoWalk(find, root, 5 * BATCH_BYTES)
     first = walk.next_blocks()
@@ -93,11 +93,11 @@ READERS = 4
 """Blocks that one call reads at a time (`flatfs.c`)."""
 
 
-def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_lookups_make_the_batches_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = raw_blocks(8, 500, size=10)
     (some,) = raw_blocks(9, 1)
     root = cids.make(cids.DAG_PB, cids.multihash(some))
-    shelf = {
+    stored = {
         root: dagpb.encode(
             [dagpb.Link(cid, b"%d" % number, 0) for number, cid in enumerate(leaves)], b"\x08\x01"
         ),
@@ -111,7 +111,7 @@ def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: py
         nonlocal now
         now += each * math.ceil(len(wanted) / READERS)
         looked_up.append(len(wanted))
-        return [shelf.get(cid) for cid in wanted]
+        return [stored.get(cid) for cid in wanted]
 
     monkeypatch.setattr(kubo_repo.time, "monotonic", lambda: now)
     slow = RepoWalk(find, root, 1 << 30)
@@ -119,7 +119,9 @@ def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: py
     while True:
         begin = now
         some_blocks = slow.next_blocks()
-        assert now - begin <= kubo_repo.BATCH_SECONDS + BATCH / READERS * each, "from the first call on"
+        assert now - begin <= kubo_repo.BATCH_SECONDS + BATCH / READERS * each, (
+            "this holds from the first call on"
+        )
         if not some_blocks:
             break
         got += len(some_blocks)
@@ -131,17 +133,17 @@ def test_where_looking_up_takes_long_fewer_are_looked_up_at_once(monkeypatch: py
     assert max(looked_up) == BATCH
 
 
-def test_nobody_is_asked_for_what_everybody_knows() -> None:
-    """No node sends the empty block."""
+def test_the_empty_block_is_not_looked_up() -> None:
+    """The empty block is known. No node sends it."""
     (some,) = raw_blocks(9, 1)
     root = cids.make(cids.DAG_PB, cids.multihash(some))
-    shelf = {root: dagpb.encode([dagpb.Link(cids.EMPTY, b"empty", 0)], b"\x08\x01")}
-    walk = RepoWalk(lambda wanted: [shelf.get(cid) for cid in wanted], root, 1 << 20)
-    assert all_of(walk) == list(shelf.items())
+    stored = {root: dagpb.encode([dagpb.Link(cids.EMPTY, b"empty", 0)], b"\x08\x01")}
+    walk = RepoWalk(lambda wanted: [stored.get(cid) for cid in wanted], root, 1 << 20)
+    assert all_of(walk) == list(stored.items())
     assert not walk.incomplete
 
 
-def test_a_block_that_is_no_node_leads_nowhere() -> None:
+def test_a_block_that_is_not_a_valid_node_has_no_children() -> None:
     (raw,) = raw_blocks(7, 1)
     broken = cids.make(cids.DAG_PB, cids.multihash(raw))
     walk = RepoWalk(lambda _wanted: [b"\xff\xff"], broken, 1 << 20)

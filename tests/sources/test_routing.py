@@ -1,4 +1,4 @@
-"""Providers by delegated routing: routers that tell the truth, lie, stall and flood, and providers that do."""
+"""Providers by delegated routing: good routers and providers, and those that lie, stall or flood."""
 
 import json
 import time
@@ -90,7 +90,7 @@ class Net:
 def test_a_provider_gives_blocks_ranges_and_directories(
     answer: Callable[[Sequence[object]], Callable[[Ask], None]],
 ) -> None:
-    """The router is asked once: who has the root is asked for the rest."""
+    """The router is asked once: the provider of the root is asked for the rest."""
 
     async def main() -> None:
         with (
@@ -115,8 +115,8 @@ def test_a_provider_gives_blocks_ranges_and_directories(
                 await give_each(source.subtree(Subtree(TREE.root, True, 1 << 20)), take)
                 assert found
                 assert found.items() <= TREE.blocks.items()
-                (told,) = source.statistics()
-                assert (told.name, told.found) == (f"network: {gateway.url}", True)
+                (statistics,) = source.statistics()
+                assert (statistics.name, statistics.found) == (f"network: {gateway.url}", True)
             assert len(router.asked) == 1
             assert "transport-ipfs-gateway-http" in router.asked[0].query["filter-protocols"]
 
@@ -169,7 +169,7 @@ def stall(ask: Ask) -> None:
 
 
 def flood(ask: Ask) -> None:
-    """Providers without end, none of which exists."""
+    """Endless providers, none of which exists."""
     ask.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n")
     line = (
         json.dumps(peer(*[f"/dns4/{'x' * 60}.example/tcp/{port}/ws" for port in range(10)])).encode() + b"\n"
@@ -179,7 +179,7 @@ def flood(ask: Ask) -> None:
 
 
 def one_line(ask: Ask) -> None:
-    """A line without end."""
+    """An endless line."""
     ask.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n\r\n")
     while not ask.server.stopping.is_set():
         ask.connection.sendall(b"[" * 65536)
@@ -223,7 +223,7 @@ def test_a_router_that_misbehaves_fails_soon_and_in_one_line(behave: Callable[[A
 
 
 @pytest.mark.parametrize("behave", [stall, *BAD])
-def test_a_good_router_counts_beside_a_bad_one(behave: Callable[[Ask], None]) -> None:
+def test_a_good_router_is_enough_although_another_is_bad(behave: Callable[[Ask], None]) -> None:
     async def main() -> None:
         with Server(FILE.blocks) as gateway, Server({}, naming(gateway)) as router, Server({}, behave) as bad:
             async with Net(bad, router) as source:
@@ -238,7 +238,7 @@ def test_a_good_router_counts_beside_a_bad_one(behave: Callable[[Ask], None]) ->
 def test_a_router_that_floods_with_providers_does_not_hide_a_slow_good_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The good router answers after the others' half second. Its provider keeps its place afterwards."""
+    """The good router answers after the half second that the others have. Its provider stays known."""
     monkeypatch.setattr(routing, "FOUND_PROVIDERS_SECONDS", 2.0)
 
     async def main() -> None:
@@ -264,7 +264,7 @@ def test_a_router_that_floods_with_providers_does_not_hide_a_slow_good_one(
 
 
 def flood_of_providers() -> Callable[[Ask], None]:
-    """A router that names other servers in each answer, at which nothing listens."""
+    """A router that names new servers in each answer. None of them exists."""
     answers = iter(range(1, 200))
 
     def behave(ask: Ask) -> None:
@@ -274,7 +274,9 @@ def flood_of_providers() -> Callable[[Ask], None]:
     return behave
 
 
-def test_a_router_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_router_that_stalls_is_given_up_after_the_time_for_a_lookup(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(routing, "LOOKUP_SECONDS", 0.3)
 
     async def main() -> None:
@@ -286,7 +288,7 @@ def test_a_router_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     trio.run(main)
 
 
-def test_records_that_make_no_sense_are_passed_over() -> None:
+def test_records_that_make_no_sense_are_skipped() -> None:
     nonsense: list[object] = [
         *(
             None,
@@ -314,7 +316,7 @@ def test_records_that_make_no_sense_are_passed_over() -> None:
     trio.run(main)
 
 
-def test_many_lookups_of_one_block_are_one_and_absence_is_remembered() -> None:
+def test_many_lookups_of_a_block_cause_one_request_and_absence_is_remembered() -> None:
     async def main() -> None:
         with Server({}, listing([])) as router:
             async with Net(router) as source:
@@ -332,8 +334,8 @@ def test_many_lookups_of_one_block_are_one_and_absence_is_remembered() -> None:
     trio.run(main)
 
 
-def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a thousand providers that are named, few are taken; lookups are forgotten."""
+def test_the_numbers_of_providers_and_lookups_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thousand named providers, few are kept. Old lookups are forgotten."""
     monkeypatch.setattr(routing, "MAX_LOOKUPS_KEPT", 10)
     many = [peer(f"/dns4/p{number}.example/tcp/443/https") for number in range(1000)]
 
@@ -378,13 +380,13 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         ],
     ],
 )
-def test_addresses_of_providers(text: str, origin: str | None) -> None:
+def test_only_public_http_addresses_of_providers_are_used(text: str, origin: str | None) -> None:
     found = provider_origin(text, allow_private=False)
     assert (found and found.text) == origin
 
 
 def test_a_provider_at_a_private_address_is_never_contacted() -> None:
-    """Nor by a name that leads there."""
+    """A name that leads to such an address is not contacted either."""
     addresses = "/ip4/127.0.0.1/tcp/{0}/http", "/dns4/localhost/tcp/{0}/http"
 
     async def main() -> None:
@@ -401,7 +403,7 @@ def test_a_provider_at_a_private_address_is_never_contacted() -> None:
 
 
 def test_a_name_is_checked_when_it_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The resolver's answer is the stranger's too."""
+    """The provider controls the resolver's answer too, so the answer is checked."""
 
     async def resolve(*_: object, **__: object) -> list[Any]:
         return [(2, 1, 6, "", ("127.0.0.1", gateway.port))]
@@ -421,7 +423,7 @@ def test_a_name_is_checked_when_it_is_resolved(monkeypatch: pytest.MonkeyPatch) 
         assert not gateway.asked
 
 
-def test_in_a_pool_it_is_a_source_as_others(tmp_path: Any) -> None:
+def test_the_network_is_one_of_the_sources_of_a_pool(tmp_path: Any) -> None:
     async def main() -> None:
         with Server(FILE.blocks) as gateway, Server({}, naming(gateway)) as router:
             settings = OpenSettings(
@@ -446,8 +448,10 @@ def test_in_a_pool_it_is_a_source_as_others(tmp_path: Any) -> None:
 
 @pytest.mark.fuse
 @pytest.mark.kubo
-def test_a_real_node_is_the_router_and_another_the_provider(kubo_node: Node, tmp_path: Any) -> None:
-    """The node asks a router of its own, and passes its answer on."""
+def test_a_file_is_read_with_one_real_node_as_router_and_another_as_provider(
+    kubo_node: Node, tmp_path: Any
+) -> None:
+    """The node asks another router, and passes its answer on."""
     user = Home(tmp_path / "home")
     content = bytes(range(256)) * 4096
     cid = kubo_node.cmd("add", "-Q", "--pin=false", "--raw-leaves", "--cid-version=1", stdin=content)

@@ -1,4 +1,4 @@
-"""Secrets go to one origin, from a file that nobody else may read, and are never shown or logged."""
+"""Secrets come from a file that only the user may read, go to one origin, and are never shown or logged."""
 
 import grp
 import logging
@@ -38,11 +38,11 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def bound(files: Sequence[tuple[str, Path]], *sources: str) -> BoundHeaders:
+def bound_headers(files: Sequence[tuple[str, Path]], *sources: str) -> BoundHeaders:
     return with_headers(HttpSettings(), files, sources).headers
 
 
-def test_a_header_goes_to_the_origin_it_is_bound_to_and_to_no_other(file: Path) -> None:
+def test_a_header_goes_only_to_the_origin_it_is_bound_to(file: Path) -> None:
     with Server({}) as first, Server(BLOCKS) as other:
         settings = with_headers(HttpSettings(), [(first.url, file)], [first.url, other.url])
 
@@ -62,7 +62,7 @@ def test_a_header_goes_to_the_origin_it_is_bound_to_and_to_no_other(file: Path) 
 def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) -> None:
     file.chmod(mode)
     with pytest.raises(UsageError, match=f"run: chmod 600 {file}"):
-        bound([("https://a.example", file)], "https://a.example")
+        bound_headers([("https://a.example", file)], "https://a.example")
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_a_file_that_others_may_read_or_write_is_refused(file: Path, mode: int) 
         (0o644, 0o757, True, False),
     ],
 )
-def test_a_node_is_sent_a_token_unless_another_user_may_have_named_it(
+def test_a_token_is_not_sent_to_a_node_that_another_user_may_have_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, folder: int, private: bool, taken: bool
 ) -> None:
-    """Where each user has a group of their own, it may write: so Kubo leaves its files with umask 0002."""
+    """With umask 0002 Kubo's files are group-writable. That is allowed if the group has only one user."""
     monkeypatch.setenv("IPFSFUSE_KUBO_AUTH", f"bearer:{SECRET}")
     (tmp_path / "repository").mkdir()
     api = tmp_path / "repository" / "api"
@@ -98,12 +98,12 @@ def test_a_node_is_sent_a_token_unless_another_user_may_have_named_it(
 def test_a_file_of_another_user_is_refused(file: Path) -> None:
     os.chown(file, NOBODY, NOBODY)
     with pytest.raises(UsageError, match="belongs to another user"):
-        bound([("https://a.example", file)], "https://a.example")
+        bound_headers([("https://a.example", file)], "https://a.example")
 
 
-def test_a_secret_goes_over_https_or_to_this_machine(file: Path) -> None:
+def test_a_secret_goes_only_over_https_or_to_this_machine(file: Path) -> None:
     with pytest.raises(UsageError, match="over plain HTTP, which others can read; use https://"):
-        bound([("http://a.example", file)], "http://a.example")
+        bound_headers([("http://a.example", file)], "http://a.example")
     for url in (
         "https://a.example",
         "http://127.0.0.1:8080",
@@ -111,43 +111,43 @@ def test_a_secret_goes_over_https_or_to_this_machine(file: Path) -> None:
         "http://[::1]:8080",
         "kubo+http://127.0.0.1:5001",
     ):
-        found = bound([(url, file)], url, "https://b.example")
+        found = bound_headers([(url, file)], url, "https://b.example")
         assert list(found.by_origin.values()) == [(("Authorization", f"Bearer {SECRET}"),)]
         assert found.of(parse_origin(url.removeprefix("kubo+"))) == (("Authorization", f"Bearer {SECRET}"),)
         assert found.of(parse_origin("https://b.example")) == ()
 
 
-def test_the_old_spelling_is_for_exactly_one_network_source(
+def test_a_header_file_without_a_source_needs_exactly_one_network_source(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
-    assert bound([("", file)], "library", "https://a.example").of(parse_origin("https://a.example"))
+    assert bound_headers([("", file)], "library", "https://a.example").of(parse_origin("https://a.example"))
     with pytest.raises(
         UsageError, match=f"say which source it is for: --header-file https://a.example={file}"
     ):
-        bound([("", file)], "https://a.example", "https://b.example")
-    for sources in (("library",), ("kubo",)):  # no network source; one whose node does not run
+        bound_headers([("", file)], "https://a.example", "https://b.example")
+    for sources in (("library",), ("kubo",)):  # no network source; a node that does not run
         with pytest.raises(UsageError, match=r"--header-file https://gateway\.example="):
-            bound([("", file)], *sources)
+            bound_headers([("", file)], *sources)
 
 
-def test_the_old_spelling_with_a_node_is_for_its_ports(
+def test_a_header_file_without_a_source_applies_to_both_ports_of_a_node(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("IPFS_PATH", str(tmp_path))
     (tmp_path / "api").write_text("/ip4/127.0.0.1/tcp/5001")
     (tmp_path / "gateway").write_text("http://127.0.0.1:8080")
-    found = bound([("", file)], "kubo")
+    found = bound_headers([("", file)], "kubo")
     assert {origin.text for origin in found.by_origin} == {"http://127.0.0.1:5001", "http://127.0.0.1:8080"}
     with pytest.raises(UsageError, match="say which source"):
-        bound([("", file)], "kubo", "https://a.example")
+        bound_headers([("", file)], "kubo", "https://a.example")
 
 
 def test_a_header_for_no_source_or_twice_is_an_error(file: Path) -> None:
     with pytest.raises(UsageError, match=r"no source is there; there are https://b\.example"):
-        bound([("https://a.example", file)], "https://b.example")
+        bound_headers([("https://a.example", file)], "https://b.example")
     with pytest.raises(UsageError, match=r"given twice for https://a\.example"):
-        bound([("https://a.example", file), ("https://A.example:443", file)], "https://a.example")
+        bound_headers([("https://a.example", file), ("https://A.example:443", file)], "https://a.example")
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def get_from_node(source: Kubo) -> bytes:
     return trio.run(main)
 
 
-def test_the_token_goes_to_the_node_of_a_repository_of_ones_own(repository: Path) -> None:
+def test_the_token_goes_to_the_node_of_the_users_own_repository(repository: Path) -> None:
     with Server(BLOCKS, guarded) as server:
         (repository / "api").write_text(f"/ip4/127.0.0.1/tcp/{server.port}")
         assert get_from_node(Kubo("kubo", HttpSettings())) == BLOCK
@@ -183,7 +183,9 @@ def test_the_token_goes_to_the_node_of_a_repository_of_ones_own(repository: Path
 
 @as_root
 @pytest.mark.parametrize("planted", ["api", "repository", "writable"])
-def test_the_token_does_not_go_where_another_users_repository_says(repository: Path, planted: str) -> None:
+def test_the_token_does_not_go_to_a_node_that_another_users_repository_names(
+    repository: Path, planted: str
+) -> None:
     with Server(BLOCKS, guarded) as server:
         api = repository / "api"
         api.write_text(f"/ip4/127.0.0.1/tcp/{server.port}")
@@ -197,11 +199,11 @@ def test_the_token_does_not_go_where_another_users_repository_says(repository: P
             get_from_node(Kubo("kubo", HttpSettings()))
         assert {ask.headers.get("authorization") for ask in server.asked} == {None}
         assert get_from_node(Kubo("kubo", HttpSettings(), parse_origin(server.url))) == BLOCK, (
-            "named by the user, it gets it"
+            "a node that the user named gets the token"
         )
 
 
-def test_a_node_that_asks_for_a_token_where_there_is_none(
+def test_a_node_that_demands_a_token_fails_with_advice_if_there_is_none(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("IPFSFUSE_KUBO_AUTH")
@@ -241,10 +243,10 @@ def test_cookies_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.certificate))
     client.tls_context.cache_clear()
 
-    def bakes(ask: Ask) -> None:
+    def set_cookie(ask: Ask) -> None:
         ask.send(200, ask.block or b"", Set_Cookie="who=you; Path=/")
 
-    with Server(BLOCKS, bakes, tls=authority.vouch("IP:127.0.0.1")) as server:
+    with Server(BLOCKS, set_cookie, tls=authority.server_context("IP:127.0.0.1")) as server:
 
         async def main() -> None:
             source = Gateway(Http(parse_origin(server.url)), server.url)

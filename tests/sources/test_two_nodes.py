@@ -1,4 +1,4 @@
-"""Two real nodes joined over loopback: content that only the other one has, asked of the first."""
+"""Two real nodes, connected over loopback. The first is asked for content that only the other one has."""
 
 import os
 from collections.abc import AsyncIterator
@@ -17,11 +17,11 @@ from ipfsfuse.sources.pool.pool import SourcePool
 from tests.kubo.node import Node
 
 PATIENCE = 60.0
-"""Seconds for what takes milliseconds, on a busy machine."""
+"""Seconds. The calls take milliseconds on a machine that is not busy."""
 
 
 @asynccontextmanager
-async def asking(node: Node, *, offline: bool = False) -> AsyncIterator[SourcePool]:
+async def pool_of_node(node: Node, *, offline: bool = False) -> AsyncIterator[SourcePool]:
     """A pool of one source: this node."""
     pool = SourcePool(
         [Kubo("kubo", HttpSettings(), parse_origin(node.api_url), offline=offline)], offline=offline
@@ -37,12 +37,12 @@ def add(node: Node, data: bytes) -> Cid:
     return cids.parse(node.add(data, "--cid-version=1"))
 
 
-def test_what_only_the_other_has_comes_through_the_first(two_nodes: tuple[Node, Node]) -> None:
+def test_blocks_that_only_the_other_node_has_come_through_the_first(two_nodes: tuple[Node, Node]) -> None:
     near, far = two_nodes
     contents = {add(far, data): data for data in (os.urandom(1 << 18) for _ in range(5))}
 
     async def main() -> None:
-        async with asking(near) as pool:
+        async with pool_of_node(near) as pool:
             for cid, data in contents.items():
                 assert not near.has(cids.text(cid))
                 with trio.fail_after(PATIENCE):
@@ -52,12 +52,12 @@ def test_what_only_the_other_has_comes_through_the_first(two_nodes: tuple[Node, 
     trio.run(main)
 
 
-def test_offline_never_makes_the_node_look_on_its_network(two_nodes: tuple[Node, Node]) -> None:
+def test_an_offline_source_never_makes_the_node_ask_its_network(two_nodes: tuple[Node, Node]) -> None:
     near, far = two_nodes
     cid, here = add(far, b"elsewhere"), add(near, b"here")
 
     async def main() -> None:
-        async with asking(near, offline=True) as pool:
+        async with pool_of_node(near, offline=True) as pool:
             with trio.fail_after(PATIENCE):
                 assert (await pool.get(here)).block == b"here"
                 with pytest.raises(Unavailable):
@@ -67,17 +67,17 @@ def test_offline_never_makes_the_node_look_on_its_network(two_nodes: tuple[Node,
     assert not near.has(cids.text(cid))
 
 
-def test_the_other_ends_in_the_middle_of_a_read_and_comes_back(two_nodes: tuple[Node, Node]) -> None:
+def test_reads_go_on_after_the_other_node_was_killed_and_started_again(two_nodes: tuple[Node, Node]) -> None:
     near, far = two_nodes
     contents = {add(far, data): data for data in (os.urandom(1 << 16) for _ in range(4))}
     before, during, *after = contents
 
     async def main() -> None:
-        async with asking(near) as pool:
+        async with pool_of_node(near) as pool:
             with trio.fail_after(PATIENCE):
                 assert (await pool.get(before)).block == contents[before]
             far.kill()
-            with trio.move_on_after(1) as deadline:  # the caller's own, as the cache sets it
+            with trio.move_on_after(1) as deadline:  # the caller's deadline, as the cache sets it
                 await pool.get(during)
             assert deadline.cancelled_caught
             await trio.to_thread.run_sync(far.start)
@@ -89,12 +89,12 @@ def test_the_other_ends_in_the_middle_of_a_read_and_comes_back(two_nodes: tuple[
     trio.run(main)
 
 
-def test_the_first_restarted_in_between(two_nodes: tuple[Node, Node]) -> None:
+def test_reads_go_on_after_a_restart_of_the_first_node(two_nodes: tuple[Node, Node]) -> None:
     near, far = two_nodes
     one, two = add(near, b"one"), add(far, b"two")
 
     async def main() -> None:
-        async with asking(near) as pool:
+        async with pool_of_node(near) as pool:
             with trio.fail_after(PATIENCE):
                 assert (await pool.get(one)).block == b"one"
                 await trio.to_thread.run_sync(near.restart)

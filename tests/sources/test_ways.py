@@ -1,4 +1,4 @@
-"""The ways to a gateway: TLS that is trusted or not, HTTP proxies, and redirects to another host."""
+"""Ways to a gateway: trusted and untrusted TLS, HTTP proxies, and redirects to another host."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ CID, BLOCK = next(iter(BLOCKS.items()))
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No proxies but the test's own, and nothing remembered of what the environment said."""
+    """No proxies except those of the test. What is cached of the environment is forgotten."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
@@ -57,8 +57,8 @@ def get(url: str, headers: tuple[tuple[str, str], ...] = ()) -> bytes:
     return trio.run(main)
 
 
-def test_tls_by_a_trusted_authority(authority: Authority) -> None:
-    with Server(BLOCKS, tls=authority.vouch("IP:127.0.0.1")) as server:
+def test_a_certificate_of_a_trusted_authority_is_accepted(authority: Authority) -> None:
+    with Server(BLOCKS, tls=authority.server_context("IP:127.0.0.1")) as server:
         assert get(server.url) == BLOCK
 
 
@@ -66,17 +66,17 @@ def test_tls_by_a_trusted_authority(authority: Authority) -> None:
     ("name", "days", "why"),
     [("DNS:other.test", 2, "mismatch|not valid for"), ("IP:127.0.0.1", -1, "expired")],
 )
-def test_tls_of_another_host_or_expired_is_refused(
+def test_a_certificate_of_another_host_or_an_expired_one_is_refused(
     authority: Authority, name: str, days: int, why: str
 ) -> None:
-    with Server(BLOCKS, tls=authority.vouch(name, days)) as server:
+    with Server(BLOCKS, tls=authority.server_context(name, days)) as server:
         with pytest.raises(SourceFailed, match=why) as caught:
             get(server.url)
         assert caught.value.kind == "tls"
         assert not server.asked
 
 
-def test_a_proxy_passes_plain_requests_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_requests_go_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     with Server(BLOCKS) as server, Proxy({"gateway.test": server.port}) as proxy:
         monkeypatch.setenv("http_proxy", f"http://user:p%40ss@127.0.0.1:{proxy.port}")
         assert get("http://gateway.test") == BLOCK
@@ -88,7 +88,7 @@ def test_tls_goes_through_a_proxys_tunnel_to_the_named_host(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with (
-        Server(BLOCKS, tls=authority.vouch("DNS:gateway.test")) as server,
+        Server(BLOCKS, tls=authority.server_context("DNS:gateway.test")) as server,
         Proxy({"gateway.test": server.port, "other.test": server.port}) as proxy,
     ):
         monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.port}")
@@ -103,7 +103,9 @@ def test_tls_goes_through_a_proxys_tunnel_to_the_named_host(
         assert caught.value.kind == "connect"
 
 
-def test_no_proxy_and_this_machine_are_reached_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_this_machine_and_hosts_in_no_proxy_are_reached_without_the_proxy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with Server(BLOCKS) as server, Proxy({}) as proxy:
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
         assert get(server.url) == BLOCK

@@ -1,4 +1,4 @@
-"""Sources whose answers a test times to the tick."""
+"""Sources whose answers come exactly when a test says."""
 
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,8 +20,8 @@ Answer = Callable[[Cid], Awaitable[bytes]]
 
 
 class Timed:
-    """A network source whose answers take as long, and fail as often, as the test's clock says: what no real
-    server can be made to do exactly."""
+    """A network source whose answers come, or fail, exactly when the test says, by the mock clock. A real
+    server can't be that exact."""
 
     in_place = False
 
@@ -62,7 +62,7 @@ class Timed:
                 continue
 
     def subtree(self, subtree: Subtree) -> Stream[BlockBatch]:
-        """All of its blocks, in their order, each alone."""
+        """Sends all its blocks in order, one at a time."""
         self.subtrees.append(subtree)
         return streaming(self.send_subtree)
 
@@ -109,7 +109,8 @@ def run(main: Callable[[], Awaitable[None]]) -> None:
 
 
 class Takes:
-    """A taker that keeps what it is given; of everything, or of what `wants` says."""
+    """Wants all blocks, or those for which `wants` returns True, and keeps those that come (implements
+    `sources.base.Wanted`)."""
 
     def __init__(self, wants: Callable[[Cid], bool] = lambda _cid: True) -> None:
         self.wants = wants

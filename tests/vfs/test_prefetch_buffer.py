@@ -1,4 +1,4 @@
-"""What waits for a reader: how long, and what he may take unasked."""
+"""Leaves that wait in memory for a reader: how long they stay, and which reads C may answer from them."""
 
 from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.nodes import Leaf
@@ -10,7 +10,7 @@ LEAF = 1 << 20
 
 
 class Windows:
-    """Notes what a reader could get."""
+    """Read windows that note what C could give to a reader."""
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[int, bool]] = {}
@@ -19,9 +19,9 @@ class Windows:
     def expect(self, offset: int, _size: int) -> None:
         self.expected.add(offset)
 
-    def add(self, offset: int, content: Content, told: bool) -> None:
+    def add(self, offset: int, content: Content, notify: bool) -> None:
         assert offset not in self.held
-        self.held[offset] = len(content), told
+        self.held[offset] = len(content), notify
         self.expected.discard(offset)
 
     def remove(self, offset: int) -> None:
@@ -33,7 +33,7 @@ class Windows:
 
 
 def filled(size: int, budget: BufferBudget) -> tuple[PrefetchBuffer, Windows]:
-    """A file of `size` bytes, all of which has filled."""
+    """The buffer and the windows of a file of `size` bytes, after all leaves were put into it."""
     windows = Windows()
     buffer = PrefetchBuffer(budget, size, windows)
     for offset in range(0, size, LEAF):
@@ -41,7 +41,7 @@ def filled(size: int, budget: BufferBudget) -> tuple[PrefetchBuffer, Windows]:
     return buffer, windows
 
 
-def test_what_waits_is_added_and_removed_with_it() -> None:
+def test_each_leaf_is_added_to_and_removed_from_the_windows() -> None:
     buffer, windows = filled(3 * LEAF, BufferBudget())
     buffer.put(0, bytes(LEAF))
     assert list(windows.held) == [0, LEAF, 2 * LEAF]
@@ -53,17 +53,17 @@ def test_what_waits_is_added_and_removed_with_it() -> None:
     assert not windows.held
 
 
-def test_one_leaf_in_some_and_the_last_are_told_of() -> None:
+def test_python_is_notified_of_one_leaf_in_some_and_of_the_last() -> None:
     size = 2 * UNSEEN + LEAF + 100
     _buffer, windows = filled(size, BufferBudget())
-    assert {offset for offset, (_size, told) in windows.held.items() if told} == {
+    assert {offset for offset, (_size, notify) in windows.held.items() if notify} == {
         UNSEEN - LEAF,
         2 * UNSEEN - LEAF,
         2 * UNSEEN + LEAF,
     }
 
 
-def test_what_finds_no_room_is_added_nowhere() -> None:
+def test_a_leaf_for_which_there_is_no_room_is_not_kept() -> None:
     budget = BufferBudget(2 * LEAF)
     buffer, windows = filled(3 * LEAF, budget)
     assert len(buffer.leaves) == len(windows.held) == 2
@@ -71,7 +71,7 @@ def test_what_finds_no_room_is_added_nowhere() -> None:
     assert budget.left == 2 * LEAF
 
 
-def test_what_comes_after_the_end_is_not_kept() -> None:
+def test_a_leaf_that_comes_after_the_close_is_not_kept() -> None:
     buffer, windows = filled(LEAF, BufferBudget())
     buffer.close()
     buffer.put(0, bytes(LEAF))
@@ -83,22 +83,24 @@ def leaves(*offsets: int) -> list[Leaf]:
     return [Leaf(CID, offset, LEAF) for offset in offsets]
 
 
-def test_what_is_fetched_is_expected_until_it_is_there_or_given_up() -> None:
+def test_leaves_under_way_are_expected_until_they_arrive_or_are_given_up() -> None:
     windows = Windows()
     buffer = PrefetchBuffer(BufferBudget(2 * LEAF), 100 * LEAF, windows)
     buffer.put(0, bytes(LEAF))
     coming = leaves(0, LEAF, 2 * LEAF, UNSEEN - LEAF, UNSEEN)
     buffer.expect(coming)
-    assert windows.expected == {LEAF, 2 * LEAF, UNSEEN}, "one is there, and Python has to see one"
+    assert windows.expected == {LEAF, 2 * LEAF, UNSEEN}, (
+        "one leaf is there, and Python has to see another one"
+    )
     buffer.put(LEAF, bytes(LEAF))
     assert (windows.expected, set(windows.held)) == ({2 * LEAF, UNSEEN}, {0, LEAF})
     buffer.put(2 * LEAF, bytes(LEAF))
-    assert (windows.expected, set(windows.held)) == ({UNSEEN}, {0, LEAF}), "there was no room"
+    assert (windows.expected, set(windows.held)) == ({UNSEEN}, {0, LEAF}), "there was no room for this leaf"
     buffer.give_up(coming)
     assert (windows.expected, set(windows.held)) == (set(), {0, LEAF})
 
 
-def test_nothing_is_expected_after_the_end() -> None:
+def test_nothing_is_expected_after_the_close() -> None:
     windows = Windows()
     buffer = PrefetchBuffer(BufferBudget(), 100 * LEAF, windows)
     buffer.close()
@@ -106,7 +108,7 @@ def test_nothing_is_expected_after_the_end() -> None:
     assert not windows.expected
 
 
-def test_of_a_short_window_nothing_is_expected() -> None:
+def test_no_leaf_of_a_short_window_is_expected() -> None:
     windows = Windows()
     buffer = PrefetchBuffer(BufferBudget(), 100 * LEAF, windows)
     buffer.expect(leaves(*range(0, UNSEEN, LEAF)))

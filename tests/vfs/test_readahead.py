@@ -25,12 +25,12 @@ def test_the_second_read_in_order_begins_a_window_and_windows_grow_to_the_larges
     assert all(a.start + a.size == b.start for a, b in itertools.pairwise(windows))
 
 
-def test_far_reads_at_random_fetch_nothing_ahead() -> None:
+def test_random_reads_far_apart_fetch_nothing_ahead() -> None:
     ahead = ReadAhead(GIB)
     assert all(ahead.note(at * 37_000_003 % GIB, 4096) is None for at in range(100))
 
 
-def test_neighbours_that_the_kernel_swapped_are_still_in_order() -> None:
+def test_reads_that_the_kernel_swapped_count_as_sequential() -> None:
     ahead = ReadAhead(GIB)
     order = [1, 0, 3, 2, 5, 4, 7, 6]
     assert any(ahead.note(at * STEP, STEP) for at in order)
@@ -67,7 +67,7 @@ def test_the_bounded_dictionary_never_holds_more_than_its_limit_and_drops_the_le
     assert len(lru) == len(model)
 
 
-def test_an_item_too_heavy_is_not_kept_and_replaces_nothing_else() -> None:
+def test_an_item_that_is_too_heavy_is_not_kept_and_replaces_no_other() -> None:
     lru: Lru[str, int] = Lru(10)
     lru.put("a", 1, 5)
     lru.put("b", 2, 11)

@@ -1,4 +1,4 @@
-"""Directories by one answer: which are worth it, and what is wanted of them."""
+"""Directories that are fetched by one request: which ones, and which of their blocks."""
 
 from collections.abc import Iterable, Sequence
 
@@ -25,7 +25,7 @@ from tests.dag.blocks import Blocks, shard
 
 
 class Cache:
-    """Where `gather` is only noted."""
+    """A cache whose `gather` only notes its arguments."""
 
     def __init__(self) -> None:
         self.subtrees: list[Subtree] = []
@@ -40,14 +40,14 @@ class Cache:
 
 
 class Directories(Blocks):
-    """Blocks, and a gatherer that is asked about them."""
+    """Blocks, and a prefetcher for the directories in them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.cache = Cache()
         self.small_files = SmallFileBuffer()
         self.remembered: list[Cid] = []
-        self.gatherer = SubtreePrefetcher(
+        self.prefetcher = SubtreePrefetcher(
             self.cache, lambda node, _size: self.remembered.append(node.cid), self.small_files
         )
 
@@ -55,10 +55,10 @@ class Directories(Blocks):
         return nodes.parse(cid, self.block(cid))
 
     def contents_of(self, cid: Cid) -> bool:
-        return self.gatherer.contents_of(self.node(cid)) is not None
+        return self.prefetcher.contents_of(self.node(cid)) is not None
 
-    def come(self, cid: Cid) -> Sequence[Cid]:
-        """What is wanted besides once this block has come."""
+    def arrive(self, cid: Cid) -> Sequence[Cid]:
+        """Lets a block arrive. Returns the further blocks that are wanted because of it."""
         return list(self.cache.seen(cid, self.block(cid)))
 
     def of_sizes(self, *sizes: int) -> Cid:
@@ -68,7 +68,7 @@ class Directories(Blocks):
         )
 
 
-def test_what_a_directory_holds_is_wanted_within_twice_what_its_links_say() -> None:
+def test_the_contents_of_a_directory_may_take_twice_the_size_that_its_links_claim() -> None:
     made = Directories()
     directory = made.of_sizes(100, 200, 300)
     assert made.contents_of(directory)
@@ -91,8 +91,8 @@ def test_what_a_directory_holds_is_wanted_within_twice_what_its_links_say() -> N
         ([], False),
     ],
     ids=[
-        "as much as may be",
-        "more",
+        "the most",
+        "too much",
         "mostly one",
         "small",
         "mostly large",
@@ -103,7 +103,7 @@ def test_what_a_directory_holds_is_wanted_within_twice_what_its_links_say() -> N
         "empty",
     ],
 )
-def test_it_is_worth_it_where_small_files_are_most_and_all_of_it_is_not_too_much(
+def test_a_directory_is_fetched_whole_if_it_is_not_large_and_has_mostly_small_files(
     sizes: list[int], worth: bool
 ) -> None:
     made = Directories()
@@ -111,18 +111,18 @@ def test_it_is_worth_it_where_small_files_are_most_and_all_of_it_is_not_too_much
     assert len(made.cache.subtrees) == worth
 
 
-def test_once_is_enough_and_only_directories_hold_something() -> None:
+def test_only_directories_are_fetched_whole_and_each_only_once() -> None:
     made = Directories()
     directory = made.of_sizes(1, 2)
     assert [made.contents_of(directory) for _ in range(3)] == [True, False, False]
     assert not made.contents_of(made.leaf(b"raw"))
     assert not made.contents_of(made.balanced([b"a", b"b"], 4, True))
     assert len(made.cache.subtrees) == 1
-    made.gatherer.forget()
-    assert made.contents_of(directory), "what came may have left the cache"
+    made.prefetcher.forget()
+    assert made.contents_of(directory), "its blocks may have left the cache"
 
 
-def test_what_comes_is_remembered_handed_on_and_leads_further_down_directories_alone() -> None:
+def test_arriving_blocks_are_remembered_and_only_directories_lead_further() -> None:
     made = Directories()
     raw, large = made.leaf(b"small"), made.leaf(bytes(SMALL_FILE + 1))
     file = made.balanced([b"one", b"two"], 4, True)
@@ -133,27 +133,27 @@ def test_what_comes_is_remembered_handed_on_and_leads_further_down_directories_a
             [Link(cid, b"%d" % place, 9) for place, cid in enumerate((raw, large, file, below, hamt))]
         )
     )
-    assert [made.come(cid) for cid in (raw, large, file)] == [[], [], []]
-    assert made.come(below) == [raw, file]
+    assert [made.arrive(cid) for cid in (raw, large, file)] == [[], [], []]
+    assert made.arrive(below) == [raw, file]
     deeper = made.node(hamt)
     assert isinstance(deeper, nodes.Shard)
-    assert made.come(hamt) == deeper.links.cids()
+    assert made.arrive(hamt) == deeper.links.cids()
     assert made.remembered == [raw, large, file, below, hamt]
     assert (made.small_files.take(raw), made.small_files.take(large)) == (b"small", None)
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_nothing(whole: bool) -> None:
+def test_a_malformed_unknown_or_large_child_is_skipped(whole: bool) -> None:
     made = Directories()
     hamt = made.trie([b"%d" % number for number in range(3000)])
     if whole:
         assert made.contents_of(made.of_sizes(1, 2))
     else:
-        made.gatherer.nodes_of(made.node(hamt))
+        made.prefetcher.nodes_of(made.node(hamt))
         assert made.cache.subtrees
     bad = [made.put(b"\xff\xff"), made.put(shard(256, [1, 2], [])), made.put(b"\xa0", 0x71)]
     for cid in bad:
-        assert made.come(cid) == []
+        assert made.arrive(cid) == []
     heavy = made.directory(
         [
             Link(made.leaf(b"x"), b"n" * 200 + b"%d" % number, 1)
@@ -161,20 +161,20 @@ def test_a_child_that_is_malformed_unknown_or_large_leads_nowhere_and_spoils_not
         ]
     )
     assert len(made.block(heavy)) > nodes.MAX_PARSED_ON_LOOP
-    assert made.come(heavy) == []
+    assert made.arrive(heavy) == []
     assert made.remembered == []
-    assert made.come(hamt) != []
+    assert made.arrive(hamt) != []
 
 
-def test_all_nodes_of_a_hamt_are_wanted_and_no_child() -> None:
+def test_all_nodes_of_a_hamt_are_wanted_but_no_child() -> None:
     made = Directories()
     hamt = made.trie([b"%d" % number for number in range(3000)])
-    made.gatherer.nodes_of(made.node(hamt))
+    made.prefetcher.nodes_of(made.node(hamt))
     assert made.cache.subtrees == [Subtree(hamt, False, MAX_NODES)]
     wanted, reached = list(made.cache.wanted), set[Cid]()
     while wanted:
         reached.add(cid := wanted.pop())
-        wanted += made.come(cid)
+        wanted += made.arrive(cid)
     assert {cids.multihash(cid) for cid in reached} == {*made.by_hash} - {
         cids.multihash(hamt),
         cids.multihash(made.leaf(b"")),
@@ -183,12 +183,12 @@ def test_all_nodes_of_a_hamt_are_wanted_and_no_child() -> None:
 
 
 @pytest.mark.parametrize("count", [FEW_NODES - 1, FEW_NODES])
-def test_a_hamt_of_few_nodes_is_asked_for_one_by_one(count: int) -> None:
+def test_a_hamt_of_few_nodes_is_fetched_node_by_node(count: int) -> None:
     made = Directories()
     target = made.leaf(b"")
     below = [made.put(shard(256, [place], [Link(target, b"%02Xname" % place, 1)])) for place in range(count)]
     links = [Link(cid, b"%02X" % place, 1) for place, cid in enumerate(below)] + [Link(target, b"FFname", 1)]
-    made.gatherer.nodes_of(made.node(made.put(shard(256, [*range(count), 255], links))))
+    made.prefetcher.nodes_of(made.node(made.put(shard(256, [*range(count), 255], links))))
     assert made.cache.wanted == (below if count >= FEW_NODES else [])
-    made.gatherer.nodes_of(made.node(made.of_sizes(*range(50))))
+    made.prefetcher.nodes_of(made.node(made.of_sizes(*range(50))))
     assert len(made.cache.subtrees) == (count >= FEW_NODES)

@@ -1,4 +1,5 @@
-;; Writes what preview 2 leaves to chance, as bytes: both clocks, 8 random bytes of each kind.
+;; Writes what differs from run to run in preview 2, as bytes: both clocks, and 8 bytes of each kind of random
+;; number.
 (component
   (import "wasi:io/error@0.2.0" (instance $error (export "error" (type (sub resource)))))
   (alias export $error "error" (type $error-type))

@@ -1,6 +1,6 @@
-"""What componentize-py makes a component of: reads, lists, and tries every call that would change something,
-by Python's own functions and by the descriptors of wasi:filesystem. Says what came of it as one JSON object a
-line.
+"""The program from which componentize-py makes a component. It reads, lists, and tries every call that would
+change something, by Python's own functions and by the descriptors of wasi:filesystem. It prints each result
+as one JSON object on a line.
 
 Usage: component look DIR FILE | try DIR FILE | chance | exit CODE | fail; DIR is below /ipfs, FILE in DIR,
 which also holds `dir` and `other`.

@@ -1,4 +1,5 @@
-// Prints the SHA-256 of a tree: for all that is below it, in the order of names, its path, its kind, its size and its content.
+// Prints the SHA-256 of a tree, and the number of its entries. Hashed are the path, the kind, the size and the
+// content of each entry, in the order of names.
 // Usage: digest DIR
 #include <dirent.h>
 #include <fcntl.h>
@@ -13,7 +14,8 @@ static uint32_t state[8], constants[64];
 static uint8_t block[64];
 static uint64_t taken;
 
-// FIPS 180-4: the first 32 bits of the fractions of the square and cube roots of the first primes, by integers alone.
+// FIPS 180-4: the first 32 bits of the fractions of the square and cube roots of the first primes. Computed with
+// integers only.
 static uint32_t fraction(unsigned prime, int power) {
   unsigned __int128 low = 0, high = (unsigned __int128)1 << 36, wanted = prime;
   wanted <<= 32 * power;

@@ -1,4 +1,4 @@
-// What a command sees of its world. Usage: habits WHAT [ARG...]
+// Does what the tests need of a command. Usage: habits WHAT [ARG...]
 #include <alloca.h>
 #include <dirent.h>
 #include <errno.h>
@@ -42,7 +42,7 @@ static const char *named(const char *folder, int number) {
   return path;
 }
 
-static int nest(int at) {  // one folder in another, until the runner says stop
+static int nest(int at) {  // nests folders, then waits until the runner ends it
   char name[201];
   memset(name, 'n', 200), name[200] = 0;
   for (int depth = 0; depth < 40; depth++) {

@@ -1,5 +1,5 @@
-;; Prints the bits of NaNs: 4 bytes of f32, 8 and 8 of f64, 4 of f32, 16 of f32x4. What they are made of lies in memory, so that no
-;; compiler works them out itself.
+;; Prints the bits of NaNs: 4 bytes of f32, 8 and 8 of f64, 4 of f32, 16 of f32x4. Their operands are in memory, so
+;; that no compiler computes them itself.
 (module
   (import "wasi_snapshot_preview1" "fd_write" (func $write (param i32 i32 i32 i32) (result i32)))
   (memory (export "memory") 1)

@@ -1,5 +1,6 @@
-// The cases of preview 1 that a read-only folder allows, by its own calls: one "CASE RESULT" a line, an errno or what was got.
-// Usage: preview1 PREOPEN, which holds what tests/runner/test_preview1.py makes.
+// Tries the cases of preview 1 that a read-only folder allows. Prints each as a line "CASE RESULT": an errno, or a
+// value.
+// Usage: preview1 PREOPEN. The folder holds what tests/runner/test_preview1.py makes.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -78,7 +79,8 @@ static void opens(void) {
   must(__wasi_fd_close(file));
 }
 
-// How often each name e00 to e49 and . and .. is listed by reading into a buffer of `size`, from each cookie on; -1 if not once.
+// Lists the folder through a buffer of `size`. Returns the number of entries, or -1 unless they are e00 to e49, . and
+// .., each once.
 static int list(__wasi_fd_t fd, __wasi_size_t size) {
   static uint8_t data[8192];
   int seen = 0, entries = 0;

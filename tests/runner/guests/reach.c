@@ -1,4 +1,4 @@
-// Opens each argument for reading, below the folder that it begins with; prints what it reads, or "errno N".
+// Opens each argument for reading, below the preopen that it begins with. Prints its content, or "errno N".
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>

@@ -1,5 +1,5 @@
-;; Tries what WASI offers of the network: a TCP socket, a UDP socket, and to look up a name. Exits with 0 if each is
-;; refused, by `access-denied`, and the last by `permanent-resolver-failure`.
+;; Tries the network calls of WASI: a TCP socket, a UDP socket, and the lookup of a name. Exits with 0 if both
+;; sockets are refused by `access-denied`, and the lookup by `permanent-resolver-failure`.
 (component
   (import "wasi:sockets/network@0.2.0" (instance $network
     (export "network" (type (sub resource)))
@@ -60,7 +60,7 @@
     (import "wasi" "new-tcp" (func $new-tcp (param i32 i32)))
     (import "wasi" "new-udp" (func $new-udp (param i32 i32)))
     (import "wasi" "resolve" (func $resolve (param i32 i32 i32 i32)))
-    ;; result<_, error-code>: whether it is an error, and at 4 the handle or the code
+    ;; result<_, error-code>: at 0 whether it is an error, at 4 the handle or the code
     (func $is-error (param $code i32) (result i32)
       (i32.and
         (i32.eq (i32.load8_u (i32.const 0)) (i32.const 1)) (i32.eq (i32.load8_u (i32.const 4)) (local.get $code))))

@@ -1,5 +1,6 @@
-// Tries every call of preview 1 that would change something below /ipfs, and says how each ended: one "NAME ERRNO" a line.
-// Usage: writes FILE DIR, both below /ipfs and without that prefix.
+// Tries every call of preview 1 that would change something below /ipfs. Prints how each ended as a line
+// "NAME ERRNO".
+// Usage: writes FILE DIR. Both are relative to /ipfs.
 #include <stdio.h>
 #include <string.h>
 #include <wasi/api.h>
