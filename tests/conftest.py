@@ -1,5 +1,5 @@
-"""Rules for all tests: tests that need FUSE are skipped without it, and each warning in the log must be
-expected."""
+"""Rules for all tests: tests that need FUSE are skipped without it, each warning in the log must be expected,
+and no process outlives its `with` block."""
 
 import functools
 import importlib.util
@@ -13,6 +13,8 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import hypothesis
 import pytest
@@ -24,6 +26,23 @@ hypothesis.settings.register_profile(
     "shared-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("shared-machine")
+
+_leave = subprocess.Popen.__exit__
+
+
+def _kill_and_leave(
+    process: "subprocess.Popen[Any]",
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+) -> None:
+    """Kills the process of a `with` block that has failed: Popen would wait for it forever."""
+    if kind is not None:
+        process.kill()
+    _leave(process, kind, error, trace)
+
+
+subprocess.Popen.__exit__ = _kill_and_leave  # type: ignore[method-assign]
 
 pytest_plugins = ["tests.kubo.fixtures"] if importlib.util.find_spec("tests.kubo.fixtures") else []
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,13 @@ def guest(tmp_path: Path, text: str) -> Path:
 
 
 def children(pid: int) -> list[int]:
-    """The children of the process `pid`, and all their descendants."""
-    own = [
-        int(each)
-        for task in Path(f"/proc/{pid}/task").iterdir()
-        for each in (task / "children").read_text().split()
-    ]
+    """The children of the process `pid`, and all their descendants. Threads and processes may end
+    meanwhile."""
+    own: list[int] = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                own += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     return own + [below for each in own for below in children(each)]
 
 
