@@ -39,7 +39,7 @@ class Runner:
             cwd=TOP,
             input=stdin,
             capture_output=True,
-            timeout=PATIENCE,
+            timeout=5 * PATIENCE,  # to compile a large guest takes 25 s of CPU
             check=False,
         )
 
