@@ -1,6 +1,7 @@
 """Gateways that misbehave: the error that each causes. No wrong byte gets through."""
 
 import random
+import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.streams import Block
 from tests.sources import evil
 from tests.sources.content import encode_car, raw_blocks, sample
+from tests.sources.listening import Listening
 from tests.sources.servers import Ask, Behaviour, Server, answer_well, self_signed
 from tests.sources.streamed import give_each
 
@@ -109,12 +111,22 @@ def test_a_certificate_that_no_authority_signed_is_refused(tmp_path: Path) -> No
     trio.run(main)
 
 
+class Greeting(Listening):
+    """Sends text to each client at once, as a server of SSH does."""
+
+    def _serve(self, connection: socket.socket, _number: int, /) -> None:
+        with connection:
+            connection.sendall(b"SSH-2.0-OpenSSH_9.2p1 Debian-2\r\n")
+            self.stopping.wait(20)
+
+
 def test_tls_to_a_port_without_tls_fails() -> None:
     async def main() -> None:
-        with Server(BLOCKS, evil.not_http) as server:
-            source = Gateway(Http(parse_origin(server.url.replace("http:", "https:")), HASTY), "x")
-            with pytest.raises(SourceFailed):
+        with Greeting() as server:
+            source = Gateway(Http(parse_origin(f"https://127.0.0.1:{server.port}")), "x")
+            with pytest.raises(SourceFailed, match="TLS failed") as caught:
                 await source.get(CID)
+            assert caught.value.kind == "tls"
             await source.aclose()
 
     trio.run(main)
