@@ -26,11 +26,16 @@ def test_fixtures_that_are_not_cars_are_refused(name: str, message: str, tmp_pat
 
 
 @need_fixtures
-def test_a_car_with_a_bad_section_opens_and_is_not_whole(tmp_path: Path) -> None:
-    sample = SampleCar(tmp_path, (FIXTURES / "go-car" / "badsectionlength.car").read_bytes())
-    source = sample.open()
-    assert not source.whole
-    assert list(source.roots()) == []
+@pytest.mark.parametrize("count", [0, 5])
+def test_blocks_before_a_section_of_an_impossible_length_can_still_be_read(count: int, tmp_path: Path) -> None:
+    bad = (FIXTURES / "go-car" / "badsectionlength.car").read_bytes()
+    assert bad.startswith(sections([]))
+    blocks = pairs(count)
+    sample = SampleCar(tmp_path, sections(blocks) + bad.removeprefix(sections([])))
+    assert not sample.open().whole
+    assert sample.get(*(cid for cid, _block in blocks)) == [block for _cid, block in blocks]
+    with pytest.raises(NotHere):
+        sample.get(cids.parse("bafkreiab2rek7wjiazkfrt3hbnqpljmu24226alszdlh6ivic2abgjubzi"))
 
 
 def test_a_changed_file_gets_a_new_index_and_the_old_one_is_removed(tmp_path: Path) -> None:

@@ -20,14 +20,16 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge, SourceFailed, WrongBlock
 from ipfsfuse.fileio.flatfs import BlockFiles, Read
-from ipfsfuse.sources.base import Subtree
+from ipfsfuse.sources.base import LeafRange, Subtree
+from ipfsfuse.sources.http import kubo
 from ipfsfuse.sources.http.client import HttpSettings
+from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings, open_source, parse_sources
-from ipfsfuse.sources.streams import Block, Hashed
+from ipfsfuse.sources.streams import Block, Delivery, Hashed, Send
 from tests.kubo.node import Node
 from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
@@ -307,6 +309,14 @@ def test_the_node_sends_the_leaves_from_the_first_that_the_repository_lacks(
     near.cmd("dag", "import", "--pin-roots=false", stdin=car)
     blocks = kubo_repo.open_flatfs(near.repo)
     assert blocks is not None
+    asked: list[Sequence[Leaf]] = []
+
+    class Asked(Gateway):
+        async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:
+            asked.append(wanted.leaves)
+            await super().send_leaves(wanted, send)
+
+    monkeypatch.setattr(kubo, "Gateway", Asked)
 
     async def main() -> None:
         source = Kubo("kubo", HttpSettings(), blocks=blocks)
@@ -315,6 +325,7 @@ def test_the_node_sends_the_leaves_from_the_first_that_the_repository_lacks(
         await source.aclose()
 
     trio.run(main)
+    assert asked == [file.run.leaves[lacks:]]
 
 
 def test_the_node_sends_a_directory_if_the_repository_lacks_a_block_of_it(
@@ -373,13 +384,20 @@ def test_a_collected_block_is_left_out_and_a_damaged_one_is_refused(
 
 
 def test_the_source_kubo_needs_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("IPFS_PATH", str(make_repository(tmp_path / "repo")))
+    repository = make_repository(tmp_path / "repo")
+    ((cid, block),) = raw_blocks(96, 1).items()
+    path = Path(Flatfs(repository / "blocks", 2)._path(cid))
+    path.parent.mkdir()
+    path.write_bytes(block)
+    monkeypatch.setenv("IPFS_PATH", str(repository))
     settings = OpenSettings(tmp_path / "library", tmp_path / "indexes", HttpSettings(), False)
     own, named = (
         open_source(spec, settings) for spec in parse_sources(["kubo", "kubo+http://127.0.0.1:5001"])
     )
     assert isinstance(own, Kubo)
-    assert type(named) is Kubo
+    assert trio.run(own.get, cid) == block, "no node runs, so it is read in the repository"
+    assert isinstance(named, Kubo)
+    assert named.blocks is None, "the node at this address may have another repository"
     monkeypatch.setenv("IPFS_PATH", str(tmp_path / "none"))
     (other,) = parse_sources(["kubo"])
     with pytest.raises(
@@ -388,7 +406,9 @@ def test_the_source_kubo_needs_a_repository(tmp_path: Path, monkeypatch: pytest.
         open_source(other, settings)
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "api").write_text("/ip4/127.0.0.1/tcp/5001")
-    assert type(open_source(other, settings)) is Kubo
+    running = open_source(other, settings)
+    assert isinstance(running, Kubo)
+    assert running.blocks is None
 
 
 @pytest.mark.fuse

@@ -142,15 +142,33 @@ def test_a_files_leaves_are_not_read_ahead_if_its_size_may_be_all_that_is_wanted
         assert not watch.opened_within(NEVER)
 
 
-def test_a_large_directory_and_one_among_many_blocks_are_not_followed(repository: Repository) -> None:
+def test_a_large_directory_is_not_followed(repository: Repository) -> None:
     root, files = repository.directory(5)
     watch = repository.watch(files[0])
     assert repository.ask_alone(root) is not None
     assert not watch.opened_within(NEVER)
+
+
+def test_a_small_directory_that_is_asked_for_among_other_blocks_is_not_followed(
+    repository: Repository,
+) -> None:
     root, files = repository.directory(3)
-    watch = repository.watch(files[0])
-    assert repository.blocks.read(root) is not None
-    assert not watch.opened_within(NEVER)
+    other = repository.heap.leaf(b"other")
+    repository.put(other)
+    for _attempt in range(10):
+        watch = repository.watch(files[0])
+        time.sleep(ALONE)
+        began = time.monotonic()
+        assert repository.take(other) is not None
+        early = repository.take(root)
+        if time.monotonic() - began < ALONE / 2:  # otherwise it may count as asked for alone
+            assert early is None
+            assert repository.blocks.read(root) == repository.heap.block(root)
+            assert not watch.opened_within(NEVER)
+            return
+        watch.opened_within(0)
+        time.sleep(1.1)  # until the blocks that this attempt read ahead are discarded
+    pytest.skip("the machine is too busy")
 
 
 def test_a_walk_down_many_small_directories_is_followed_for_16_blocks(repository: Repository) -> None:

@@ -150,12 +150,6 @@ def test_a_false_refusal_of_a_block_as_too_large_does_not_hide_it_at_another_sou
     run(main)
 
 
-def test_retry_after_is_heeded() -> None:
-    async def main() -> None:
-        async def busy(_cid: Cid) -> bytes:
-            raise SourceFailed("busy", "busy", retry_after=100)
-
-
 def busy_for(seconds: float) -> Answer:
     async def answer(_cid: Cid) -> bytes:
         raise SourceFailed("busy", "busy", retry_after=seconds)
