@@ -34,13 +34,14 @@ PROFILES = [
 
 
 class Store:
-    """A sink that verifies and keeps all blocks."""
+    """A sink that verifies and keeps all blocks. It wants children before their parents."""
 
     def __init__(self) -> None:
         self.blocks: dict[bytes, bytes] = {}
 
     def put(self, cid: Cid, block: bytes) -> None:
         cids.verify(cid, block)
+        assert {cids.multihash(child) for child in nodes.links(cid, block)} <= self.blocks.keys()
         self.blocks[cids.multihash(cid)] = block
 
     def get(self, cid: Cid) -> bytes:
