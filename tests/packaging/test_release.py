@@ -1,5 +1,6 @@
 """The sdist and the wheel: their files, and that they work as the checkout does."""
 
+import ast
 import ctypes
 import email
 import os
@@ -11,6 +12,8 @@ import tarfile
 import tomllib
 import zipfile
 from email.message import Message
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -129,7 +132,29 @@ def test_the_extras_are_those_that_the_code_names(metadata: Message) -> None:
     assert "<" in runner  # a new major version breaks the calls that we use
 
 
-def test_dependencies_have_lower_bounds_and_test_tools_are_not_in_extras(metadata: Message) -> None:
+def imported(package: Path) -> set[str]:
+    """The modules of others that a package imports, anywhere in its code."""
+    found = set[str]()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module or "")
+    tops = {name.partition(".")[0] for name in found}
+    return tops - sys.stdlib_module_names - {"ipfsfuse", "ipfsfuse_run"}
+
+
+def test_the_dependencies_and_extras_are_what_the_code_imports() -> None:
+    project = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]
+    stated = chain(project["dependencies"], *project["optional-dependencies"].values())
+    names = {re.split(r"[\[<>=]", each)[0] for each in stated} - {"ipfsfuse"}
+    modules = imported(TOP / "ipfsfuse") | imported(TOP / "runner" / "ipfsfuse_run")
+    distributions = packages_distributions()
+    assert {distributions[module][0].lower() for module in modules} == names
+
+
+def test_dependencies_have_lower_bounds_and_test_tools_are_not_in_extras() -> None:
     """The test tools are in dependency groups."""
     project = tomllib.loads((TOP / "pyproject.toml").read_text())
     assert all(">=" in each for each in project["project"]["dependencies"])
