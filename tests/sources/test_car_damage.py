@@ -27,7 +27,9 @@ def test_fixtures_that_are_not_cars_are_refused(name: str, message: str, tmp_pat
 
 @need_fixtures
 @pytest.mark.parametrize("count", [0, 5])
-def test_blocks_before_a_section_of_an_impossible_length_can_still_be_read(count: int, tmp_path: Path) -> None:
+def test_blocks_before_a_section_of_an_impossible_length_can_still_be_read(
+    count: int, tmp_path: Path
+) -> None:
     bad = (FIXTURES / "go-car" / "badsectionlength.car").read_bytes()
     assert bad.startswith(sections([]))
     blocks = pairs(count)
