@@ -199,7 +199,6 @@ def assert_prometheus(text: str) -> None:
     assert "ipfsfuse_healthy 1.0" in text
 
 
-@pytest.mark.fuse
 @contextmanager
 def listening(user: Home, **options: Any) -> Iterator[tuple[str, "subprocess.Popen[bytes]"]]:
     """Runs `metrics --listen` at a free port. Yields its URL and its process."""
@@ -250,6 +249,7 @@ def threads(process: "subprocess.Popen[bytes]") -> int:
     return len(os.listdir(f"/proc/{process.pid}/task"))
 
 
+@pytest.mark.fuse
 def test_metrics_over_http(user: Home) -> None:
     """It runs as if a script started it with `&`: it ignores Ctrl-C at the terminal, and SIGTERM ends it."""
     ignored = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
