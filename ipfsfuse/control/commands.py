@@ -398,7 +398,7 @@ class Staged(NamedTuple):
     kind: str
     """`directory`, `file` or `symlink`."""
     size: int | None
-    """Content bytes; None for a directory."""
+    """Bytes of a file's content or of a symlink's target; None for a directory."""
 
 
 async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> AsyncIterator[Staged]:
@@ -423,9 +423,10 @@ async def staged_paths(reader: Reader, roots: Iterable[tuple[Cid, str]]) -> Asyn
                     entered.add(cids.canonical(cid))
                     entries = sorted([entry async for entry in _entries_here(reader, node)], reverse=True)
                     waiting += [(path + b"/" + child, below) for child, below in entries]
+            elif isinstance(node, Symlink):
+                yield Staged(path, item, "symlink", len(node.target))
             else:
-                kind = "symlink" if isinstance(node, Symlink) else "file"
-                yield Staged(path, item, kind, node.size if isinstance(node, File) else item.size)
+                yield Staged(path, item, "file", node.size if isinstance(node, File) else item.size)
 
 
 async def _entries_here(reader: Reader, directory: Directory | Shard) -> AsyncIterator[tuple[bytes, Cid]]:
