@@ -13,6 +13,10 @@ from http.server import BaseHTTPRequestHandler
 
 import pytest
 
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import dagpb
+from ipfsfuse.dag.nodes import Link
+from tests.dag.blocks import identity
 from tests.kubo.node import Node
 from tests.mounting import Home, wait_until
 from tests.sources.listening import HttpAnswering
@@ -90,14 +94,21 @@ def test_push_shows_a_bar_on_a_terminal(home: Home, to: str) -> None:
     assert b"/8.00M" in shown
 
 
-def test_dag_cbor_and_identity_blocks_are_pushed(home: Home, own_node: Node, to: str) -> None:
-    other = own_node.cmd("dag", "put", "--pin=false", stdin=json.dumps({"a": [1, {"/": tree(home)}]}))
-    car = home.folder / "one.car"
-    car.write_bytes(own_node.cmd("block", "get", other, text=False))
+def test_blocks_below_a_dag_cbor_and_an_identity_block_are_pushed(
+    home: Home, own_node: Node, to: str
+) -> None:
+    """The identity block needs not be sent, because its CID holds it."""
+    cid = tree(home)
+    inline = identity(dagpb.encode([Link(cids.parse(cid), b"tree", 1)], b"\x08\x01"), cids.DAG_PB)
+    document = {"a": [1, {"/": cids.text(inline)}]}
+    other = own_node.cmd("dag", "put", "--pin=false", stdin=json.dumps(document))
     sources = ("--from", to, "--from", "library")
     pushed = home.json("push", other, "--to", to, "--json", *sources)
-    assert pushed["present"] == 1
     assert pinned(own_node, other)
+    own_node.gc()
+    below = own_node.cmd("refs", "--recursive", "--unique", cid).split()
+    assert (pushed["present"], pushed["blocks"]) == (1, 1 + len(below))
+    assert own_node.cmd("cat", f"{cid}/deep/er/small") == "small"
 
 
 class OddNode(HttpAnswering):
