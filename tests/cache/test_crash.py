@@ -184,9 +184,11 @@ def test_an_empty_part_and_a_part_of_a_complete_file_are_discarded(tmp_path: Pat
         whole = tmp_path / "staging" / cids.text(file.cid)
         part = whole.with_name(f"{whole.name}.part")
         part.write_bytes(random_bytes(1 << 19, 1))
-        (tmp_path / "staging" / f"{cids.text(other.cid)}.part").touch()
+        empty = tmp_path / "staging" / f"{cids.text(other.cid)}.part"
+        empty.touch()
         async with PinsetCache.open(tmp_path, chain, 16 << 20) as cache:
             assert not part.exists()
+            assert not empty.exists()
             await cache.reader.leaf(other, others[0])
             assert {kept.cid: (kept.size, kept.complete) for kept in staged_items(cache)} == {
                 file.cid: (file.size, True),
