@@ -251,11 +251,13 @@ def test_fsck_finds_and_mends_everything_that_is_wrong(tmp_path: Path) -> None:
 
 
 @pytest.mark.logs("wrong bytes in the cache")
-def test_fsck_without_sources_counts_what_is_wrong_and_what_it_can_not_verify(tmp_path: Path) -> None:
+def test_fsck_without_sources_sets_aside_what_is_wrong_and_keeps_what_it_can_not_verify(
+    tmp_path: Path,
+) -> None:
     async def main() -> None:
         chain = Chain()
         root = tree(chain, 1, seed=100)
-        lone = file_node(chain, MIB, 200)
+        lone, lone_leaves, lone_content = file_node(chain, MIB, 200), *make_file(chain, MIB, 1 << 17, 200)[1:]
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             await read_all(cache, root)
             ref = FileRef(lone, MIB)
@@ -265,11 +267,19 @@ def test_fsck_without_sources_counts_what_is_wrong_and_what_it_can_not_verify(tm
                 await cache.reader.leaf(ref, leaf)
             location = cache.store.blocks.locate(lone)
             assert location is not None
+        damaged, damaged_leaves = file_node(chain, MIB, 100), make_file(chain, MIB, 1 << 17, 100)[1]
         flip(tmp_path / "packs" / f"{location.pack}.pack", location.at)
-        flip(next(path for path in staged(tmp_path, "staging") if path.name != cids.text(lone)), 77)
+        flip(tmp_path / "staging" / cids.text(damaged), 77)
         async with PinsetCache.open(tmp_path, Chain(), BUDGET) as cache:
             report = await cache.fsck()
             assert (report.files, report.wrong, report.mended, report.unproved) == (2, 2, 0, 1)
+            wrong = cids.text(damaged_leaves[0].cid)
+            assert report.lost == [cids.text(lone), f"{wrong} at 0 in {cids.text(damaged)}"]
+            assert cache.store.blocks.locate(lone) is None
+            there = [await cache.store.has_leaf(FileRef(damaged, MIB), leaf) for leaf in damaged_leaves]
+            assert there == [False] + [True] * 7
+            got = [bytes(await cache.reader.leaf(ref, leaf)) for leaf in lone_leaves]
+            assert b"".join(got) == lone_content
 
     trio.run(main)
 
