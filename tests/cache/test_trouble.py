@@ -277,12 +277,11 @@ def test_a_damaged_row_of_the_index_prevents_neither_a_start_nor_a_read(
             async with cache.pinned.pin(one.cid):
                 await cache.reader.block(one.cid)
         with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as database, database:
-            assert database.execute(statement).rowcount or "uses" in statement
+            assert database.execute(statement).rowcount > 0
         async with PinsetCache.open(tmp_path, chain, BUDGET) as cache:
             assert len(await cache.reader.block(one.cid)) == one.size
-            assert (cache.statistics().pinned > 0) == (
-                one.cid in [cid for cid, _spelling in cache.named_roots()]
-            )
+            assert cache.statistics().pinned >= one.size
+            assert one.cid in [cid for cid, _spelling in cache.named_roots()]
             await cache.fsck()
 
     trio.run(main)
