@@ -123,6 +123,9 @@ def test_the_result_of_a_shared_fetch_belongs_to_the_user_that_began_it(tmp_path
                 nursery.start_soon(read_all, reads, ALICE)
                 await trio.sleep(0.01)
                 nursery.start_soon(read_all, reads, BOB)
-            assert cache.statistics().callers.keys() == {str(ALICE)}
+            assert len(chain.asked) == 1
+            (file,) = cache.store.staging.entries.values()
+            assert file.disk >= 1 << 18
+            assert cache.statistics().callers == {str(ALICE): cache.store.budget.size(file.cid)}
 
     trio.run(main)
