@@ -137,7 +137,7 @@ def test_staged_content_is_read_and_nothing_new_is_staged_until_all_is_counted(
 
 
 def test_the_order_of_use_does_not_depend_on_how_many_files_are_scanned_together(
-    tmp_path: Path, disk: Callable[[], SlowDisk], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, disk: Callable[[], SlowDisk]
 ) -> None:
     async def main() -> None:
         chain = Chain()

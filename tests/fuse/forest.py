@@ -1,7 +1,6 @@
 """Content in which many paths and spellings lead to one CID, with every kind of CID next to the others."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ipfsfuse.dag import cid as cids
@@ -153,7 +152,3 @@ def forest(many: int = 12) -> Forest:
     for cid in (mirror, v0(of_v1[0]), cids.canonical(of_v0[0]), of_v0[1]):
         made.root(cid, listed=False)
     return made
-
-
-def below(paths: Iterator[Path] | list[Path], folder: Path) -> list[Path]:
-    return [path for path in paths if path[: len(folder)] == folder and len(path) > len(folder)]
