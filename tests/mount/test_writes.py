@@ -104,7 +104,9 @@ def test_every_mutating_call_is_eperm(sample: Sample, name: str) -> None:
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("name", EPERM)
 def test_every_mutating_call_is_eperm_for_another_user(sample: Sample, name: str) -> None:
+    before = fingerprint(sample.root)
     assert call(name, sample.root, NOBODY) == "EPERM"
+    assert fingerprint(sample.root) == before
 
 
 @pytest.mark.parametrize("name", KERNEL_ANSWERS)
