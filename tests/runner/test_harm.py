@@ -4,6 +4,7 @@ nothing that controls a terminal, and never say "the same" of different results.
 IPFSFUSE_MUTATIONS is the number of changed records that are tried in one process (400 by default).
 IPFSFUSE_COMMAND_MUTATIONS is the number that are tried by the commands (3 by default)."""
 
+import copy
 import json
 import os
 import random
@@ -103,6 +104,11 @@ NASTY: list[Any] = [
 ]
 
 
+def nasty(rng: random.Random) -> Any:
+    """One of NASTY. It is a copy, because later changes may be made in it."""
+    return copy.deepcopy(rng.choice(NASTY))
+
+
 def changed(rng: random.Random, whole: dict[str, Any]) -> bytes:
     """A receipt with random changes."""
     receipt = json.loads(json.dumps(whole))
@@ -126,9 +132,9 @@ def _change(rng: random.Random, receipt: dict[str, Any]) -> None:
     if choice < 0.1:
         del place[key]
     elif choice < 0.2 and isinstance(place, dict):
-        place[rng.choice(("cpu", "name", "size", "\x1b]0;x\a"))] = rng.choice(NASTY)
+        place[rng.choice(("cpu", "name", "size", "\x1b]0;x\a"))] = nasty(rng)
     else:
-        place[key] = rng.choice(NASTY)
+        place[key] = nasty(rng)
 
 
 def damaged(rng: random.Random, data: bytes) -> bytes:
