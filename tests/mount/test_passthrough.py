@@ -155,13 +155,17 @@ def test_an_inode_that_is_open_through_the_daemon_stays_so_until_its_last_releas
         assert fourth.read() == target.content
 
 
-def test_many_threads_open_and_close_a_verified_file(target: PassthroughFile) -> None:
+@contextlib.contextmanager
+def many_readers(target: PassthroughFile) -> Iterator[None]:
+    """Threads that open, read and close the file again and again. Each does so 60 times at least."""
     failed: list[BaseException] = []
+    enough = threading.Event()
 
     def work(seed: int) -> None:
-        dice = random.Random(seed)
+        dice, times = random.Random(seed), 0
         try:
-            for _ in range(60):
+            while times < 60 or not enough.is_set():
+                times += 1
                 with target.path.open("rb") as file:
                     at = dice.randrange(len(target.content) - 5000)
                     assert os.pread(file.fileno(), 5000, at) == target.content[at : at + 5000]
@@ -171,14 +175,31 @@ def test_many_threads_open_and_close_a_verified_file(target: PassthroughFile) ->
         except BaseException as exc:
             failed.append(exc)
 
-    target.read_and_verify()
     workers = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
     for each in workers:
         each.start()
-    for each in workers:
-        each.join()
+    try:
+        yield
+    finally:
+        enough.set()
+        for each in workers:
+            each.join()
     assert failed == []
     wait_until(lambda: not target.is_passed_through(), "all are closed")
+
+
+def test_many_threads_open_and_close_a_verified_file(target: PassthroughFile) -> None:
+    target.read_and_verify()
+    with many_readers(target):
+        pass
+
+
+def test_many_threads_open_and_close_a_file_while_it_is_fetched_and_verified(target: PassthroughFile) -> None:
+    with many_readers(target):
+        target.wait_until_verified()
+    with target.path.open("rb") as file:
+        assert target.is_passed_through()
+        assert file.read() == target.content
 
 
 @pytest.mark.parametrize("how", [os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND])
