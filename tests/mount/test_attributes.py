@@ -10,9 +10,12 @@ import pytest
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from tests.dagging import Dag
+from tests.faults.gateway import mounted
 from tests.mount.conftest import Sample
 from tests.mount.test_writes import call
-from tests.mounting import Home
+from tests.mounting import Home, wait_until
+
+MIB = 1 << 20
 
 
 @pytest.mark.parametrize(
@@ -126,11 +129,18 @@ def test_st_blocks_follows_from_the_size_so_that_tar_and_du_see_no_holes(sample:
 
 
 def test_statfs_shows_the_budget_and_the_staged_bytes(home: Home) -> None:
-    with home.mounted("--budget", "64MiB") as mount:
+    dag = Dag()
+    cid = dag.file([bytes([number]) * MIB for number in range(8)])
+    with mounted(home, dag, "--budget", "64MiB") as (_, mount):
+        before = os.statvfs(mount.path)
+        assert before.f_blocks * before.f_frsize == 64 * MIB
+        assert before.f_namemax == 255
+        assert (before.f_blocks - before.f_bfree) * before.f_frsize < 8 * MIB
+        (mount.path / cids.text(cid)).read_bytes()
+        wait_until((home.store / "staging" / cids.text(cid)).exists, "it is staged")
         shown = os.statvfs(mount.path)
-        assert shown.f_blocks * shown.f_frsize == 64 << 20
-        assert shown.f_bavail <= shown.f_bfree <= shown.f_blocks
-        assert shown.f_namemax == 255
+        assert shown.f_bavail == shown.f_bfree
+        assert 8 * MIB <= (before.f_bfree - shown.f_bfree) * shown.f_frsize < 9 * MIB
         assert b"ipfsfuse" in subprocess.run(["df", mount.path], capture_output=True, check=True).stdout
 
 
