@@ -15,7 +15,7 @@ from ipfsfuse import client
 from ipfsfuse.dag import cid as cids
 from tests.cache.standin import flip
 from tests.dagging import Dag
-from tests.faults.gateway import mounted
+from tests.faults.gateway import Gateway, blocks_of, mounted
 from tests.mount.conftest import Sample
 from tests.mounting import Home, wait_until
 
@@ -93,15 +93,17 @@ def test_the_first_byte_of_a_large_file_costs_the_path_and_one_leaf(home: Home) 
 
 
 def test_a_tree_is_read_again_offline_after_unmount(home: Home, sample: Sample) -> None:
-    cid = home.add(sample.source)
-    for options in ([], ["--offline"]):
-        with home.mounted(*options) as mount:
-            assert (
-                subprocess.run(
-                    ["diff", "-r", "--no-dereference", sample.source, mount.path / cid], capture_output=True
-                ).returncode
-                == 0
-            )
+    car = home.folder / "content.car"
+    sample.mount.home.run("export", sample.cid, car)
+    gateway = Gateway(blocks_of(car))
+    with gateway.serving():
+        for options in (["--from", gateway.url], ["--offline"]):
+            gateway.asked.clear()
+            with home.mounted(*options) as mount:
+                command = ["diff", "-r", "--no-dereference", sample.source, mount.path / sample.cid]
+                compared = subprocess.run(command, capture_output=True, text=True)
+                assert (compared.returncode, compared.stdout, compared.stderr) == (0, "", "")
+            assert bool(gateway.asked) == (options != ["--offline"])
 
 
 def test_random_reads_are_right_after_flips_and_eviction_of_the_staging_file(home: Home) -> None:
