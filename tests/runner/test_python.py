@@ -161,13 +161,18 @@ def test_a_run_that_can_not_be_started_raises_an_error(
     assert "\n" not in str(caught.value)
 
 
-def test_the_guests_process_gets_no_sockets_or_messages_of_the_program(
-    python: Run, habits: Path, tree: Path
+def test_the_guests_process_gets_no_files_sockets_or_messages_of_the_program(
+    python: Run, habits: Path, tmp_path: Path
 ) -> None:
-    """It does not have the socket over which the result is sent, or the file of the runner's messages."""
-    python(habits, "args", engine="library")  # so that the code is compiled
-    with open("/dev/null", "rb") as kept:
+    """It has no file that the program left open for its children, not the socket over which the result is
+    sent, and not the file of the runner's messages."""
+    for each in children(os.getpid()):
+        if b"forkserver" in _cmdline(each):  # the next one is started while the file is open
+            os.kill(each, signal.SIGKILL)
+            wait_until(lambda each=each: not alive(each), "the server is gone")
+    with (tmp_path / "of the program").open("wb") as kept:
         os.set_inheritable(kept.fileno(), True)
+        python(habits, "args", engine="library")  # so that the code is compiled
         with ThreadPoolExecutor(1) as pool:
             running = pool.submit(python, habits, "spin", limits={"timeout": 1.5}, engine="library")
             wait_until(lambda: any(_runs_guest(each) for each in children(os.getpid())), "the guest runs")
@@ -178,6 +183,7 @@ def test_the_guests_process_gets_no_sockets_or_messages_of_the_program(
             assert running.result().ended == "timeout"
     assert not any(each.startswith("socket:") for each in held.values()), held
     assert "said" not in str(held)
+    assert kept.name not in held.values()
 
 
 def _runs_guest(pid: int) -> bool:
