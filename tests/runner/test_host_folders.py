@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -103,11 +104,12 @@ def test_tmp_can_be_left_out_or_be_another_folder(run: Runner, habits: Path, tmp
 
 @pytest.mark.parametrize("victim", ["runner", "guest"])
 def test_nothing_of_tmp_is_left_after_a_kill(run_with_each_tmp: Runner, habits: Path, victim: str) -> None:
-    process = run_with_each_tmp.start(habits, "fill-then-sleep", "/tmp/file", "1000000")
+    name = f"/tmp/{uuid.uuid4()}"
+    process = run_with_each_tmp.start(habits, "fill-then-sleep", name, "1000000")
     assert process.stdout is not None
     assert process.stdout.readline() == b"sleeping\n"
     assert len(leftovers(run_with_each_tmp)) == isinstance(run_with_each_tmp, WithoutTmpfs)
-    assert not Path("/tmp/file").exists()
+    assert not Path(name).exists()
     with open(f"/proc/{process.pid}/task/{process.pid}/children", encoding="ascii") as file:
         guest = int(file.read().split()[0])
     os.kill(process.pid if victim == "runner" else guest, signal.SIGKILL)
