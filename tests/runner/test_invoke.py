@@ -110,11 +110,13 @@ def test_invoke_refuses_a_component(run: Runner, tmp_path: Path) -> None:
     "options",
     [
         ["run", "-S", "cli,inherit-stdin=y", "-C", "cache=y", "-O", "opt-level=2", "-D", "address-map"],
+        ["-S", "cli", "-C", "cache", "-W", "simd,tail-call=y,fuel=1000"],
         *(
             ["-W", each]
             for each in (
                 "bulk-memory,multi-memory,multi-value,reference-types,simd,relaxed-simd,tail-call",
                 "threads,memory64,component-model,extended-const,exceptions,gc,function-references",
+                "wide-arithmetic",
             )
         ),
     ],
