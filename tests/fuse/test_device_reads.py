@@ -245,7 +245,6 @@ def test_a_session_may_end_while_reads_wait() -> None:
             fake_kernel.send_read(7, 0, 10)
         await no_answer(fake_kernel)
 
-    trio.run(_expecting, run)
     threads = len(os.listdir("/proc/self/task"))
     for _ in range(3):
         trio.run(_expecting, run)
