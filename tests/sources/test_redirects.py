@@ -19,7 +19,7 @@ from tests.kubo.node import Node
 from tests.sources.content import raw_blocks, sample
 from tests.sources.proxies import Proxy
 from tests.sources.servers import Ask, Behaviour, Server, answer_well
-from tests.sources.test_kubo_settings import all_blocks
+from tests.sources.test_kubo_settings import check_all_blocks
 
 BLOCKS = raw_blocks(11, 3, size=3000)
 CID, BLOCK = next(iter(BLOCKS.items()))
@@ -239,7 +239,7 @@ def test_a_kubo_node_can_be_read_by_the_name_localhost(kubo_node: Node, get: Cal
     async def main() -> None:
         url = get(kubo_node.gateway_url.rpartition(":")[2])
         source = Gateway(Http(parse_origin(url)), url, local=True)
-        await all_blocks(source, file)
+        await check_all_blocks(source, file)
         await source.aclose()
 
     trio.run(main)
