@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -81,10 +82,12 @@ class Recorder:
 def daemon(out: str, arguments: list[str]) -> int:
     """Runs `ipfsfuse ARGUMENTS` under the recorder. Each signal TOGGLE begins or ends a recording."""
     import ipfsfuse
+    from ipfsfuse import process
     from ipfsfuse.cache.store import recovery
     from ipfsfuse.cli.main import main as run
 
     recovery.MEASURE_SECONDS = float("inf")  # the look at the disk's free space belongs to no READ
+    process.short_collections = nullcontext  # nor do passes of the garbage collector, which call it back
     recorder = Recorder(str(Path(ipfsfuse.__file__).parent) + os.sep, Path(out))
     signal.signal(TOGGLE, recorder.toggle)
     threading.setprofile(recorder)
