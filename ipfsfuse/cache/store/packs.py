@@ -102,7 +102,7 @@ class Packs:
         self.last = 0
         """The highest number in use."""
         self.pending: dict[bytes, PackLocation | None] = {}
-        """Places that are not in the index yet; None for a row that must be deleted."""
+        """Locations that are not in the index yet; None for a row that must be deleted."""
         self._unindexed: set[int] = set()
         self._gone: list[tuple[bytes, int]] = []
         self._gone_packs: list[tuple[int]] = []
