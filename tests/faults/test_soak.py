@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from ipfsfuse.dag import cid as cids
+from ipfsfuse.sources.http.settings import HttpSettings
 from tests.dagging import Dag
 from tests.faults.gateway import Gateway
 from tests.mounting import Home, Mounted
@@ -16,8 +17,8 @@ READERS = 4
 BUDGET = "24MiB"
 """Less than all content, so files are evicted again and again."""
 MIB = 1 << 20
-MEMORY, THREADS, DESCRIPTORS = 24 * MIB, 8, 16
-"""The growth that is allowed after the first tenth: worker threads and connections come and go."""
+MEMORY, THREADS, DESCRIPTORS = 24 * MIB, 8, 8 + HttpSettings().idle_connections
+"""The growth that is allowed after the first tenth: worker threads and idle connections come and go."""
 
 
 def test_memory_threads_and_descriptors_do_not_grow_with_use(home: Home) -> None:

@@ -171,8 +171,10 @@ def test_a_guest_and_its_watcher_that_end_together_are_reported_once(
     with run.start("-W", "max-out=1MiB", "--dir", f"{given}::/data", *guest) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"waiting\n"
+        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: len(listed.read_text().split()) == 2, "the guest and its watcher run")
         os.kill(process.pid, signal.SIGSTOP)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = listed.read_text().split()
         assert len(children) == 2
         (given / "go").touch()
         for each in children:
