@@ -42,11 +42,7 @@ from ipfsfuse_run.mounts import Mount
 from ipfsfuse_run.options import Options
 from ipfsfuse_run.read_paths import Row
 from ipfsfuse_run.receipts import Digest, GivenDir, Receipt, Variable
-from ipfsfuse_run.record import (
-    RecordWriter,
-    add_tree,
-    replace_file,
-)
+from ipfsfuse_run.record import RecordWriter, add_tree, replace_file
 from ipfsfuse_run.supervisor import CompletedRun, Outcome, RunFiles
 
 if TYPE_CHECKING:

@@ -20,14 +20,7 @@ from ipfsfuse_run.errors import ReceiptRefused, trap_text
 from ipfsfuse_run.limits import Limits
 from ipfsfuse_run.options import Dir, Options
 from ipfsfuse_run.receipts import Digest, Receipt
-from ipfsfuse_run.record import (
-    Record,
-    check_content,
-    check_signature,
-    open_record,
-    receipt_alone,
-    tree_cid,
-)
+from ipfsfuse_run.record import Record, check_content, check_signature, open_record, receipt_alone, tree_cid
 from ipfsfuse_run.recording import digest_of, logged_blocks, open_mount, this_machine
 from ipfsfuse_run.supervisor import Outcome, RunFiles
 

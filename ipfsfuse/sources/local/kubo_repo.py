@@ -346,7 +346,7 @@ def _has_denylist(folder: Path) -> bool:
 # -- all blocks below a directory ----------------------------------------------------------------------------
 
 BATCH = 32
-"""BlockBatch that one call reads, four at a time: on a slow disk each takes 10 ms."""
+"""Blocks that one call reads, four at a time: on a slow disk each takes 10 ms."""
 BATCH_SECONDS = 0.03
 """Seconds after which a batch ends, however few blocks it has: the caller's own wait is limited."""
 BATCH_BYTES = 1 << 20

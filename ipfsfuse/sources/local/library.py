@@ -18,13 +18,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotFound, SourceFailed, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.files import Closing, write_all
-from ipfsfuse.sources.local.car_file import (
-    Found,
-    InPlaceSource,
-    Read,
-    read_disk,
-    readable,
-)
+from ipfsfuse.sources.local.car_file import Found, InPlaceSource, Read, read_disk, readable
 from ipfsfuse.sources.local.car_writer import CarWriter
 from ipfsfuse.sources.local.library_compaction import compact
 from ipfsfuse.sources.local.library_folder import (

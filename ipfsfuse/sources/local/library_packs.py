@@ -7,13 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ipfsfuse.errors import SourceFailed
-from ipfsfuse.sources.local.car_file import (
-    CarFile,
-    CarLocation,
-    Found,
-    Read,
-    read_disk,
-)
+from ipfsfuse.sources.local.car_file import CarFile, CarLocation, Found, Read, read_disk
 from ipfsfuse.sources.local.library_folder import pack_names
 
 _UNSETTLED_NS = 50_000_000
