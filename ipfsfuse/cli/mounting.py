@@ -224,10 +224,8 @@ def run(arguments: argparse.Namespace) -> int:
         remote = [text for text, spec in specs if is_remote(spec)]
         if asked.offline and defaults.KUBO in asked.sources:  # its repository may name a node elsewhere
             remote += [each.text for each in addresses_of_node()[:1] if not each.is_local]
-        sources = defaults.described(
-            asked.sources, by_default=by_default, offline=asked.offline, remote=remote
-        )
-        console.note(f"ipfsfuse: {sources}")
+        text = defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
+        console.note(f"ipfsfuse: {text}")
     if asked.allow_other:
         console.note(f"ipfsfuse: {settings.ALLOW_OTHER}")
     if any(not url for url, _path in asked.header_files):
@@ -268,11 +266,8 @@ def _await_ending(cache_dir: Path) -> None:
     while time.monotonic() < end and not cache_folder.is_free(cache_dir):
         daemon = cache_folder.announced(cache_dir)
         serving = daemon is not None and not os.path.isabs(daemon[1])  # `ipfsfuse serve`, which has no mount
-        if (
-            daemon is None
-            or serving
-            or any(mounted.mountpoint == daemon[1] for mounted in mountpoints.table())
-        ):
+        points = [mounted.mountpoint for mounted in mountpoints.table()]
+        if daemon is None or serving or daemon[1] in points:
             return
         time.sleep(0.05)
 

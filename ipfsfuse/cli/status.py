@@ -140,16 +140,12 @@ def view(now: Mapping[str, Any], before: Mapping[str, Any], seconds: float) -> "
         )
     reasons = [Text(printable(reason), "red") for reason in now["reasons"]]
     files = Table("who", "reads", "at", "per second")
-    earlier_positions = {
-        (each["pid"], each["fd"], each["path"]): each["position"] for each in before["reading"]
-    }
+    earlier = {(each["pid"], each["fd"], each["path"]): each["position"] for each in before["reading"]}
     for each in now["reading"]:
-        position = each["position"]
-        read = (position - earlier_positions.get((each["pid"], each["fd"], each["path"]), position)) / seconds
+        at = each["position"]
+        read = (at - earlier.get((each["pid"], each["fd"], each["path"]), at)) / seconds
         who = f"{each['command']} {each['pid']} ({each['user']})"
-        files.add_row(
-            Text(printable(who)), Text(printable(each["path"])), human(position), human(max(read, 0))
-        )
+        files.add_row(Text(printable(who)), Text(printable(each["path"])), human(at), human(max(read, 0)))
     return Group(head, *reasons, sources, files if files.row_count else Text("no file is open"))
 
 

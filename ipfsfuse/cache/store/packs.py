@@ -120,11 +120,7 @@ class Packs:
         for key, *numbers in self._index.locate_each(unknown):
             if all(type(number) is int for number in numbers):
                 locations[key] = PackLocation(*numbers)
-        return {
-            key: location
-            for key, location in locations.items()
-            if location is not None and self._has(location)
-        }
+        return {key: found for key, found in locations.items() if found is not None and self._has(found)}
 
     def _has(self, location: PackLocation) -> bool:
         """Whether `location` is inside a pack. It is not if the pack was evicted, or if a bit flipped in the
@@ -173,9 +169,7 @@ class Packs:
 
     def unindexed_in(self, pack: int) -> list[bytes]:
         """The multihashes of blocks in `pack` that are not in the index yet."""
-        return [
-            key for key, location in self.pending.items() if location is not None and location.pack == pack
-        ]
+        return [key for key, found in self.pending.items() if found is not None and found.pack == pack]
 
     def close_pack(self, pack: int) -> None:
         """Forgets a pack that is about to be removed, and closes its file."""
@@ -505,9 +499,8 @@ class BlockStore:
         whether that was done."""
         cid, data, head = made
         location = self._set_aside.pop(cids.multihash(cid), None)
-        if location is None or location.pack not in (
-            self.packs.sizes if pack_set is None else pack_set.packs
-        ):
+        packs = self.packs.sizes if pack_set is None else pack_set.packs
+        if location is None or location.pack not in packs:
             return False
         try:
             done = await threads.run_sync(

@@ -1,6 +1,6 @@
 """Frees the space in a library that no root needs, and merges small packs. All calls block."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from ipfsfuse.dag.car import Section
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError, Malformed, SourceFailed, StoreFailed
-from ipfsfuse.sources.local.car_file import CarFile, CarLocation, sections
+from ipfsfuse.sources.local.car_file import CarFile, CarLocation, Found, sections
 from ipfsfuse.sources.local.car_writer import CarWriter
 from ipfsfuse.sources.local.library_folder import (
     LibraryEntry,
@@ -21,7 +21,9 @@ from ipfsfuse.sources.local.library_folder import (
     read_roots,
     write_root,
 )
-from ipfsfuse.sources.local.library_packs import OpenPacks
+
+Find = Callable[[bytes], Found | None]
+"""Where the block of a multihash is in the library."""
 
 WORTHWHILE = 4
 """A pack is rewritten if that frees at least a quarter of it."""
@@ -32,7 +34,7 @@ MANY = 64
 """So many small packs are merged."""
 
 
-def compact(folder: Path, packs: OpenPacks, only: Sequence[str] | None = None) -> None:
+def compact(folder: Path, find: Find, only: Sequence[str] | None = None) -> None:
     """Frees the space of blocks that no root reaches, in the packs `only` or in all, and merges small packs.
     The caller holds the library's lock, exclusively. Raises StoreFailed, OSError."""
     entries = read_roots(folder)
@@ -54,7 +56,7 @@ def compact(folder: Path, packs: OpenPacks, only: Sequence[str] | None = None) -
     shrinking = sorted(staying if only is None else staying.intersection(only))
     damaged_packs: list[IpfsFuseError] = []
     if shrinking:
-        _rewrite(folder, entries, packs, shrinking, damaged_packs)
+        _rewrite(folder, entries, find, shrinking, damaged_packs)
     _merge_small(folder, entries, damaged_packs)
     if damaged_packs:
         raise damaged_packs[0]
@@ -63,7 +65,7 @@ def compact(folder: Path, packs: OpenPacks, only: Sequence[str] | None = None) -
 def _rewrite(
     folder: Path,
     entries: Iterable[LibraryEntry],
-    packs: OpenPacks,
+    find: Find,
     names: Iterable[str],
     damaged: list[IpfsFuseError],
 ) -> None:
@@ -73,7 +75,7 @@ def _rewrite(
 
     Changes nothing if a block below a root is missing. Raises StoreFailed.
     """
-    live = _reachable(entries, packs)
+    live = _reachable(entries, find)
     for path in (folder / name for name in names):
         try:
             pack = CarFile(path)
@@ -140,22 +142,22 @@ def _write(
     return path.name
 
 
-def _reachable(entries: Iterable[LibraryEntry], packs: OpenPacks) -> set[bytes]:
+def _reachable(entries: Iterable[LibraryEntry], find: Find) -> set[bytes]:
     """The multihashes of all blocks below the roots. Raises StoreFailed if one is missing or can't be
     read."""
     walk = BlockWalk((entry.cid for entry in entries), None)
     for cid, _state in walk:
-        walk.add(_links(cid, packs), None)
+        walk.add(_links(cid, find), None)
     return {cids.multihash(cid) for cid in walk.seen}
 
 
-def _links(cid: Cid, packs: OpenPacks) -> list[Cid]:
+def _links(cid: Cid, find: Find) -> list[Cid]:
     if cids.codec(cid) == cids.RAW:
         return []
     try:
         block = cids.inline_or_empty_block(cid)
         if block is None:
-            found = packs.find(cids.multihash(cid))
+            found = find(cids.multihash(cid))
             if found is None:
                 raise StoreFailed(f"the library lacks {cids.text(cid)}: add it again; nothing was compacted")
             block = found.file.read(found.location)
