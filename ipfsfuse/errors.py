@@ -87,7 +87,7 @@ class Interrupted(IpfsFuseError):
 class BlockTooLarge(IpfsFuseError):
     """One source has a block that is larger than the limit. That source need not be asked for it again.
 
-    Sources make this error with `sources.base.too_large`, so that the message names source, CID and size."""
+    Sources make this error with `cid.too_large`, so that the message names source, CID and size."""
 
 
 # -- sources -------------------------------------------------------------------------------------------------

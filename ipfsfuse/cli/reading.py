@@ -31,9 +31,9 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import IpfsPath, cid_alone
 from ipfsfuse.errors import DaemonFailed, StoreFailed, Unavailable, UsageError
 from ipfsfuse.fileio import threads
-from ipfsfuse.importer import cars
+from ipfsfuse.importer import export as exporting
 from ipfsfuse.importer import push as pushing
-from ipfsfuse.importer.cars import GetBlock
+from ipfsfuse.importer.export import GetBlock
 from ipfsfuse.sources import defaults
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings
@@ -250,9 +250,9 @@ async def _export(arguments: argparse.Namespace) -> int:
         ) as get:
             if to_stdout:
                 _end_at_once_by_signals()
-                await cars.export_to_stream(cid, get, sys.stdout.fileno(), progress)
+                await exporting.export_to_stream(cid, get, sys.stdout.fileno(), progress)
             else:
-                size = await cars.export(cid, get, Path(arguments.file), arguments.v2, progress)
+                size = await exporting.export(cid, get, Path(arguments.file), arguments.v2, progress)
                 console.answer(
                     arguments,
                     {"exported": cids.text(cid), "file": arguments.file, "bytes": size},
@@ -305,7 +305,7 @@ async def _cat(arguments: argparse.Namespace) -> int:
         raise UsageError("--raw takes a CID alone: a block has no path")
     async with _blocks(arguments, _sources_beside_mount(arguments), open_settings(arguments)) as get:
         _end_at_once_by_signals()
-        parts = _block(path.root, get) if arguments.raw else cars.content(path, get)
+        parts = _block(path.root, get) if arguments.raw else exporting.content(path, get)
         size = 0
         async for part in parts:
             if arguments.json:
@@ -326,7 +326,7 @@ def _print_values(values: Mapping[str, object]) -> None:
 
 
 async def _block(cid: Cid, get: GetBlock) -> AsyncIterator[bytes]:
-    yield await cars.verified(cid, get)
+    yield await exporting.verified(cid, get)
 
 
 def _check_standard_output(v2: bool) -> None:

@@ -11,7 +11,7 @@ import libipld
 
 from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag import varint
-from ipfsfuse.errors import Malformed, NotACid, WrongBlock
+from ipfsfuse.errors import BlockTooLarge, Malformed, NotACid, WrongBlock
 
 Cid = NewType("Cid", bytes)
 """A checked binary CID: version 0 is 34 bytes `12 20 <digest>`; version 1 is varints version, codec, then a
@@ -233,6 +233,13 @@ def value_place(cid: Cid) -> tuple[Cid, int]:
     if codec(block) not in (DAG_CBOR, DAG_JSON):
         raise Malformed(f"{text(cid)} does not name a value in a dag-cbor or dag-json block")
     return block, number
+
+
+def too_large(name: str, cid: Cid, size: int | None = None) -> BlockTooLarge:
+    """The error for a block of more than `MAX_BLOCK` bytes at the source `name`, raised before the block
+    is read. `size`: its bytes, if they are known."""
+    what = f"a block of {size:,} bytes" if size is not None else "a larger block"
+    return BlockTooLarge(f"{name} has {text(cid)} as {what}: blocks of over {MAX_BLOCK:,} bytes are not read")
 
 
 def verify(cid: Cid, block: bytes | memoryview) -> None:

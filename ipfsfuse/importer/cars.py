@@ -1,129 +1,24 @@
-"""CAR files of DAGs: `export` writes one, `import_car` adds one to the library, `car_damage` and
-`library_damage` check a CAR file or the library. Every block is verified.
-
-Concurrency: one task per export. Some blocks are fetched ahead in parallel, and all are written in a fixed
-order. The file appears when it is complete. The other functions block, for one thread each.
+"""CAR files and the library: `import_car` adds a CAR file to the library, `car_damage` and `library_damage`
+check a CAR file or the library. Every block is verified. All calls block.
 """
 
-import os
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import trio
-
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag import file_layout, nodes, values
+from ipfsfuse.dag import nodes, values
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.nodes import Directory, File, Node, Shard, Symlink, parse, prefix_length
-from ipfsfuse.dag.path import IpfsPath
-from ipfsfuse.dag.traversal import BlockWalk, drive, resolve
-from ipfsfuse.errors import (
-    AddFailed,
-    IpfsFuseError,
-    IsADirectory,
-    NotHere,
-    SourceFailed,
-    StoreFailed,
-    Unsupported,
-)
-from ipfsfuse.fileio import threads
-from ipfsfuse.sources.base import too_large
+from ipfsfuse.dag.nodes import Directory, Shard, parse, prefix_length
+from ipfsfuse.dag.traversal import BlockWalk
+from ipfsfuse.errors import AddFailed, IpfsFuseError, NotHere, SourceFailed, Unsupported
 from ipfsfuse.sources.local.car_file import CarFile, ensure_index
-from ipfsfuse.sources.local.car_writer import CarWriter
 from ipfsfuse.sources.local.library import Library, NewRoot
 from ipfsfuse.sources.local.library_folder import damaged_roots, lost_packs, read_root, store_errors
 
-_FETCHED_AHEAD = 16
-"""Blocks that are fetched in parallel."""
-
-GetBlock = Callable[[Cid], Awaitable[bytes]]
 CarProgress = Callable[[int], None]
 """Called with the bytes done so far."""
-
-
-async def export(
-    root: Cid, get: GetBlock, file: Path, indexed: bool = False, progress: CarProgress | None = None
-) -> int:
-    """Writes the DAG `root` to `file`: a CARv1, or a CARv2 with its index if `indexed`.
-
-    Each block is written once, parents first, and links in their order, as `ipfs dag export` does. Returns
-    the number of bytes of CAR data.
-
-    Raises what `get` raises, WrongBlock, Malformed, Unsupported for a codec whose links can't be known,
-    StoreFailed.
-    """
-    with _appearing(file) as fd:
-        return await _fill(CarWriter(fd, file.parent, [root], indexed), root, get, progress)
-
-
-async def export_to_stream(root: Cid, get: GetBlock, fd: int, progress: CarProgress | None = None) -> int:
-    """Writes a CARv1 to a descriptor, which may be a pipe. Its reader must check the exit code of this
-    process, because a CAR that ends early can be a valid CAR.
-
-    Raises BrokenPipeError if the reader is gone, and what `export` raises."""
-    try:
-        return await _fill(
-            CarWriter(fd, Path(tempfile.gettempdir()), [root], indexed=False), root, get, progress
-        )
-    except BrokenPipeError:
-        raise
-    except OSError as exc:
-        raise StoreFailed(f"standard output: {exc.strerror}") from exc
-
-
-async def _fill(writer: CarWriter, root: Cid, get: GetBlock, progress: CarProgress | None) -> int:
-    try:
-        await _write(root, get, writer, progress)
-        await threads.run_sync(writer.finish)
-    except BaseException:
-        writer.abandon()
-        raise
-    return writer.size
-
-
-@contextmanager
-def _appearing(file: Path) -> Iterator[int]:
-    """A temporary file to write to. It is renamed to `file` at the end, unless something failed."""
-    try:
-        if file.exists() and not file.is_file():  # otherwise root would replace /dev/null
-            raise StoreFailed(f"{file} exists and is not a file: name another")
-        fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=".tmp")
-        try:
-            yield fd
-            os.fchmod(fd, 0o666 & ~_umask())
-            os.rename(temporary, file)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-            os.close(fd)
-    except OSError as exc:
-        raise StoreFailed(f"{file}: {exc.strerror}") from exc
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-async def _write(root: Cid, get: GetBlock, writer: CarWriter, progress: CarProgress | None) -> None:
-    walk = BlockWalk([root], None)
-    written: set[bytes] = set()
-    fetched: dict[Cid, bytes] = {}
-    for cid, _state in walk:
-        if cid not in fetched:
-            await _fetch([cid, *walk.upcoming(_FETCHED_AHEAD - 1)], get, fetched)
-        block = fetched.pop(cid)
-        below = links(cid, block)
-        walk.add(below, None)
-        multihash = cids.multihash(cid)
-        if multihash in written or (not below and cids.inline_block(cid) is not None):
-            continue
-        written.add(multihash)
-        await threads.run_sync(writer.add, cid, block)
-        if progress is not None:
-            progress(writer.size)
 
 
 def links(cid: Cid, block: bytes) -> list[Cid]:
@@ -131,64 +26,6 @@ def links(cid: Cid, block: bytes) -> list[Cid]:
     if cids.codec(cid) not in (cids.RAW, cids.DAG_PB, *values.SHOWN_CODECS):
         raise Unsupported(f"{cids.text(cid)}: the links of a {cids.codec_name(cid)} block can't be read")
     return nodes.links(cid, block)
-
-
-async def _fetch(wanted: list[Cid], get: GetBlock, fetched: dict[Cid, bytes]) -> None:
-    """Adds the verified blocks of `wanted` to `fetched`. Raises only for the first one: the others are
-    fetched again when they are needed."""
-    failure: list[IpfsFuseError] = []
-
-    async def one(cid: Cid) -> None:
-        try:
-            fetched[cid] = await verified(cid, get)
-        except IpfsFuseError as exc:
-            if cid == wanted[0]:
-                failure.append(exc)
-
-    async with trio.open_nursery() as nursery:
-        for cid in dict.fromkeys(wanted):
-            if cid not in fetched:
-                nursery.start_soon(one, cid)
-    if failure:
-        raise failure[0]
-
-
-# -- one file ------------------------------------------------------------------------------------------------
-
-_WINDOW = 4 << 20
-"""Bytes of a file whose leaves are listed together."""
-
-
-async def verified(cid: Cid, get: GetBlock) -> bytes:
-    """The block of `cid`. Raises what `get` raises, WrongBlock."""
-    block = cids.inline_or_empty_block(cid)
-    if block is None:
-        block = await get(cid)
-        await threads.run_sync(cids.verify, cid, block)
-    return block
-
-
-async def content(path: IpfsPath, get: GetBlock) -> AsyncIterator[memoryview]:
-    """The content of the file at `path`, in pieces. Raises NotFound, NotADirectory, IsADirectory, and what
-    `verified` and the parser raise."""
-
-    async def fetch(wanted: Sequence[Cid]) -> list[Node]:
-        return [await threads.run_sync(parse, cid, await verified(cids.block_of(cid), get)) for cid in wanted]
-
-    node = await drive(resolve(path), fetch)
-    if not isinstance(node, File):
-        kind = "a symlink" if isinstance(node, Symlink) else "a directory"
-        raise IsADirectory(f"{path} is {kind}: only a file has content")
-    if nodes.holds_values(node.cid):
-        block, number = cids.value_place(node.cid)
-        found = await threads.run_sync(nodes.document, block, await verified(block, get))
-        yield memoryview(found.content(number))
-        return
-    at = 0
-    while at < node.size:
-        for leaf in await drive(file_layout.leaves(node, at, _WINDOW, sure=True), fetch):
-            yield file_layout.leaf_content(leaf, await verified(leaf.cid, get))
-            at = leaf.offset + leaf.size
 
 
 # -- import --------------------------------------------------------------------------------------------------
@@ -212,7 +49,7 @@ def import_car(file: Path, library: Library, progress: CarProgress) -> list[NewR
                 except NotHere as exc:
                     raise NotHere(f"{cids.text(cid)} is neither in the CAR nor in the library") from exc
             if location.size > cids.MAX_BLOCK:
-                raise too_large(file.name, cid, location.size)
+                raise cids.too_large(file.name, cid, location.size)
             return car.read(location)
 
         done = 0

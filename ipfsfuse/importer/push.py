@@ -15,7 +15,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk, Unexpanded
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.importer.cars import GetBlock, links, verified
+from ipfsfuse.importer.cars import links
+from ipfsfuse.importer.export import GetBlock, verified
 from ipfsfuse.sources.http.kubo import Rpc
 
 _TOGETHER = 32

@@ -20,7 +20,6 @@ import trio
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
-from ipfsfuse.errors import BlockTooLarge
 from ipfsfuse.sources import streams
 from ipfsfuse.sources.streams import Block, Delivery, Send, Stream, streaming
 
@@ -199,15 +198,6 @@ def has_claimed_size(leaf: Leaf, size: int) -> bool:
     return leaf.size <= size <= min(leaf.size + ENVELOPE, cids.MAX_BLOCK)
 
 
-def too_large(name: str, cid: Cid, size: int | None = None) -> BlockTooLarge:
-    """The error for a block of more than `cids.MAX_BLOCK` bytes at the source `name`, raised before the block
-    is read. `size`: its bytes, if they are known."""
-    what = f"a block of {size:,} bytes" if size is not None else "a larger block"
-    return BlockTooLarge(
-        f"{name} has {cids.text(cid)} as {what}: blocks of over {cids.MAX_BLOCK:,} bytes are not read"
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Subtree:
     """The blocks of a directory that are wanted soon. A source may send many of them in one answer."""
@@ -231,7 +221,8 @@ class Source(ABC):
 
     @abstractmethod
     async def get(self, cid: Cid) -> bytes:
-        """The block of `cid`, unverified. Raises NotHere, BlockTooLarge (by `too_large`), SourceFailed."""
+        """The block of `cid`, unverified. Raises NotHere, BlockTooLarge (by `cid.too_large`), and
+        SourceFailed."""
 
     def stream(self, wanted: LeafRange) -> Stream[Delivery]:
         """The blocks of `wanted` that this source has, unverified, each at most once, in any order. Blocks

@@ -171,14 +171,15 @@ def open_source(spec: Spec, settings: OpenSettings) -> "Source | None":
     if settings.offline and is_remote(spec):
         return None
     if spec.kind == CAR:
-        from ipfsfuse.sources.local.car_file import CarSource
+        from ipfsfuse.sources.local.in_place import CarSource
 
         assert spec.path is not None
         return CarSource.open(
             spec.path, settings.indexes, partial(settings.progress, spec.name) if settings.progress else None
         )
     if spec.kind == LIBRARY:
-        from ipfsfuse.sources.local.library import Library, LibrarySource
+        from ipfsfuse.sources.local.in_place import LibrarySource
+        from ipfsfuse.sources.local.library import Library
 
         return LibrarySource(Library(settings.library))
     if spec.kind == KUBO:
@@ -227,7 +228,7 @@ def _open_network(settings: OpenSettings) -> "Source":
 async def open_sources(texts: Sequence[str], settings: OpenSettings) -> AsyncIterator[list["Source"]]:
     """Opens the sources in their order, without those that an offline mount does not use. Closes them at the
     end. Raises UsageError, SourceFailed."""
-    from ipfsfuse.sources.local.car_file import CarSource
+    from ipfsfuse.sources.local.in_place import CarSource
 
     async with AsyncExitStack() as stack:
         sources: list[Source] = []

@@ -5,14 +5,16 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from ipfsfuse.fileio import files
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.files import Direct
+from ipfsfuse.fileio.files import Closing, Direct, SequentialWriter
 
 SIZE = 64 << 10
 
@@ -167,3 +169,45 @@ def test_a_full_disk_raises_an_error(file: int, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "pwritev", full)
     with pytest.raises(OSError, match="full"):
         Direct().write(file, [part(b"a")], 0)
+
+
+BUFFER = SequentialWriter.BUFFER
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["in a thread", "without threads"])
+def test_a_file_is_written_in_sequence_by_parts_of_any_size(
+    file: int, monkeypatch: pytest.MonkeyPatch, threads: bool
+) -> None:
+    if not threads:
+
+        def refuse(_thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    parts = [os.urandom(size) for size in (1, 5000, BUFFER - 5001, 7, 2 * BUFFER, 3 * BUFFER + 11, 0, 13)]
+    os.ftruncate(file, 0)
+    with closing(SequentialWriter(file)) as writer:
+        writer.write(parts[0])
+        writer.writelines(parts[1:])
+        writer.finish(b"the start")
+    expected = b"the start" + b"".join(parts)[9:]
+    assert os.fstat(file).st_size == len(expected)
+    assert os.pread(file, len(expected), 0) == expected
+
+
+def test_a_write_in_sequence_that_fails_is_reported_by_the_next_one_or_at_the_end() -> None:
+    with Closing(os.open("/dev/full", os.O_WRONLY)) as full:
+        for further in (BUFFER, 0):
+            with closing(SequentialWriter(full)) as writer:
+                writer.write(bytes(BUFFER))
+                with pytest.raises(OSError, match="No space left"):
+                    writer.write(bytes(further))
+                    writer.finish()
+
+
+def test_a_writer_that_is_closed_early_writes_no_more(file: int) -> None:
+    os.ftruncate(file, 0)
+    writer = SequentialWriter(file)
+    writer.write(bytes(BUFFER + 1))
+    writer.close()
+    assert os.fstat(file).st_size == BUFFER

@@ -12,9 +12,10 @@ from ipfsfuse.dag.builder import PROFILES
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, StoreFailed, Unsupported, WrongBlock
 from ipfsfuse.importer.add import AddOptions, add
-from ipfsfuse.importer.cars import export
-from ipfsfuse.sources.local.car_file import CarFile, CarSource, sections
-from ipfsfuse.sources.local.library import Library, LibrarySource
+from ipfsfuse.importer.export import export
+from ipfsfuse.sources.local.car_file import CarFile, sections
+from ipfsfuse.sources.local.in_place import CarSource, LibrarySource
+from ipfsfuse.sources.local.library import Library
 from tests.importer.repo import Repo
 from tests.importer.trees import LINKS, Bytes, Dir, at_threshold, write
 from tests.kubo.fixtures import need_kubo

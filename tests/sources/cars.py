@@ -10,7 +10,7 @@ import trio
 from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.sources.local.car_file import CarSource
+from ipfsfuse.sources.local.in_place import CarSource
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures"
 

@@ -10,7 +10,7 @@ import trio
 from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.errors import NotHere, SourceFailed
-from ipfsfuse.sources.local.car_file import CarSource
+from ipfsfuse.sources.local.in_place import CarSource
 from tests.sources.cars import FIXTURES, SampleCar, index, need_fixtures, offsets, pairs, sections, v2
 
 

@@ -14,8 +14,8 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import LeafRange
-from ipfsfuse.sources.local.car_file import CarSource
 from ipfsfuse.sources.local.car_writer import RecordSorter
+from ipfsfuse.sources.local.in_place import CarSource
 from ipfsfuse.sources.streams import Block
 from tests.sources.cars import FIXTURES, SampleCar, index, need_fixtures, offsets, pairs, sections, v2
 from tests.sources.streamed import give_each

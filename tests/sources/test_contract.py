@@ -18,8 +18,8 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.local import kubo_repo
-from ipfsfuse.sources.local.car_file import CarSource
-from ipfsfuse.sources.local.library import Library, LibrarySource, NewRoot
+from ipfsfuse.sources.local.in_place import CarSource, LibrarySource
+from ipfsfuse.sources.local.library import Library, NewRoot
 from ipfsfuse.sources.streams import Block
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees

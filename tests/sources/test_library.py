@@ -19,7 +19,8 @@ from ipfsfuse.errors import BlockTooLarge, IpfsFuseError, NotFound, NotHere, Sto
 from ipfsfuse.importer.cars import library_damage
 from ipfsfuse.sources.base import LeafRange
 from ipfsfuse.sources.local import library_compaction
-from ipfsfuse.sources.local.library import Library, LibrarySource, NewRoot
+from ipfsfuse.sources.local.in_place import LibrarySource
+from ipfsfuse.sources.local.library import Library, NewRoot
 from ipfsfuse.sources.streams import Block
 from tests.sources.libraries import add, dag, multihash, packs, parent, raw
 from tests.sources.streamed import give_each

@@ -16,7 +16,7 @@ from ipfsfuse.dag.car import StreamParser
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotHere, SourceFailed
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import LeafRange, Source, Subtree, too_large
+from ipfsfuse.sources.base import LeafRange, Source, Subtree
 from ipfsfuse.sources.http.client import Http, Response
 from ipfsfuse.sources.http.failures import LONG, NOT_SUPPORTED, PAGE, STATUS
 from ipfsfuse.sources.http.settings import Headers
@@ -68,7 +68,7 @@ class Gateway(Source):
             if response.content_type in ("text/html", "application/json"):
                 raise SourceFailed(f"{self.name} sent a page, {response.content_type}, not a block", PAGE)
             if cids.MAX_BLOCK < (response.left or 0) <= BELIEVED:
-                raise too_large(self.name, cid, response.left)
+                raise cids.too_large(self.name, cid, response.left)
             return await response.read(cids.MAX_BLOCK)
 
     async def ipns_record(self, name: str) -> bytes:

@@ -17,7 +17,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import IpfsFuseError, NotHere, SourceFailed, UsageError
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.base import LeafRange, Source, Subtree, too_large
+from ipfsfuse.sources.base import LeafRange, Source, Subtree
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.failures import CONNECT, LONG, PAGE, PROTOCOL, REFUSED, one_line, refused
 from ipfsfuse.sources.http.gateway import CONNECTIONS_HERE, Gateway
@@ -70,7 +70,7 @@ class Kubo(Source):
             return await self.rpc().call("block/get", arguments, cids.MAX_BLOCK)
         except SourceFailed as exc:
             if exc.kind == LONG:
-                raise too_large(self.name, cid) from exc
+                raise cids.too_large(self.name, cid) from exc
             if exc.kind == CONNECT:
                 await self.aclose()
             raise

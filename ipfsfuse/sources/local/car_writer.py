@@ -5,12 +5,10 @@ records are sorted in some 25 MB of memory, with the rest in a temporary file wi
 """
 
 import heapq
-import io
 import os
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -19,6 +17,7 @@ from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fileio.files import SequentialWriter
 
 _MAX_HELD = 250_000
 _READ = 64 << 10
@@ -77,7 +76,7 @@ class RecordSorter:
         self._held.clear()
         self._count = 0
 
-    def write(self, out: BinaryIO) -> None:
+    def write(self, out: SequentialWriter | BinaryIO) -> None:
         """The whole index. Raises OSError."""
         widths: dict[int, list[int]] = {}
         for code, width in sorted(self._records):
@@ -103,27 +102,21 @@ def _records(fd: int, at: int, count: int, width: int) -> Iterator[bytes]:
         yield from (chunk[i : i + width] for i in range(0, len(chunk), width))
 
 
-_BUFFER = 1 << 20
-_SEND_EVERY = 8 << 20
-
-
 class CarWriter:
-    """Fills the empty file `fd`. It is a CAR after `finish`. The caller closes `fd`. All methods raise
-    OSError.
+    """Fills the empty file of `out`. It is a CAR after `finish`. All methods raise OSError."""
 
-    If `indexed` is false, `fd` may be a pipe."""
-
-    def __init__(self, fd: int, scratch: Path, roots: Sequence[Cid] = (), indexed: bool = True) -> None:
-        """Writes version 2 if `indexed`, else version 1. `scratch` is the folder for the temporary file of a
-        very large index."""
-        self._out = io.BufferedWriter(io.FileIO(fd, "wb", closefd=False), _BUFFER)
-        self._on_disk = stat.S_ISREG(os.fstat(fd).st_mode)
+    def __init__(
+        self, out: SequentialWriter | BinaryIO, scratch: Path, roots: Sequence[Cid] = (), indexed: bool = True
+    ) -> None:
+        """Takes `out` over, but not its descriptor. Writes version 2 if `indexed`, which needs a
+        SequentialWriter; else version 1. `scratch` is the folder for the temporary file of a very large
+        index."""
+        self._out = out
         self._sorter = RecordSorter(scratch)
         self._indexed = indexed
         header = car.encode_header(roots)
         self._out.write(bytes(car.V2_BYTES if indexed else 0) + header)
         self._end = len(header)
-        self._sent = 0
 
     @property
     def size(self) -> int:
@@ -137,26 +130,20 @@ class CarWriter:
         if self._indexed:
             self._sorter.add(cids.multihash(cid), self._end)
         self._end += len(head) + len(block)
-        if self._on_disk and self._end - self._sent >= _SEND_EVERY:
-            # For dirty pages, this advice only starts the write to the disk: it drops none of them. So
-            # `finish` has little to wait for.
-            os.posix_fadvise(self._out.fileno(), self._sent, self._end - self._sent, os.POSIX_FADV_DONTNEED)
-            self._sent = self._end
 
     def finish(self) -> None:
-        """Completes the file and waits until it is on the disk."""
-        with self._sorter, self._out:
+        """Completes the CAR. A file is on the disk then."""
+        with self._sorter, closing(self._out):
+            header = b""
             if self._indexed:
                 self._sorter.write(self._out)
-                self._out.seek(0)
-                self._out.write(
-                    car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end))
-                )
-            self._out.flush()
-            if self._on_disk:
-                os.fsync(self._out.fileno())
+                header = car.encode_v2(car.V2Header(car.V2_BYTES, self._end, car.V2_BYTES + self._end))
+            if isinstance(self._out, SequentialWriter):
+                self._out.finish(header)
+            else:
+                self._out.flush()
 
     def abandon(self) -> None:
         """Closes without completing the file."""
         with self._sorter, suppress(OSError):
-            self._out.close()  # flushes its buffer into a file that the caller discards
+            self._out.close()

@@ -31,7 +31,7 @@ from ipfsfuse.fileio import threads
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
-from ipfsfuse.sources.base import LeafRange, Subtree, has_claimed_size, too_large
+from ipfsfuse.sources.base import LeafRange, Subtree, has_claimed_size
 from ipfsfuse.sources.streams import (
     Block,
     BlockBatch,
@@ -200,7 +200,7 @@ class Flatfs:
             return _block(cid, self.files.read(multihash[2:], cids.codec(cid)))
         block = read_file(self._path(cid), cids.MAX_BLOCK)
         if block is None and (size := size_of(self._path(cid))) is not None and size > cids.MAX_BLOCK:
-            raise too_large("kubo", cid, size)
+            raise cids.too_large("kubo", cid, size)
         return block
 
     def take_hashed(self, cid: Cid) -> bytes | Hashed | None:
@@ -260,7 +260,7 @@ class Flatfs:
 def _block(cid: Cid, read: Read | int) -> bytes | Hashed | None:
     """Raises BlockTooLarge."""
     if isinstance(read, int) and read != MISSING:
-        raise too_large("kubo", cid, -read)
+        raise cids.too_large("kubo", cid, -read)
     return _hashed(read)
 
 

@@ -1,7 +1,7 @@
-"""The library on this machine: what `ipfsfuse add` stored. It is a source, and can be listed and changed.
+"""The library on this machine: what `ipfsfuse add` stored. It can be read, listed and changed.
 
-The calls of `Library` block. Any number of threads and processes may use it at once. The next call of
-`LibrarySource` notices what another process added or removed.
+All calls block. Any number of threads and processes may use a library at once. The next call notices what
+another process added or removed.
 """
 
 import logging
@@ -17,17 +17,8 @@ from typing import NamedTuple
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotFound, SourceFailed, StoreFailed
-from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.files import Closing, write_all
-from ipfsfuse.sources.local.car_file import (
-    CarFile,
-    CarLocation,
-    Found,
-    InPlaceSource,
-    Read,
-    read_disk,
-    readable,
-)
+from ipfsfuse.fileio.files import Closing, SequentialWriter, write_all
+from ipfsfuse.sources.local.car_file import CarFile, CarLocation, Found, Read, read_disk, readable
 from ipfsfuse.sources.local.car_writer import CarWriter
 from ipfsfuse.sources.local.library_compaction import compact
 from ipfsfuse.sources.local.library_folder import (
@@ -199,7 +190,8 @@ class LibraryWriter:
             with store_errors(f"the library {self._folder}"):
                 if self._pack is None:
                     self._path, fd = new_temporary(self._folder)
-                    self._pack = CarWriter(self._held.enter_context(Closing(fd)), self._folder)
+                    out = SequentialWriter(self._held.enter_context(Closing(fd)))
+                    self._pack = CarWriter(out, self._folder)
                 self._pack.add(cid, block)
         self._seen[multihash] = None
         if len(self._seen) > _MAX_REMEMBERED:
@@ -340,25 +332,3 @@ class Library:
 
     def close(self) -> None:
         self.packs.close()
-
-
-class LibrarySource(InPlaceSource):
-    """The library as a source."""
-
-    name = "library"
-
-    def __init__(self, library: Library) -> None:
-        """Takes `library` over."""
-        self.library = library
-
-    def find(self, cid: Cid, read: Read = read_disk) -> Found | None:
-        return self.library.packs.find(cids.multihash(cid), read)
-
-    def roots(self) -> Sequence[Cid]:
-        try:
-            return self.library.roots()
-        except StoreFailed:  # the folder is gone
-            return ()
-
-    async def aclose(self) -> None:
-        await threads.run_sync(self.library.close)

@@ -10,6 +10,7 @@ from ipfsfuse.dag.car import Section
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError, Malformed, SourceFailed, StoreFailed
+from ipfsfuse.fileio.files import SequentialWriter
 from ipfsfuse.sources.local.car_file import CarFile, CarLocation, Found, sections
 from ipfsfuse.sources.local.car_writer import CarWriter
 from ipfsfuse.sources.local.library_folder import (
@@ -130,14 +131,14 @@ def _write(
 ) -> str:
     """Writes a pack of those sections, which replaces `path` or gets a new name. Returns its name."""
     with new_file(folder, path) as (fd, path):
-        writer = CarWriter(fd, folder)
+        writer = CarWriter(SequentialWriter(fd), folder)
         try:
             for pack, keep in contents:
                 for found in keep:
                     writer.add(found.cid, pack.read(CarLocation(found.block, found.end - found.block)))
             writer.finish()
         except BaseException:
-            writer.abandon()  # else it would flush when it is freed, to a descriptor that is another file's
+            writer.abandon()
             raise
     return path.name
 
