@@ -217,7 +217,7 @@ def _pop(stack: list[_Open]) -> None:
 
 STANDARD_INPUT = "-"
 
-_CHUNKS_AHEAD = 8
+_CHUNKS_AHEAD = 16
 """Chunks that are in memory at a time: some are hashed while the next ones are read."""
 _COUNT_AFTER = 1.0
 """Seconds after which the bytes in all are counted for the progress, which takes a tenth of the time of
