@@ -4,8 +4,8 @@
 waits until that has mounted. The daemon is a fork in a new session, which saves a second start of Python. It
 writes lines to a pipe: while the index of a CAR file is built, `progress {"done": ..., "total": ..., "what":
 ...}`, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` when the mount answers, or `error REASON`.
-Until then its log messages go to the starter's standard error, and later to the log in the
-cache folder (`cache.store.folder`). If the starter ends before that line, the daemon ends too.
+Until then its log messages are kept for the starter, and later they go to the log in the cache folder
+(`cache.store.folder`). If the starter ends before that line, the daemon ends too.
 
 SIGHUP makes a daemon open its log again, and read the budget and the log level from the configuration again.
 In the foreground of a terminal, SIGHUP means that the terminal has gone: then the mount ends.
@@ -316,7 +316,8 @@ def _fork() -> tuple[_Daemon | None, int | None]:
     os.closerange(3, writing)  # also what the starter was started with
     os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
     if not sys.flags.safe_path:  # the first folder may be the working directory, which others may change
-        sys.path[0] = str(Path(ipfsfuse.__file__).parents[1])
+        top = str(Path(ipfsfuse.__file__).parents[1])
+        sys.path[:1] = [] if top in sys.path[1:] else [top]  # a checkout need not be installed
     return None, writing
 
 
@@ -348,7 +349,7 @@ WATCH_MS = 500
 def _run_daemon(asked: MountConfig, arguments: argparse.Namespace, pipe: int | None) -> None:
     """Mounts and serves until the mount has ended. `pipe`: where the starter reads lines, if there is one.
     Raises the error that prevents it."""
-    from ipfsfuse import mount  # with trio and pyfuse3, 200 ms: only the process that serves needs them
+    from ipfsfuse import mount  # imports pyfuse3, in 100 ms: only the process that serves needs it
 
     confinement.hide_memory()
     log_to = logs.DaemonLog()
