@@ -313,8 +313,10 @@ def _fork() -> tuple[_Daemon | None, int | None]:
     null = os.open(os.devnull, os.O_RDONLY)
     for standard, file in enumerate((null, output, output)):
         os.dup2(file, standard)
-    os.closerange(3, writing)  # also what the starter was started with
-    os.closerange(writing + 1, os.sysconf("SC_OPEN_MAX"))
+    for file in map(int, os.listdir("/proc/self/fd")):
+        if file > 2 and file != writing:  # also what the starter was started with
+            with suppress(OSError):  # the folder was closed when it had been listed
+                os.close(file)
     if not sys.flags.safe_path:  # the first folder may be the working directory, which others may change
         top = str(Path(ipfsfuse.__file__).parents[1])
         sys.path[:1] = [] if top in sys.path[1:] else [top]  # a checkout need not be installed
