@@ -1,11 +1,11 @@
 """`ipfsfuse mount`, `unmount`, `mounts` and `serve`.
 
 `mount` makes a MountConfig of its arguments. It serves the mount in the foreground, or starts a daemon and
-waits until that has mounted. The daemon is a fork in a new session, which saves a second start of Python. It
-writes lines to a pipe: while the index of a CAR file is built, `progress {"done": ..., "total": ..., "what":
-...}`, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` when the mount answers, or `error REASON`.
-Until then its log messages are kept for the starter, and later they go to the log in the cache folder
-(`cache.store.folder`). If the starter ends before that line, the daemon ends too.
+waits until that has mounted. The daemon is this program in a new session (`--foreground --ready-fd N`). It
+writes lines to the descriptor N: while the index of a CAR file is built, `progress {"done": ..., "total":
+..., "what": ...}`, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` when the mount answers, or
+`error REASON`. Until then its log messages go to the starter's standard error, and later to the log in the
+cache folder (`cache.store.folder`). If the starter ends before that line, the daemon ends too.
 
 SIGHUP makes a daemon open its log again, and read the budget and the log level from the configuration again.
 In the foreground of a terminal, SIGHUP means that the terminal has gone: then the mount ends.
@@ -23,6 +23,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -202,6 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not named:
             raise UsageError("the configuration names no mount: write [mount.NAME] (see `ipfsfuse config`)")
         return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], named)
+    environment = _environment()
     if arguments.user is not None:
         _at_home(arguments.user)
     _check_name(arguments.mountpoint)
@@ -209,14 +211,13 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_below(asked)
     if not asked.isolated:
         _await_ending(asked.cache_dir)
-    daemon, pipe = (None, None) if arguments.foreground else _fork()
-    if daemon is None:
-        _run_daemon(asked, arguments, pipe)
+    if arguments.foreground:
+        _run_daemon(asked, arguments)
         return 0
     _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
     if shortened:
         console.note(f"ipfsfuse: {shortened}")
-    mounted = daemon.wait()
+    mounted = _start_daemon(arguments.argv, environment)
     if not arguments.json:
         by_default = not arguments.sources
         specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
@@ -271,56 +272,48 @@ def _await_ending(cache_dir: Path) -> None:
         time.sleep(0.05)
 
 
-class _Daemon(NamedTuple):
-    """The daemon as its starter sees it."""
-
-    pid: int
-    lines: BinaryIO
-    output: BinaryIO
-    """Its standard output and standard error."""
-
-    def wait(self) -> dict[str, Any]:
-        """Waits until it has mounted. Raises MountFailed, FolderInUse or UsageError with its reason."""
-        with self.output, self.lines:
-            try:
-                line = _result(self.lines)
-            except KeyboardInterrupt:
-                os.kill(self.pid, signal.SIGTERM)
-                os.waitpid(self.pid, 0)
-                raise
-            if line.startswith("ok "):
-                mounted: dict[str, Any] = json.loads(line.removeprefix("ok "))
-                return mounted
-            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            reason = line.removeprefix("error ") or _last_lines(self.output, code)
-            raise {2: UsageError, os.EX_TEMPFAIL: FolderInUse}.get(code, MountFailed)(reason)
-
-
-def _fork() -> tuple[_Daemon | None, int | None]:
-    """Starts the daemon. In the daemon, returns None and the descriptor for its lines. Raises MountFailed."""
+def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    """Starts the daemon and waits for its result. Raises MountFailed, FolderInUse or UsageError with the
+    daemon's reason."""
     reading, writing = os.pipe()
-    output = os.memfd_create("output")
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
-    try:
-        pid = os.fork()
-    except OSError as exc:
-        raise MountFailed(f"the daemon can't be started: {exc.strerror}") from exc
-    if pid:
-        os.close(writing)
-        return _Daemon(pid, open(reading, "rb"), open(output, "rb")), None
-    os.setsid()
-    null = os.open(os.devnull, os.O_RDONLY)
-    for standard, file in enumerate((null, output, output)):
-        os.dup2(file, standard)
-    for file in map(int, os.listdir("/proc/self/fd")):
-        if file > 2 and file != writing:  # also what the starter was started with
-            with suppress(OSError):  # the folder was closed when it had been listed
-                os.close(file)
-    if not sys.flags.safe_path:  # the first folder may be the working directory, which others may change
-        top = str(Path(ipfsfuse.__file__).parents[1])
-        sys.path[:1] = [] if top in sys.path[1:] else [top]  # a checkout need not be installed
-    return None, writing
+    with tempfile.TemporaryFile() as output, open(reading, "rb") as line_from:
+        at = argv.index("mount")
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "ipfsfuse",
+            *argv[: at + 1],
+            "--foreground",
+            "--ready-fd",
+            str(writing),
+            *argv[at + 1 :],
+        ]
+        try:
+            daemon = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[writing],
+                start_new_session=True,
+                env=environment,
+            )
+        finally:
+            os.close(writing)
+        try:
+            line = _result(line_from)
+        except KeyboardInterrupt:
+            daemon.send_signal(signal.SIGTERM)
+            daemon.wait()
+            raise
+        if line.startswith("ok "):
+            daemon.returncode = 0  # it goes on without us: Popen must not wait for it
+            mounted: dict[str, Any] = json.loads(line.removeprefix("ok "))
+            return mounted
+        code = daemon.wait()
+        reason = line.removeprefix("error ") or _last_lines(output, code)
+        raise {2: UsageError, os.EX_TEMPFAIL: FolderInUse}.get(code, MountFailed)(reason)
 
 
 def _result(lines: BinaryIO) -> str:
@@ -332,6 +325,12 @@ def _result(lines: BinaryIO) -> str:
                 return line
             show(**json.loads(line.removeprefix(PROGRESS_PREFIX)))
     return ""
+
+
+def _environment() -> dict[str, str]:
+    """Our environment, with the folder of this package in PYTHONPATH: a checkout need not be installed."""
+    top = str(Path(ipfsfuse.__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
 
 
 def _last_lines(output: BinaryIO, code: int) -> str:
@@ -348,18 +347,18 @@ INDEX_LOG_SECONDS = 5.0
 WATCH_MS = 500
 
 
-def _run_daemon(asked: MountConfig, arguments: argparse.Namespace, pipe: int | None) -> None:
-    """Mounts and serves until the mount has ended. `pipe`: where the starter reads lines, if there is one.
-    Raises the error that prevents it."""
-    from ipfsfuse import mount  # imports pyfuse3, in 100 ms: only the process that serves needs it
+def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
+    """Mounts and serves until the mount has ended. Raises the error that prevents it."""
+    from ipfsfuse import mount  # with trio and pyfuse3, 200 ms: only the process that serves needs them
 
     confinement.hide_memory()
     log_to = logs.DaemonLog()
     logging.basicConfig(level=logging.INFO, handlers=[log_to])
     logging.getLogger("ipfsfuse").setLevel(arguments.log_level.upper())
     logs.escape_the_log(logs.FORMATS[arguments.log_format])
+    ready_fd = arguments.ready_fd
     file = None if arguments.log_file is None else Path(arguments.log_file).absolute()
-    starter = None if pipe is None else _Starter(pipe)
+    starter = None if ready_fd is None else _Starter(ready_fd)
 
     def ready(control: Path) -> None:
         answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
@@ -425,6 +424,7 @@ class _Starter:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._reported = False
+        os.set_inheritable(fd, False)
         os.chdir("/")
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -484,12 +484,6 @@ def unmount(arguments: argparse.Namespace) -> int:
     if daemon is not None and not arguments.lazy:
         select.select([daemon], [], [], DAEMON_END_SECONDS)
     return console.answer(arguments, {"unmounted": str(point)})
-
-
-def _environment() -> dict[str, str]:
-    """Our environment, with the folder of this package in PYTHONPATH: a checkout need not be installed."""
-    top = str(Path(ipfsfuse.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
 
 
 def _all(words: list[str], mounts: Mapping[str, Path]) -> int:

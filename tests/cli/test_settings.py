@@ -64,7 +64,7 @@ def test_every_option_of_a_mount_can_be_set(
         for each in action.option_strings
         if each.startswith("--")
     }
-    assert known - set(settings.SETTINGS) == {"help", "all", "foreground", "json", "while-held"}
+    assert known - set(settings.SETTINGS) == {"help", "all", "foreground", "json", "ready-fd", "while-held"}
     lines = [line[1:] for line in settings.template().splitlines() if line.startswith("#") and " = " in line]
     write("\n".join(lines[: len(settings.SETTINGS)]))
     written = parser.parse(["mount", str(home / "m")])

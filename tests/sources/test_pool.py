@@ -7,9 +7,8 @@ import pytest
 import trio
 
 from ipfsfuse.dag import cid as cids
-from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.cid import Cid, too_large
 from ipfsfuse.errors import BlockTooLarge, SourceFailed, Unavailable, Unsupported, WrongBlock
-from ipfsfuse.sources.base import too_large
 from ipfsfuse.sources.http.client import Http
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
