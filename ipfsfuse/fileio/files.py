@@ -8,14 +8,12 @@ import ctypes
 import errno
 import fcntl
 import importlib.util
-import mmap
 import os
 import secrets
 import stat
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -207,71 +205,6 @@ class Direct:
         finally:
             fcntl.fcntl(file, fcntl.F_SETFL, flags)
         return None
-
-
-class SequentialWriter:
-    """Fills an empty file from its beginning on, with `Direct`. A thread writes one buffer while the next is
-    filled. For one thread at a time."""
-
-    BUFFER = 8 << 20
-    """Bytes that are written together, and half of the memory that a writer uses."""
-
-    def __init__(self, file: int) -> None:
-        """The caller closes `file`, after `close`."""
-        self._file = file
-        self._direct = Direct()
-        self._thread = ThreadPoolExecutor(1, "write")
-        self._writing: Future[None] | None = None
-        self._buffer, self._next = (memoryview(mmap.mmap(-1, self.BUFFER)) for _ in range(2))
-        self._filled = 0
-        self._offset = 0
-        """Where the buffer begins in the file."""
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Raises OSError, also that of an earlier write."""
-        while len(data) >= (room := self.BUFFER - self._filled):
-            self._buffer[self._filled :] = data[:room]
-            data = memoryview(data)[room:]
-            self._send()
-        end = self._filled + len(data)
-        self._buffer[self._filled : end] = data
-        self._filled = end
-
-    def writelines(self, lines: Iterable[bytes]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def _send(self) -> None:
-        """Begins to write the buffer, which is full."""
-        self._wait()
-        try:
-            self._writing = self._thread.submit(self._write, self._buffer, self._offset)
-        except RuntimeError:  # no thread can be started
-            self._thread.shutdown(cancel_futures=True)
-            self._write(self._buffer, self._offset)
-        self._buffer, self._next = self._next, self._buffer
-        self._filled, self._offset = 0, self._offset + self.BUFFER
-
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-
-    def _write(self, buffer: memoryview, offset: int) -> None:
-        self._direct.write(self._file, [buffer], offset)
-        # For dirty pages, this advice only starts the write to the disk: it drops none of them.
-        os.posix_fadvise(self._file, offset, len(buffer), os.POSIX_FADV_DONTNEED)
-
-    def finish(self, start: bytes = b"") -> None:
-        """Writes the rest, then `start` over the file's first bytes. Returns when all is on the disk. Raises
-        OSError."""
-        self._wait()
-        write_all(self._file, self._buffer[: self._filled], self._offset)
-        write_all(self._file, start, 0)
-        os.fsync(self._file)
-
-    def close(self) -> None:
-        """Waits for the thread. Without `finish`, the file is incomplete."""
-        self._thread.shutdown(cancel_futures=True)
 
 
 # -- whole files ---------------------------------------------------------------------------------------------

@@ -21,9 +21,8 @@ from ipfsfuse.dag.path import IpfsPath
 from ipfsfuse.dag.traversal import BlockWalk, drive, resolve
 from ipfsfuse.errors import IpfsFuseError, IsADirectory, StoreFailed
 from ipfsfuse.fileio import threads
-from ipfsfuse.fileio.files import SequentialWriter
 from ipfsfuse.importer.cars import CarProgress, links
-from ipfsfuse.sources.local.car_writer import CarWriter
+from ipfsfuse.sources.local.car_writer import CarWriter, SequentialWriter
 
 _FETCHED_AHEAD = 16
 """Blocks that are fetched in parallel."""

@@ -14,7 +14,8 @@ import pytest
 
 from ipfsfuse.fileio import files
 from ipfsfuse.fileio.buffers import lend
-from ipfsfuse.fileio.files import Closing, Direct, SequentialWriter
+from ipfsfuse.fileio.files import Closing, Direct
+from ipfsfuse.sources.local.car_writer import SequentialWriter
 
 SIZE = 64 << 10
 

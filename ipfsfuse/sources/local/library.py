@@ -17,9 +17,9 @@ from typing import NamedTuple
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import NotFound, SourceFailed, StoreFailed
-from ipfsfuse.fileio.files import Closing, SequentialWriter, write_all
+from ipfsfuse.fileio.files import Closing, write_all
 from ipfsfuse.sources.local.car_file import CarFile, CarLocation, Found, Read, read_disk, readable
-from ipfsfuse.sources.local.car_writer import CarWriter
+from ipfsfuse.sources.local.car_writer import CarWriter, SequentialWriter
 from ipfsfuse.sources.local.library_compaction import compact
 from ipfsfuse.sources.local.library_folder import (
     CAR_SUFFIX,

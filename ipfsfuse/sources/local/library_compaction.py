@@ -10,9 +10,8 @@ from ipfsfuse.dag.car import Section
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import IpfsFuseError, Malformed, SourceFailed, StoreFailed
-from ipfsfuse.fileio.files import SequentialWriter
 from ipfsfuse.sources.local.car_file import CarFile, CarLocation, Found, sections
-from ipfsfuse.sources.local.car_writer import CarWriter
+from ipfsfuse.sources.local.car_writer import CarWriter, SequentialWriter
 from ipfsfuse.sources.local.library_folder import (
     LibraryEntry,
     damaged_roots,
