@@ -324,4 +324,5 @@ async def _end(helper: sessions.MountHelper, everything: trio.CancelScope) -> No
     still uses the mount."""
     await helper.unmount()
     await trio.sleep(OPEN_FILES_SECONDS)
+    log.info("unmounted, while it was still in use: open files and other mount namespaces get errors now")
     everything.cancel()

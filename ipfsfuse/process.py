@@ -77,7 +77,9 @@ def confine(config: MountConfig, folder: CacheFolder, reads: Sequence[Path], wri
 
     It applies to threads that start later. The thread that watches the starter until `ready` is older, and is
     not confined. Returns a text that names what confines the daemon."""
-    paths = [*map(Path, SYSTEM_FOLDERS), *map(Path, (sys.prefix, sys.base_prefix, *filter(None, sys.path)))]
+    # an editable installation is not on sys.path
+    modules = [sys.prefix, sys.base_prefix, *filter(None, sys.path), os.path.dirname(__file__)]
+    paths = [*map(Path, SYSTEM_FOLDERS), *map(Path, modules)]
     if LIBRARY in config.sources:
         with suppress(StoreFailed):  # reported when the source is opened
             library_folder.prepare(config.library)

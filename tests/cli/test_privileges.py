@@ -164,6 +164,24 @@ def test_a_confined_daemon_reaches_only_its_own_files(user: Home, cache: str) ->
     assert refused == expected
 
 
+@needs_landlock
+def test_a_confined_mount_loads_its_modules_wherever_it_is_started(user: Home) -> None:
+    """An editable installation is not on `sys.path`."""
+    del user.env["PYTHONPATH"]
+    elsewhere = user.folder / "elsewhere"
+    elsewhere.mkdir()
+    command = [sys.executable, "-m", "ipfsfuse", "mount", "--foreground", "--json", user.mountpoint]
+    with subprocess.Popen(
+        command, env=user.env, cwd=elsewhere, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as daemon:
+        assert daemon.stdout is not None
+        printed = daemon.stdout.readline()
+        daemon.send_signal(signal.SIGTERM)
+        _out, err = daemon.communicate(timeout=60)
+    assert printed, err
+    assert daemon.returncode == 0, err
+
+
 def test_a_confined_mount_follows_links_to_other_places(user: Home) -> None:
     """Links lead to the cache, the library, a CAR file and the configuration. The configuration is replaced,
     and the log is moved away, while the mount runs."""

@@ -57,6 +57,7 @@ def test_a_signal_that_ends_the_daemon_unmounts_though_a_file_is_open(
         wait_until(lambda: not alive(mount.pid), "the daemon has ended")
         assert not fuse_mounts(user.folder)
         assert f"{number.name}: unmounting" in mount.log()
+        assert "unmounted, while it was still in use" in mount.log()
         with suppress(OSError):  # the daemon is gone, so close may fail
             os.close(file)
 
