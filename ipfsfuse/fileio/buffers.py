@@ -4,6 +4,8 @@ The kernel clears each page of new memory at its first use. For 1 MiB that takes
 times as long if a virtual machine must get the pages first. That is more than all further work with the
 buffer.
 
+Large buffers are parts of huge pages if the kernel has some: for direct I/O it pins and submits each page.
+
 Concurrency: any thread. A buffer is free again when its last view is gone.
 """
 
@@ -25,7 +27,12 @@ since files mostly have leaves of one size."""
 KEPT_IDLE = 8 << 20
 """Bytes of unused buffers of each size that `give_back` keeps."""
 
-_unused: dict[int, deque[mmap.mmap]] = {size: deque(maxlen=KEPT // size) for size in BUFFER_SIZES}
+HUGE_PAGE = 2 << 20
+"""Bytes of a huge page. On machines where it is larger, buffers are in small pages."""
+_IN_HUGE_PAGES = 256 << 10
+"""Buffers of at least this size are parts of a huge page. It is freed when none of them is used or kept."""
+
+_unused: dict[int, deque[memoryview]] = {size: deque(maxlen=KEPT // size) for size in BUFFER_SIZES}
 """Unused buffers by size. A full deque drops its oldest item. `append` and `pop` are atomic, which is needed
 since a buffer may be freed at any point of the program."""
 
@@ -37,26 +44,43 @@ def lend(size: int) -> memoryview:
     try:
         pages = _unused[kept].pop()
     except LookupError:  # none is unused, or the size is larger than the reused ones
+        if kept < _IN_HUGE_PAGES:
+            pages = memoryview(mmap.mmap(-1, kept or size))
+        else:
+            whole = in_huge_pages(HUGE_PAGE)
+            pages, *others = (whole[start : start + kept] for start in range(0, HUGE_PAGE, kept))
+            _unused[kept].extend(others)
         left = sum(map(mul, _unused, map(len, _unused.values())))
         for each in reversed(BUFFER_SIZES):  # drop buffers of other sizes, the largest first
             while left > KEPT_IN_ALL and each != kept and _unused[each]:
                 with contextlib.suppress(IndexError):  # another thread took the last one
                     _unused[each].pop()
                 left -= each
-        pages = mmap.mmap(-1, kept or size)
     array = (ctypes.c_char * len(pages)).from_buffer(pages)
-    if kept:  # an mmap can't tell when its last view is gone, an array over it can
+    if kept:  # a memoryview can't tell when its last view is gone, an array over it can
         weakref.finalize(array, _unused[kept].append, pages).atexit = False
     return memoryview(array).cast("B")[:size]
+
+
+def in_huge_pages(size: int) -> memoryview:
+    """`size` bytes of new memory, which begin where a huge page can begin. It is freed with its last view."""
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[start : start + size]
 
 
 def give_back() -> None:
     """Gives most unused memory back to the system. Call it only every few seconds: a reader at full speed
     then needs new buffers, which the kernel has to clear."""
-    for size, pages in _unused.items():
-        while len(pages) * size > KEPT_IDLE:
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                pages.pop()
+    for size, unused in _unused.items():
+        pages: list[memoryview] = []
+        with contextlib.suppress(IndexError):
+            while True:
+                pages.append(unused.pop())
+        pages.sort(key=lambda each: id(each.obj))  # keep whole huge pages
+        unused.extend(pages[: KEPT_IDLE // size])
 
 
 def advance(left: list[memoryview], count: int) -> None:

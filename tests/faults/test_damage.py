@@ -145,8 +145,9 @@ class Damager:
         path.unlink()
 
     def link(self, path: Path) -> None:
-        path.unlink()
-        path.symlink_to(self.outside)
+        link = path.with_name("link")
+        link.symlink_to(self.outside)
+        link.replace(path)  # by one call, else the daemon may make the file anew in between
 
     def swap(self, path: Path) -> None:
         other = self.dice.choice([*path.parent.iterdir()])

@@ -5,7 +5,6 @@ buffers, and index records are sorted in some 25 MB, with the rest in a temporar
 """
 
 import heapq
-import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from ipfsfuse.dag import car
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.fileio.buffers import in_huge_pages
 from ipfsfuse.fileio.files import Direct, write_all
 
 _MAX_HELD = 250_000
@@ -41,18 +41,10 @@ class SequentialWriter:
         self._direct = Direct()
         self._thread = ThreadPoolExecutor(1, "write")
         self._writing: Future[None] | None = None
-        self._buffer, self._next = self._new_buffer(), self._new_buffer()
+        self._buffer, self._next = in_huge_pages(self.BUFFER), in_huge_pages(self.BUFFER)
         self._filled = 0
         self._offset = 0
         """Where the buffer begins in the file."""
-
-    @classmethod
-    def _new_buffer(cls) -> memoryview:
-        """In huge pages if the kernel has some: it then pins and submits fewer pages."""
-        memory = mmap.mmap(-1, cls.BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return memoryview(memory)
 
     def write(self, data: bytes | memoryview) -> None:
         """Raises OSError, also that of an earlier write."""
