@@ -14,10 +14,11 @@ from ipfsfuse.dag import dagpb, hamt, unixfs
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.multihash import SHA2_256_PREFIX
 from ipfsfuse.dag.nodes import MURMUR3, Link, prefix_length
+from ipfsfuse.dag.protobuf import Buffer
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import Unsupported
 
-Sink = Callable[[Cid, bytes], object]
+Sink = Callable[[Cid, Buffer], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class Block(NamedTuple):
     """A finished block that is not in the sink yet."""
 
     built: Built
-    block: bytes
+    block: Buffer
 
 
 def node(profile: Profile, links: Sequence[Link], message: UnixFS) -> Block:
@@ -96,7 +97,7 @@ def node(profile: Profile, links: Sequence[Link], message: UnixFS) -> Block:
 # -- files ---------------------------------------------------------------------------------------------------
 
 
-def leaf(profile: Profile, chunk: bytes, stored: Stored = NO_ATTRIBUTES) -> Block:
+def leaf(profile: Profile, chunk: Buffer, stored: Stored = NO_ATTRIBUTES) -> Block:
     """A leaf that holds `chunk`. Hashing lets other threads run."""
     if profile.raw_leaves:
         cid = Cid(b"\x01\x55" + SHA2_256_PREFIX + hashlib.sha256(chunk).digest())

@@ -32,7 +32,9 @@ from ipfsfuse.dag.builder import (
     symlink,
 )
 from ipfsfuse.dag.cid import Cid
+from ipfsfuse.dag.protobuf import Buffer
 from ipfsfuse.errors import AddFailed, UsageError
+from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import Closing
 from ipfsfuse.sources.local.library import Library, NewRoot
 
@@ -219,6 +221,9 @@ STANDARD_INPUT = "-"
 
 _CHUNKS_AHEAD = 16
 """Chunks that are in memory at a time: some are hashed while the next ones are read."""
+_LARGE = 128 << 10
+"""Bytes of a chunk that is read into a buffer which was used before. New memory costs less for a smaller
+one."""
 _COUNT_AFTER = 1.0
 """Seconds after which the bytes in all are counted for the progress, which takes a tenth of the time of
 adding them."""
@@ -410,7 +415,7 @@ class _Adder:
             raise AddFailed(f"{self._path} {change} while it was read: add it again when nobody writes to it")
         return built
 
-    def _file(self, chunks: Iterator[bytes], stored: Stored) -> Built:
+    def _file(self, chunks: Iterator[Buffer], stored: Stored) -> Built:
         first = next(chunks, b"")
         second = next(chunks, None)
         if second is None:
@@ -429,7 +434,7 @@ class _Adder:
         self._sink(block.built.cid, block.block)
         return block.built
 
-    def _sized(self, fd: int, size: int) -> Iterator[bytes]:
+    def _sized(self, fd: int, size: int) -> Iterator[Buffer]:
         """`size` bytes in chunks of the profile; fewer if the file ends earlier. Needs no extra read to find
         the end."""
         if size == 0 and self._chunk(fd, 1):
@@ -441,17 +446,15 @@ class _Adder:
             size -= len(chunk)
             yield chunk
 
-    def _unsized(self, fd: int) -> Iterator[bytes]:
+    def _unsized(self, fd: int) -> Iterator[Buffer]:
         """Everything from a pipe, a terminal or a socket, in chunks."""
         while chunk := self._chunk(fd, self._profile.chunk_size):
             yield chunk
 
-    def _chunk(self, fd: int, length: int) -> bytes:
+    def _chunk(self, fd: int, length: int) -> Buffer:
         """`length` bytes, fewer at the end of the file."""
         try:
-            data = os.read(fd, length)
-            if 0 < len(data) < length:
-                data = _filled(fd, data, length)
+            data = _read(fd, length)
         except OSError as exc:
             raise AddFailed(f"{self._path}: {exc.strerror}") from exc
         self._advance(len(data))
@@ -470,10 +473,13 @@ def _joined(open_dirs: Sequence[_Directory], name: bytes) -> str:
     return f"{open_dirs[-1].shown}/{name.decode()}" if open_dirs else name.decode()
 
 
-def _filled(fd: int, data: bytes, length: int) -> bytes:
-    """`data` and the bytes after it, up to `length` bytes in all: a pipe delivers 64 KiB at a time."""
-    parts, left = [data], length - len(data)
-    while left and (part := os.read(fd, left)):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)
+def _read(fd: int, length: int) -> Buffer:
+    """`length` bytes, fewer at the end of the file: a pipe delivers 64 KiB at a time."""
+    start = os.read(fd, length) if length < _LARGE else b""
+    if start and len(start) == length:
+        return start
+    buffer, count = lend(length), len(start)
+    buffer[:count] = start
+    while count < length and (more := os.readv(fd, [buffer[count:]])):
+        count += more
+    return buffer[:count]

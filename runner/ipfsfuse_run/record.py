@@ -64,7 +64,7 @@ class RecordWriter:
         self._seen: set[Cid] = set()
         out.write(car.encode_header([_NO_ROOT]))
 
-    def put(self, cid: Cid, block: bytes) -> None:
+    def put(self, cid: Cid, block: bytes | memoryview) -> None:
         if cid not in self._seen:
             self._seen.add(cid)
             self._out.write(car.section_head(cid, len(block)) + block)

@@ -190,7 +190,7 @@ class CarWriter:
         """Bytes of CAR data so far."""
         return self._end
 
-    def add(self, cid: Cid, block: bytes) -> None:
+    def add(self, cid: Cid, block: bytes | memoryview) -> None:
         head = car.section_head(cid, len(block))
         self._out.write(head)
         self._out.write(block)
