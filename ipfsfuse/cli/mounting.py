@@ -1,11 +1,9 @@
-"""`ipfsfuse mount`, `unmount`, `mounts` and `serve`.
+"""The daemon of `ipfsfuse mount`, and the commands `unmount`, `mounts` and `serve`.
 
-`mount` makes a MountConfig of its arguments. It serves the mount in the foreground, or starts a daemon and
-waits until that has mounted. The daemon is this program in a new session (`--foreground --ready-fd N`). It
-writes lines to the descriptor N: while the index of a CAR file is built, `progress {"done": ..., "total":
-..., "what": ...}`, then `ok {"mountpoint": ..., "control": ..., "pid": ...}` when the mount answers, or
-`error REASON`. Until then its log messages go to the starter's standard error, and later to the log in the
-cache folder (`cache.store.folder`). If the starter ends before that line, the daemon ends too.
+The daemon makes a MountConfig of its arguments, mounts and serves. It runs in the foreground, or tells the
+process that started it the result (`cli.starting`). Until then its log messages go to the starter's standard
+error, and later to the log in the cache folder (`cache.store.folder`). If the starter ends before it has the
+result, the daemon ends too.
 
 SIGHUP makes a daemon open its log again, and read the budget and the log level from the configuration again.
 In the foreground of a terminal, SIGHUP means that the terminal has gone: then the mount ends.
@@ -20,29 +18,25 @@ import logging
 import os
 import pwd
 import select
-import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import ipfsfuse
 from ipfsfuse import client, confinement, units
 from ipfsfuse.cache.store import folder as cache_folder
 from ipfsfuse.cache.store.folder import LOG, OLD_LOG
 from ipfsfuse.cli import console, folders, logs, parser, settings
-from ipfsfuse.cli.console import ProgressBar
+from ipfsfuse.cli.child import PROGRAM, Starter, environment
 from ipfsfuse.config import ContentConfig, MountConfig, User
 from ipfsfuse.control import live_mounts
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.path import cid_alone
-from ipfsfuse.errors import FolderInUse, IpfsFuseError, MountFailed, UsageError
+from ipfsfuse.errors import IpfsFuseError, MountFailed, UsageError
 from ipfsfuse.fuse import mountpoint as mountpoints
 from ipfsfuse.fuse.mountpoint import fitting_deadline
 from ipfsfuse.sources import defaults
@@ -53,9 +47,6 @@ log = logging.getLogger("ipfsfuse.mount")
 
 DAEMON_END_SECONDS = 10.0
 """A daemon may take so long to end after unmounting."""
-
-PROGRESS_PREFIX = "progress "
-"""The prefix of a line with the daemon's progress."""
 
 
 def config(arguments: argparse.Namespace) -> MountConfig:
@@ -195,15 +186,8 @@ def header_file(text: str) -> tuple[str, Path]:
     return url, Path(path).absolute()
 
 
-def run(arguments: argparse.Namespace) -> int:
-    if arguments.all == (arguments.mountpoint is not None):
-        raise UsageError("mount takes one MOUNTPOINT or NAME, or --all")
-    if arguments.all:
-        named = settings.mounts()
-        if not named:
-            raise UsageError("the configuration names no mount: write [mount.NAME] (see `ipfsfuse config`)")
-        return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], named)
-    environment = _environment()
+def run_daemon(arguments: argparse.Namespace, starter: Starter | None) -> None:
+    """Mounts and serves until the mount has ended. Raises the error that prevents it."""
     if arguments.user is not None:
         _at_home(arguments.user)
     _check_name(arguments.mountpoint)
@@ -211,30 +195,25 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_below(asked)
     if not asked.isolated:
         _await_ending(asked.cache_dir)
-    if arguments.foreground:
-        _run_daemon(asked, arguments)
-        return 0
-    _deadline, shortened = fitting_deadline(asked.deadline)  # the daemon does the same, and logs it
+    _serve_mount(asked, arguments, starter)
+
+
+def _notes(asked: MountConfig, arguments: argparse.Namespace) -> Iterator[str]:
+    """What the user is told once the mount is up."""
+    _deadline, shortened = fitting_deadline(asked.deadline)  # the mount does the same, and logs it
     if shortened:
-        console.note(f"ipfsfuse: {shortened}")
-    mounted = _start_daemon(arguments.argv, environment)
+        yield shortened
     if not arguments.json:
         by_default = not arguments.sources
         specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
         remote = [text for text, spec in specs if is_remote(spec)]
         if asked.offline and defaults.KUBO in asked.sources:  # its repository may name a node elsewhere
             remote += [each.text for each in addresses_of_node()[:1] if not each.is_local]
-        text = defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
-        console.note(f"ipfsfuse: {text}")
+        yield defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
     if asked.allow_other:
-        console.note(f"ipfsfuse: {settings.ALLOW_OTHER}")
+        yield settings.ALLOW_OTHER
     if any(not url for url, _path in asked.header_files):
-        console.note(
-            "ipfsfuse: --header-file FILE is the old spelling, and will go: write --header-file URL=FILE"
-        )
-    if arguments.json:
-        console.values(mounted, indent=None)
-    return 0
+        yield "--header-file FILE is the old spelling, and will go: write --header-file URL=FILE"
 
 
 def _check_name(text: str) -> None:
@@ -272,83 +251,13 @@ def _await_ending(cache_dir: Path) -> None:
         time.sleep(0.05)
 
 
-def _start_daemon(argv: list[str], environment: Mapping[str, str]) -> dict[str, Any]:
-    """Starts the daemon and waits for its result. Raises MountFailed, FolderInUse or UsageError with the
-    daemon's reason."""
-    reading, writing = os.pipe()
-    with tempfile.TemporaryFile() as output, open(reading, "rb") as line_from:
-        at = argv.index("mount")
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "ipfsfuse",
-            *argv[: at + 1],
-            "--foreground",
-            "--ready-fd",
-            str(writing),
-            *argv[at + 1 :],
-        ]
-        try:
-            daemon = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[writing],
-                start_new_session=True,
-                env=environment,
-            )
-        finally:
-            os.close(writing)
-        try:
-            line = _result(line_from)
-        except KeyboardInterrupt:
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait()
-            raise
-        if line.startswith("ok "):
-            daemon.returncode = 0  # it goes on without us: Popen must not wait for it
-            mounted: dict[str, Any] = json.loads(line.removeprefix("ok "))
-            return mounted
-        code = daemon.wait()
-        reason = line.removeprefix("error ") or _last_lines(output, code)
-        raise {2: UsageError, os.EX_TEMPFAIL: FolderInUse}.get(code, MountFailed)(reason)
-
-
-def _result(lines: BinaryIO) -> str:
-    """Shows the daemon's progress. Returns its result line, "" if there is none."""
-    with ProgressBar("indexing") as show:
-        for each in lines:
-            line = each.decode(errors="surrogateescape").rstrip("\n")
-            if not line.startswith(PROGRESS_PREFIX):
-                return line
-            show(**json.loads(line.removeprefix(PROGRESS_PREFIX)))
-    return ""
-
-
-def _environment() -> dict[str, str]:
-    """Our environment, with the folder of this package in PYTHONPATH: a checkout need not be installed."""
-    top = str(Path(ipfsfuse.__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [top, os.environ.get("PYTHONPATH")]))}
-
-
-def _last_lines(output: BinaryIO, code: int) -> str:
-    output.seek(0)
-    lines = output.read().decode(errors="replace").strip().splitlines()
-    ending = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    return f"the mount {ending} before it was ready" + (f": {lines[-1]}" if lines else "")
-
-
 # -- the daemon ----------------------------------------------------------------------------------------------
 
 INDEX_LOG_SECONDS = 5.0
 """Seconds between two log lines about the progress of an index."""
-WATCH_MS = 500
 
 
-def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
-    """Mounts and serves until the mount has ended. Raises the error that prevents it."""
+def _serve_mount(asked: MountConfig, arguments: argparse.Namespace, starter: Starter | None) -> None:
     from ipfsfuse import mount  # with trio and pyfuse3, 200 ms: only the process that serves needs them
 
     confinement.hide_memory()
@@ -356,9 +265,11 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[log_to])
     logging.getLogger("ipfsfuse").setLevel(arguments.log_level.upper())
     logs.escape_the_log(logs.FORMATS[arguments.log_format])
-    ready_fd = arguments.ready_fd
     file = None if arguments.log_file is None else Path(arguments.log_file).absolute()
-    starter = None if ready_fd is None else _Starter(ready_fd)
+    notes: list[str] = []
+    if starter is not None:
+        notes += _notes(asked, arguments)  # they may be about files that a confined daemon can't read
+        os.chdir("/")
 
     def ready(control: Path) -> None:
         answer = {"mountpoint": str(asked.mountpoint), "control": str(control), "pid": os.getpid()}
@@ -373,7 +284,7 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
         if asked.allow_other:
             log.info("%s", settings.ALLOW_OTHER)
         if starter is not None:
-            starter.report(f"ok {json.dumps(answer)}")
+            starter.mounted(answer, notes)
         elif output is not None:
             with open(output, "w") as stream, redirect_stdout(stream):
                 console.values(answer, indent=None)
@@ -408,49 +319,9 @@ def _run_daemon(asked: MountConfig, arguments: argparse.Namespace) -> None:
         before, configured = configured, again.budget
         return configured if configured != before else None  # `ipfsfuse budget` holds until the file changes
 
-    try:
-        hangup = None if starter is None and _has_terminal() else reload
-        writes = [] if file is None else [file]
-        mount.run(asked, ready, indexing, hangup, settings.candidates(), writes)
-    except BaseException as exc:
-        if starter is not None:
-            starter.report(f"error {console.one_line(console.unwrapped(exc))}")
-        raise
-
-
-class _Starter:
-    """The process at the other end of the descriptor `fd`. It is watched until it gets the result."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._reported = False
-        os.set_inheritable(fd, False)
-        os.chdir("/")
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def progress(self, values: Mapping[str, object]) -> None:
-        """Sends progress before the result, from any thread."""
-        with suppress(OSError):  # the starter has gone: `_watch` sees that
-            os.write(self._fd, f"{PROGRESS_PREFIX}{json.dumps(values)}\n".encode())
-
-    def report(self, line: str) -> None:
-        """Sends `line` as the result, unless a result was sent."""
-        if self._reported:
-            return
-        self._reported = True
-        try:
-            os.write(self._fd, line.encode(errors="surrogateescape") + b"\n")
-        except OSError:
-            os.kill(os.getpid(), signal.SIGTERM)
-        os.close(self._fd)
-
-    def _watch(self) -> None:
-        poll = select.poll()
-        poll.register(self._fd, 0)  # reports only that the other end was closed
-        while not self._reported:
-            if poll.poll(WATCH_MS) and not self._reported:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+    hangup = None if starter is None and _has_terminal() else reload
+    writes = [] if file is None else [file]
+    mount.run(asked, ready, indexing, hangup, settings.candidates(), writes)
 
 
 def _has_terminal() -> bool:
@@ -486,6 +357,13 @@ def unmount(arguments: argparse.Namespace) -> int:
     return console.answer(arguments, {"unmounted": str(point)})
 
 
+def mount_all(arguments: argparse.Namespace) -> int:
+    named = settings.mounts()
+    if not named:
+        raise UsageError("the configuration names no mount: write [mount.NAME] (see `ipfsfuse config`)")
+    return _all(["mount", *(each for each in arguments.argv[1:] if each != "--all")], named)
+
+
 def _all(words: list[str], mounts: Mapping[str, Path]) -> int:
     """Runs the command for each mount, even if it fails for some. Returns 1 if one failed."""
     mounted = {each["mountpoint"] for each in _mounts() if each["answers"]}
@@ -494,9 +372,9 @@ def _all(words: list[str], mounts: Mapping[str, Path]) -> int:
         if words[0] == "mount" and str(point) in mounted:
             console.note(f"ipfsfuse: {name} is mounted already at {point}")
             continue
-        command = [sys.executable, "-P", "-m", "ipfsfuse", *words, name]
+        command = [*PROGRAM, *words, name]
         output = subprocess.PIPE if "--json" in words else None
-        done = subprocess.run(command, env=_environment(), stdout=output)
+        done = subprocess.run(command, env=environment(), stdout=output)
         if done.stdout:
             answers.append(json.loads(done.stdout))
         code = code or (1 if done.returncode else 0)

@@ -323,7 +323,7 @@ def _content(commands: Any) -> None:
 
 def _mounts(commands: Any) -> None:
     mount = _command(
-        commands, "mount", "mounting:run", "mount IPFS at an empty folder, in the background",
+        commands, "mount", "starting:run", "mount IPFS at an empty folder, in the background",
         "print where it is mounted, the control socket and the pid",
     )  # fmt: skip
     mount.add_argument(
