@@ -1,7 +1,7 @@
 """`ipfsfuse mount`: starts the daemon, and waits until it has mounted.
 
-The daemon is this program in a new session (`--foreground --ready-fd N`). The daemon makes all checks,
-so that this process imports little: the daemon can't start before.
+The daemon is this program in a new session (`--foreground --ready-fd N`). The daemon makes all checks.
+This process imports little, because the daemon starts only after that.
 """
 
 import argparse
