@@ -16,6 +16,7 @@ import weakref
 from bisect import bisect_left
 from collections import deque
 from operator import mul
+from typing import Any
 
 BUFFER_SIZES = tuple(1 << power for power in range(16, 22))
 """Sizes of the reused buffers, in bytes: 64 KiB to 2 MiB, the largest block."""
@@ -32,7 +33,7 @@ HUGE_PAGE = 2 << 20
 _IN_HUGE_PAGES = 256 << 10
 """Buffers of at least this size are parts of a huge page. It is freed when none of them is used or kept."""
 
-_unused: dict[int, deque[memoryview]] = {size: deque(maxlen=KEPT // size) for size in BUFFER_SIZES}
+_unused: "dict[int, deque[_Unused]]" = {size: deque(maxlen=KEPT // size) for size in BUFFER_SIZES}
 """Unused buffers by size. A full deque drops its oldest item. `append` and `pop` are atomic, which is needed
 since a buffer may be freed at any point of the program."""
 
@@ -41,25 +42,44 @@ def lend(size: int) -> memoryview:
     """A buffer of `size` bytes, at least one. Its content is undefined."""
     at = bisect_left(BUFFER_SIZES, size)
     kept = BUFFER_SIZES[at] if at < len(BUFFER_SIZES) else 0
+    if not kept:
+        return memoryview(mmap.mmap(-1, size))
     try:
-        pages = _unused[kept].pop()
-    except LookupError:  # none is unused, or the size is larger than the reused ones
-        if kept < _IN_HUGE_PAGES:
-            pages = memoryview(mmap.mmap(-1, kept or size))
-        else:
-            whole = in_huge_pages(HUGE_PAGE)
-            pages, *others = (whole[start : start + kept] for start in range(0, HUGE_PAGE, kept))
-            _unused[kept].extend(others)
-        left = sum(map(mul, _unused, map(len, _unused.values())))
-        for each in reversed(BUFFER_SIZES):  # drop buffers of other sizes, the largest first
-            while left > KEPT_IN_ALL and each != kept and _unused[each]:
-                with contextlib.suppress(IndexError):  # another thread took the last one
-                    _unused[each].pop()
-                left -= each
-    array = (ctypes.c_char * len(pages)).from_buffer(pages)
-    if kept:  # a memoryview can't tell when its last view is gone, an array over it can
-        weakref.finalize(array, _unused[kept].append, pages).atexit = False
+        pages = _unused[kept].pop().pages
+    except LookupError:
+        pages = _new(kept)
+    array = (ctypes.c_char * kept).from_buffer(pages)
+    returned = _Unused(array, _unused[kept].append)  # no Python code runs then: Ctrl-C in it would be lost
+    returned.pages = pages
+    array.returned = returned  # type: ignore[attr-defined] # kept as long as the array
     return memoryview(array).cast("B")[:size]
+
+
+class _Unused(weakref.ref[Any]):
+    """Unused pages. While they are lent, refers to the array over them, and is not in `_unused`."""
+
+    __slots__ = ("pages",)
+    pages: memoryview
+
+
+def _new(kept: int) -> memoryview:
+    """A buffer of a size in BUFFER_SIZES. Makes room for it, and the rest of its huge page is unused."""
+    if kept < _IN_HUGE_PAGES:
+        pages = memoryview(mmap.mmap(-1, kept))
+    else:
+        whole = in_huge_pages(HUGE_PAGE)
+        pages = whole[:kept]
+        for start in range(kept, HUGE_PAGE, kept):
+            rest = _Unused(whole)
+            rest.pages = whole[start : start + kept]
+            _unused[kept].append(rest)
+    left = sum(map(mul, _unused, map(len, _unused.values())))
+    for each in reversed(BUFFER_SIZES):  # drop buffers of other sizes, the largest first
+        while left > KEPT_IN_ALL and each != kept and _unused[each]:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                _unused[each].pop()
+            left -= each
+    return pages
 
 
 def in_huge_pages(size: int) -> memoryview:
@@ -75,12 +95,12 @@ def give_back() -> None:
     """Gives most unused memory back to the system. Call it only every few seconds: a reader at full speed
     then needs new buffers, which the kernel has to clear."""
     for size, unused in _unused.items():
-        pages: list[memoryview] = []
+        taken: list[_Unused] = []
         with contextlib.suppress(IndexError):
             while True:
-                pages.append(unused.pop())
-        pages.sort(key=lambda each: id(each.obj))  # keep whole huge pages
-        unused.extend(pages[: KEPT_IDLE // size])
+                taken.append(unused.pop())
+        taken.sort(key=lambda each: id(each.pages.obj))  # keep whole huge pages
+        unused.extend(taken[: KEPT_IDLE // size])
 
 
 def advance(left: list[memoryview], count: int) -> None:

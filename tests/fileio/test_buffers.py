@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_buffer_has_the_size_that_was_asked_for_and_begins_on_a_page() -> None
 def test_large_buffers_are_parts_of_huge_pages(size: int) -> None:
     parts = buffers.HUGE_PAGE // size
     lent = [buffers.lend(size) for _ in range(4 * parts)]
-    starts = [address(each) for each in [*lent, *buffers._unused[size]]]
+    starts = [address(each) for each in [*lent, *(each.pages for each in buffers._unused[size])]]
     assert {start % size for start in starts} == {0}
     assert len(set(starts)) == len(starts), "each has one borrower"
     pages = {start // buffers.HUGE_PAGE for start in map(address, lent)}
@@ -92,6 +93,16 @@ def test_give_back_frees_most_unused_buffers() -> None:
     buffers.give_back()
     assert {size * len(pages) for size, pages in buffers._unused.items()} == {buffers.KEPT_IDLE}
     kept = buffers._unused[1 << 20]
-    assert len({address(each) // buffers.HUGE_PAGE for each in kept}) == len(kept) // 2, (
+    assert len({address(each.pages) // buffers.HUGE_PAGE for each in kept}) == len(kept) // 2, (
         "whole huge pages are kept"
     )
+
+
+def test_no_python_code_runs_when_a_buffer_is_returned() -> None:
+    """Python would drop the KeyboardInterrupt of a Ctrl-C in such code."""
+    calls = []
+    lent = [buffers.lend(1 << 20) for _ in range(3)]
+    sys.setprofile(lambda _frame, event, _argument: calls.append(event))
+    lent.clear()
+    sys.setprofile(None)
+    assert "call" not in calls
