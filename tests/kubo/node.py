@@ -63,9 +63,16 @@ def find_ipfs() -> Path | None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1)[0]
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports: two calls of `free_port` may return the same."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def keep_on_loopback(config: dict[str, Any], swarm: int, api: int, gateway: int) -> None:
@@ -108,7 +115,7 @@ class Node:
         self.program = found
         self.settings = settings or {}
         self.process: subprocess.Popen[bytes] | None = None
-        self._swarm, api, gateway = free_port(), free_port(), free_port()
+        self._swarm, api, gateway = free_ports(3)
         self.api_url = f"http://127.0.0.1:{api}"
         self.gateway_url = f"http://127.0.0.1:{gateway}"
         self._ports = self._swarm, api, gateway
