@@ -47,9 +47,15 @@ class PassthroughFile:
         return state
 
     def read_and_verify(self) -> None:
-        """Reads the file once, and waits until it is verified whole."""
+        """Reads the file once, and waits until it is verified whole, and the next open is passed through."""
         assert self.path.read_bytes() == self.content
         self.wait_until_verified()
+        # the file that was verified may have been another test's
+        wait_until(self._opens_passed_through, "an open is passed through")
+
+    def _opens_passed_through(self) -> bool:
+        with self.path.open("rb"):
+            return self.is_passed_through()
 
     def wait_until_verified(self) -> None:
         wait_until(
