@@ -55,8 +55,8 @@ class MountConfig(ContentConfig):
     allow: "frozenset[Cid] | None" = None
     """Canonical CIDs that are allowed in the root; None for all."""
     record: Path | None = None
-    """The file for the CIDs of all blocks used, as JSON lines. With it, nothing is pushed into the page
-    cache."""
+    """The file for the CIDs of all blocks used, as JSON lines. With it, nothing is stored into the page
+    cache that the kernel did not ask for."""
     allow_other: bool = False
     passthrough: bool = False
     """Whether the kernel itself reads staging files that were verified whole."""

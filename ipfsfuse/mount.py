@@ -183,25 +183,24 @@ async def _main(
         if config.while_held:
             nursery.start_soon(_end_when_released, server, end)
         stack.enter_context(live_mounts.register(config.mountpoint, folder.control))
-        with operations.files.pushing():
-            nursery.start_soon(operations.files.run)
-            async with trio.open_nursery() as serving:
-                if await serving.start(sessions.serve, session):
-                    if passthrough is not None:
-                        passthrough.check(session.device.passes_through)
-                    if config.record is None:
-                        mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
-                    process.touch_memory()
-                    if config.user is not None:
-                        log.info("the daemon goes on as user %s", config.user.name)
-                    elif os.geteuid() == 0:
-                        log.info("the daemon stays root: --user NAME lets it go on as another user")
-                    log.info("the daemon is confined by %s", confined_by)
-                    log.info("mounted at %s", config.mountpoint)
-                    ready(folder.control)
-                    notifier.send("READY=1", f"STATUS=mounted at {config.mountpoint}")
-                    nursery.start_soon(notifier.run, commands.in_one_line)
-                    nursery.start_soon(commands.measure_lag)
+        nursery.start_soon(operations.files.run)
+        async with trio.open_nursery() as serving:
+            if await serving.start(sessions.serve, session):
+                if passthrough is not None:
+                    passthrough.check(session.device.passes_through)
+                if config.record is None:
+                    mountpoints.raise_readahead(config.mountpoint, READ_AHEAD_KIB)
+                process.touch_memory()
+                if config.user is not None:
+                    log.info("the daemon goes on as user %s", config.user.name)
+                elif os.geteuid() == 0:
+                    log.info("the daemon stays root: --user NAME lets it go on as another user")
+                log.info("the daemon is confined by %s", confined_by)
+                log.info("mounted at %s", config.mountpoint)
+                ready(folder.control)
+                notifier.send("READY=1", f"STATUS=mounted at {config.mountpoint}")
+                nursery.start_soon(notifier.run, commands.in_one_line)
+                nursery.start_soon(commands.measure_lag)
         log.info("unmounted")
         notifier.send("STOPPING=1")
         nursery.cancel_scope.cancel()

@@ -86,6 +86,8 @@ int64_t device_now(void)
 	return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
+void device_notify(void) { eventfd_write(notify_fd, 1); }
+
 static void discard(struct request *one)
 {
 	if (one)
@@ -191,7 +193,7 @@ static void interrupt(uint64_t unique)
 		interrupted.room = room;
 	}
 	interrupted.numbers[interrupted.count++] = unique;
-	eventfd_write(notify_fd, 1);
+	device_notify();
 }
 
 /* The caller of a request got a signal. A request that is still queued is interrupted after it has been
@@ -374,7 +376,7 @@ static ssize_t write_for_libfuse(int unused, struct iovec *parts, int count, voi
 
 	(void)unused, (void)session;
 	if (reply_init_result() != before)
-		eventfd_write(notify_fd, 1);
+		device_notify();
 	errno = failed;
 	return written;
 }
@@ -425,7 +427,7 @@ int device_start_error(void) { return start_error; }
 int device_started(void) { return device >= 0; }
 
 /* Call this before a session. The eventfd `notify` will say when there is something new from
- * device_interrupted or reply_init_result. */
+ * device_interrupted or reply_init_result, and when opens should be drained. */
 void device_prepare(int notify, int readahead, int passthrough)
 {
 	notify_fd = notify;

@@ -23,6 +23,10 @@ enum reply reply_send(int device, uint64_t unique, const void *body, size_t size
 /* The same, of a body in `count` parts, at most 64. */
 enum reply reply_send_parts(int device, uint64_t unique, const struct iovec *body, int count);
 
+/* Stores `content` at the beginning of the kernel's page cache of `inode`. Returns 0 if that fails: the kernel
+ * has forgotten the inode, or has no memory. */
+int reply_store(int device, uint64_t inode, const void *content, uint32_t size);
+
 /* Extends and sends a reply or notification of libfuse. Returns what writev returns. */
 ssize_t reply_from_libfuse(int device, struct iovec *parts, int count);
 
@@ -61,6 +65,10 @@ void device_pass_on(const char *request, size_t size, int64_t read_at, const int
 
 /* Has the device's thread call reads_retry soon. Any thread may call this. */
 void device_retry_reads(void);
+
+/* Wakes Python to look at what is new: interrupted requests, opens to drain, or the result of INIT. Any thread may
+ * call this. */
+void device_notify(void);
 
 /* By the monotonic clock, in nanoseconds. */
 int64_t device_now(void);

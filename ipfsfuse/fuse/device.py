@@ -5,9 +5,10 @@ library that was loaded first: pyfuse3 then calls our `fuse_session_mount` (`dev
 
 The thread answers four kinds of requests: reads of leaves that are in memory, or will be in a moment
 (`ReadWindows`, `reads.c`); small reads of staged leaves that were verified before (`pieces.c`); opens for
-reading, and releases, of small files and directories that Python allowed; and the end and the release of a
-listing that Python has given completely (`opens.c`). It counts those opens, and `drain` returns them later.
-After 32 opens that were not drained, the next open goes to Python.
+reading, and releases, of small files and directories that Python allowed, or whose content it offered; and
+the end and the release of a listing that Python has given completely (`opens.c`). It counts those opens, and
+`drain` returns them later. It wakes Python after 64 opens that were not drained. After 256, the next open
+goes to Python.
 
 Concurrency: any thread may call the functions and `ReadWindows`. `Device` belongs to the event loop.
 """
@@ -15,7 +16,7 @@ Concurrency: any thread may call the functions and `ReadWindows`. `Device` belon
 import ctypes
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -36,7 +37,7 @@ _PASSTHROUGH = 1 << 61
 _INIT_PARALLEL, _INIT_PASSTHROUGH = 2, 4
 """All as in `replies.c`."""
 _ANSWERED_HERE = 1 << 63
-_UNDRAINED = 32
+_UNDRAINED = 256
 """Both as in `opens.c`."""
 
 _Drained = ctypes.c_uint64 * _UNDRAINED
@@ -58,7 +59,9 @@ _SIGNATURES: dict[str, Sequence[Any]] = {
 """The result and argument types of each function."""
 _SIGNATURES_WITH_LOCK: dict[str, Sequence[Any]] = {
     "opens_allow": (None, _NUMBER),
-    "opens_revoke": (ctypes.c_uint32, _NUMBER, _INT),
+    "opens_revoke": (ctypes.c_uint32, _NUMBER),
+    "opens_offer": (None, _NUMBER, _TEXT, ctypes.c_uint32),
+    "opens_withdraw": (None, _NUMBER),
     "opens_revoke_idle": (None,),
     "opens_drain": (ctypes.c_uint32, _Drained),
     "opens_end": (None, _NUMBER, _NUMBER),
@@ -112,21 +115,21 @@ class Device:
         Raises MountFailed if libfuse refused. If the mount ends before that, INIT is never answered, and this
         waits until it is cancelled."""
         while (result := _LIBRARY.reply_init_result()) in (0, -errno.ENOENT):
-            await self._notified()
+            await self.notified()
         if result < 0:
             raise MountFailed(f"libfuse refused INIT: {os.strerror(-result)}")
         return bool(result & _INIT_PARALLEL)
 
-    async def interrupted(self) -> AsyncIterator[int]:
-        """The numbers of requests whose callers got a signal while they waited, or before."""
-        while True:
-            await self._notified()
-            while number := _LIBRARY.device_interrupted():
-                yield number
-
-    async def _notified(self) -> None:
+    async def notified(self) -> None:
+        """Waits until a request was interrupted, or there are many opens to drain."""
         await trio.lowlevel.wait_readable(self._notify_fd)
         os.eventfd_read(self._notify_fd)
+
+    def interrupted(self) -> Iterator[int]:
+        """The numbers of requests whose callers got a signal while they waited, or before. Each comes
+        once."""
+        while number := _LIBRARY.device_interrupted():
+            yield number
 
     def stop(self) -> None:
         """Ends the thread. Requests that wait for Python are dropped."""
@@ -170,15 +173,21 @@ def allow(inode: int) -> None:
 
 
 def revoke(inode: int) -> int:
-    """Makes opens of `inode` go to Python again. Returns how many files the thread has open of it; their
-    releases will go to Python too."""
-    return int(_WITH_LOCK.opens_revoke(inode, 1))
+    """Makes opens of `inode` go to Python again, and withdraws its offer. Returns how many files the thread
+    has open of it; their releases will go to Python too."""
+    return int(_WITH_LOCK.opens_revoke(inode))
 
 
-def revoke_if_closed(inode: int) -> bool:
-    """Makes opens of `inode` go to Python again, unless the thread has it open. Returns whether that was
-    done."""
-    return not _WITH_LOCK.opens_revoke(inode, 0)
+def offer(inode: int, content: bytes) -> None:
+    """Offers the whole content of `inode` to the thread. The next open stores it into the kernel's page
+    cache, and is answered by the thread. Must be called only for a regular file that is not open in Python,
+    and whose attributes the kernel has correctly. The last 256 offers are kept."""
+    _WITH_LOCK.opens_offer(inode, content, len(content))
+
+
+def withdraw(inode: int) -> None:
+    """Ensures that nothing is stored into `inode`. Call it before an open of it is answered by Python."""
+    _WITH_LOCK.opens_withdraw(inode)
 
 
 def revoke_idle() -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import trio
 from pyfuse3 import FileNameT, ReaddirToken, readdir_reply
 
+from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.directory_pages import DirectoryEntry
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import ROOT_INODE, Inode, Inodes
@@ -235,18 +236,18 @@ class OpenDirectories:
         """The user who opened it, which a read request does not contain; None if the C thread opened it."""
         return self._openers.get(handle)
 
-    async def read(self, handle: int, start: int, token: ReaddirToken) -> None:
-        """Fills a reply with the entries after the offset `start`. Raises what `Listing.reply` raises."""
+    async def read(self, handle: int, start: int, token: ReaddirToken) -> Cid | None:
+        """Fills a reply with the entries after the offset `start`. Returns the directory if the kernel has
+        its complete listing with this reply, else None. Raises what `Listing.reply` raises."""
         if device.inode_of(handle) is not None:
-            await self._read_shared(handle, start, token)
-            return
+            return await self._read_shared(handle, start, token)
         listing = self._listings[handle]
         end = await listing.reply(start, token)
         if end is not None:
             device.listing_ends(handle, end)
-            self._allow(listing)
+        return self._complete(listing, end)
 
-    async def _read_shared(self, handle: int, start: int, token: ReaddirToken) -> None:
+    async def _read_shared(self, handle: int, start: int, token: ReaddirToken) -> Cid | None:
         """Reads a directory that the C thread opened: the kernel had its listing then, and has dropped it."""
         shared = self._shared.get(handle) or self._take_over(handle)
         listing = next((one for one in shared.idle if one.is_at(start)), None)
@@ -256,14 +257,16 @@ class OpenDirectories:
             shared.idle.remove(listing)
         end = await listing.reply(start, token)
         shared.idle = [listing, *shared.idle][: max(shared.opens, 1)]
-        if end is not None:
-            self._allow(listing)
+        return self._complete(listing, end)
 
-    def _allow(self, listing: Listing | RootListing) -> None:
-        """Lets the C thread open the directory, because the kernel has all of `listing`. Not the root, which
+    def _complete(self, listing: Listing | RootListing, end: int | None) -> Cid | None:
+        """Lets the C thread open the directory if the kernel has all of `listing`. Not the root, which
         changes."""
-        if self._push and isinstance(listing, Listing):
+        if end is None or isinstance(listing, RootListing):
+            return None
+        if self._push:
             device.allow(listing.directory.number)
+        return listing.directory.cid
 
     def _take_over(self, handle: int) -> _Shared:
         """Makes opens of the directory go to Python until the kernel has its listing again."""

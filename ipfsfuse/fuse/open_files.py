@@ -1,20 +1,17 @@
 """Open files, and the state of a file in the kernel between the listing that names it and its FORGET:
 
-    listed -> pushed into the page cache -> allowed to be opened in C -> open -> released -> forgotten
+    listed -> offered to the C thread -> stored in the page cache and open -> released -> forgotten
 
-A small file's bytes are pushed to the kernel before a program reads it (`PageCachePusher`). The C thread then
-answers its open without Python (`device`), and `drain` tells Python later. Each step must undo the step
-before it, so one class has them all.
+The content of a small file is offered to the C thread before a program opens it (`device.offer`). That thread
+then stores it in the kernel's page cache and answers the open without Python, and `drain` tells Python later.
+Each step must undo the step before it, so one class has them all.
 
 Concurrency: on the event loop; between two awaits the tables are consistent.
 """
 
 import errno
-import logging
-import queue
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyfuse3
@@ -33,12 +30,6 @@ from ipfsfuse.sources.base import Caller
 from ipfsfuse.vfs.open_file import BufferBudget, OpenFile
 from ipfsfuse.vfs.tree import Attributes, Tree, attributes_of
 
-log = logging.getLogger("ipfsfuse.fuse")
-
-MAX_WAITING = 256
-"""Files that may wait for the thread. Further ones are dropped: the kernel will read them."""
-STORE_END_SECONDS = 5.0
-"""How long to wait at the end for a store that is under way."""
 DRAIN_SECONDS = 1.0
 """The longest time until the cache and the pins are told of an open in C."""
 
@@ -156,20 +147,14 @@ class OpenFiles:
     def __init__(
         self, tree: Tree, inodes: Inodes, push: bool, passthrough: Passthrough | None = None
     ) -> None:
-        """Without `push`, no data is pushed to the kernel, and Python answers every open and read."""
+        """Without `push`, no content is offered to the C thread, and Python answers every open and read."""
         self._tree, self._inodes, self._push, self._passthrough = tree, inodes, push, passthrough
         self._buffer_budget = BufferBudget()
-        self._pusher = PageCachePusher()
         self.handles: dict[int, Handle] = {}
         """The handles that Python answers for."""
         self._last_handle = 0
         if push:
             tree.cache.when_blocks_leave(device.revoke_idle)
-
-    def pushing(self) -> AbstractContextManager[None]:
-        """A context manager in which small files are pushed into the page cache. It must lie within the
-        session."""
-        return self._pusher.running() if self._push else nullcontext()
 
     async def run(self) -> None:
         """Drains every DRAIN_SECONDS, until it is cancelled."""
@@ -182,7 +167,7 @@ class OpenFiles:
     async def open(self, inode: Inode, opener: Caller) -> int:
         """A handle for reading `inode`, for the user `opener`. Raises what the walk of its blocks raises."""
         self.drain()  # first, so that earlier opens count as earlier uses
-        self._pusher.remove(inode.number)
+        device.withdraw(inode.number)
         inode.opens += 1
         try:
             file = self._tree.file_at_hand(inode.cid) or await self._tree.file(inode.cid)
@@ -190,14 +175,14 @@ class OpenFiles:
             inode.opens -= 1
             raise
         self._correct(inode, attributes_of(file))
-        in_one_block = file.inline == file.size  # the C thread may open it, and its pages may be pushed
+        in_one_block = file.inline == file.size  # the C thread may open it
         if self._passthrough is not None and not in_one_block:
             handle = self._passthrough.open(inode)
             if handle is not None:
                 self._tree.used(inode.cid, file.size)
                 return handle
         if self._push:
-            self._push_following(inode.cid)
+            self._offer(self._tree.following(inode.cid))
             if in_one_block:
                 device.allow(inode.number)
         self._last_handle += 1
@@ -229,10 +214,6 @@ class OpenFiles:
         inode = self._inodes.get(number)
         file = await self._tree.file(inode.cid)
         if handle not in self.handles:  # unless another read has made it meanwhile
-            # `remove` comes before `revoke`: while the C thread counts the file as open, nothing is stored
-            # into it. The kernel waits for our reply with a page locked, and a store would wait for that
-            # page.
-            self._pusher.remove(number)
             opens = device.revoke(number)
             inode.opens += opens
             self.handles[handle] = Handle(self._open_file(file, handle, inode), inode, opens=opens)
@@ -258,10 +239,9 @@ class OpenFiles:
         """The kernel returns `count` references to an inode. After the last one, removes everything about
         it."""
         if self._inodes.forget(number, count) is not None:
-            self._pusher.remove(number)
             device.revoke(number)
 
-    # -- data pushed to the kernel ---------------------------------------------------------------------------
+    # -- contents for the kernel -----------------------------------------------------------------------------
 
     def drain(self) -> None:
         """Tells the cache and the prefetcher what the C thread has opened."""
@@ -278,93 +258,21 @@ class OpenFiles:
                 last = inode
                 self._tree.used(inode.cid, inode.attributes.size)
         if last is not None:
-            self._push_following(last.cid)
+            self._offer(self._tree.following(last.cid))
 
-    def _push_following(self, cid: Cid) -> None:
-        """Pushes the small files that come next in the directory of `cid`. The kernel then does not ask for
-        their bytes, nor for their access times after a read."""
-        given = []
-        for following, content in self._tree.coming(cid):
-            inode, true = self._inodes.find(following), self._tree.known(following)
-            if inode and true and not inode.opens and inode.attributes.size == true.size:
+    def listed(self, directory: Cid) -> None:
+        """The kernel has the listing of `directory`: offers the contents of its first files."""
+        if self._push:
+            self._offer(self._tree.first(directory))
+
+    def _offer(self, files: Iterable[Cid]) -> None:
+        """Offers the contents of those of `files` that have arrived. The kernel then does not ask for their
+        bytes, nor for their access times after a read."""
+        for cid in files:
+            inode = self._inodes.find(cid)
+            if inode is None or inode.opens or (content := self._tree.small_files.take(cid)) is None:
+                continue
+            true = self._tree.known(cid)
+            if true is not None and true.size == inode.attributes.size:
                 inode.attributes = true
-                given.append((inode.number, content))
-        if given:
-            self._pusher.push(given)
-
-
-class PageCachePusher:
-    """Stores small files into the kernel's page cache before programs read them.
-
-    Only files that are not open are stored. The kernel locks a page while it waits for our reply to a read of
-    it, and a store into that page waits for the lock. If the daemon is killed at that moment, both wait
-    forever: the storing thread keeps the connection alive, and no process is left to reply. So an inode has
-    either a store under way or open files, never both. `remove` must be called before a file is opened, and
-    the C thread does not open a file while it is stored. After that it may.
-
-    One thread stores; everything else runs on the event loop."""
-
-    def __init__(self) -> None:
-        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        """Protects `_waiting` and `_storing`."""
-        self._waiting: dict[int, bytes] = {}
-        """Contents by inode number."""
-        self._storing: int | None = None
-        self._busy = threading.Lock()
-        """Held while one file is stored."""
-
-    def push(self, files: Iterable[tuple[int, bytes]]) -> None:
-        """Queues files (inode number, whole content) that are not open to be stored."""
-        with self._lock:
-            for number, content in files:
-                if len(self._waiting) < MAX_WAITING:
-                    self._waiting[number] = content
-        self._wake.put(True)
-
-    def remove(self, number: int) -> None:
-        """Ensures that nothing is stored into inode `number`. Waits for a store under way, about 20 us,
-        because no page of it is locked."""
-        with self._lock:
-            self._waiting.pop(number, None)
-            storing = self._storing == number
-        if storing:
-            with self._busy:
-                pass
-
-    def _work(self) -> None:
-        while self._wake.get():
-            while self._waiting:
-                with self._busy:
-                    self._store_next()
-
-    def _store_next(self) -> None:
-        with self._lock:
-            number = self._storing = next(iter(self._waiting), None)
-            if number is None:
-                return
-            content = self._waiting.pop(number)
-        try:
-            if device.revoke_if_closed(number):
-                pyfuse3.notify_store(InodeT(number), 0, content)
-                device.allow(number)
-        except OSError as exc:  # the kernel has forgotten it, or the mount is going
-            log.debug("inode %d took no pages: %s", number, exc)
-        except Exception:  # the thread must go on
-            log.exception("pages for inode %d could not be stored", number)
-        finally:
-            self._storing = None
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Runs the thread while the block runs, which must lie within the session. Drops what is queued at
-        the end."""
-        thread = threading.Thread(target=self._work, name="page-cache-pusher", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._waiting.clear()
-            self._wake.put(False)
-            thread.join(STORE_END_SECONDS)
+                device.offer(inode.number, content)

@@ -2,22 +2,33 @@
  * two requests of a directory's reader after Python has given the last entry: whether there are more entries,
  * and the release.
  *
+ * Python also offers the contents of small files that will be opened soon. When such a file is opened, its
+ * content is stored into the kernel's page cache, and the open is answered here.
+ *
+ * Nothing is stored into a file that is open. The kernel locks a page while it waits for our reply to a read
+ * of it, and a store into that page waits for the lock. If the daemon is killed at that moment, both wait
+ * forever: the storing thread keeps the connection alive, and no process is left to reply. So Python withdraws
+ * the offer of a file before it answers an open of it.
+ *
  * A request costs pyfuse3 45 us and more. Reading a small file from the page cache takes only an open and a
  * release; so does reading a directory whose listing is cached. Listing a directory for the first time takes
  * four requests.
- * Concurrency: one lock for the table; any thread may call.
+ * Concurrency: one lock for the tables; any thread may call.
  */
 #define _GNU_SOURCE
 #include "device.h"
 
 #include <fcntl.h>
 #include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define ANSWERED_HERE (1ULL << 63) /* set in a handle that was given here; the other bits are the inode's number */
 #define SLOTS (1U << 16)
 #define FULL (SLOTS / 2)
-#define UNDRAINED 32               /* opens that Python has not drained; the next open goes to Python. Releases alike */
+#define UNDRAINED 256              /* opens that Python has not drained; the next open goes to Python. Releases alike */
+#define DRAIN_AT 64                /* opens after which Python is woken to drain them */
+#define OFFERS 256                 /* the last so many offers are kept */
 #define LISTINGS 1024
 #define WRITING (O_WRONLY | O_RDWR | O_TRUNC | O_APPEND | O_CREAT)
 
@@ -27,6 +38,8 @@ static struct { uint64_t handle, end; } listings[LISTINGS]; /* listings with a k
 static struct undrained { uint64_t numbers[UNDRAINED]; uint32_t count; }
 	opened,   /* inodes that were opened here, and that Python has not drained */
 	released; /* handles of directories that were released here, and that Python has not drained */
+static struct { uint64_t inode; char *content; uint32_t size; } offers[OFFERS]; /* `inode` is 0 for no offer */
+static uint32_t next_offer;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static uint32_t home(uint64_t inode) { return (uint32_t)((inode * 0x9E3779B97F4A7C15ULL) >> 48); }
@@ -70,13 +83,10 @@ static void drop_idle(void)
 			slot++;
 }
 
-/* From now on, opens of `inode` for reading are answered here. It must be a regular file whose attributes the
- * kernel has correctly, or a directory that never changes. */
-void opens_allow(uint64_t inode)
+static void allow(uint64_t inode)
 {
 	uint32_t slot;
 
-	pthread_mutex_lock(&lock);
 	if (used_slots >= FULL)
 		drop_idle();
 	slot = slot_of(inode);
@@ -85,24 +95,84 @@ void opens_allow(uint64_t inode)
 		table[slot].opens = 0;
 		used_slots++;
 	}
+}
+
+static void clear_offer(uint32_t place)
+{
+	free(offers[place].content);
+	offers[place].content = NULL;
+	offers[place].inode = 0;
+}
+
+/* The place of the offer of `inode`, or OFFERS if there is none. */
+static uint32_t offer_of(uint64_t inode)
+{
+	uint32_t place = 0;
+
+	while (place < OFFERS && offers[place].inode != inode)
+		place++;
+	return place;
+}
+
+static void withdraw(uint64_t inode)
+{
+	uint32_t place = offer_of(inode);
+
+	if (place < OFFERS)
+		clear_offer(place);
+}
+
+/* From now on, opens of `inode` for reading are answered here. It must be a regular file whose attributes the
+ * kernel has correctly, or a directory that never changes. */
+void opens_allow(uint64_t inode)
+{
+	pthread_mutex_lock(&lock);
+	allow(inode);
 	pthread_mutex_unlock(&lock);
 }
 
-/* From now on, opens of `inode` go to Python again. Returns how often it is open here; those releases go to
- * Python too. If it is open and `even_open` is 0, nothing changes. */
-uint32_t opens_revoke(uint64_t inode, int even_open)
+/* From now on, opens of `inode` go to Python again, and nothing is stored into it. Returns how often it is
+ * open here; those releases go to Python too. */
+uint32_t opens_revoke(uint64_t inode)
 {
 	uint32_t slot, opens = 0;
 
 	pthread_mutex_lock(&lock);
+	withdraw(inode);
 	slot = slot_of(inode);
 	if (table[slot].inode) {
 		opens = table[slot].opens;
-		if (!opens || even_open)
-			drop(slot);
+		drop(slot);
 	}
 	pthread_mutex_unlock(&lock);
 	return opens;
+}
+
+/* Offers the whole content of `inode`, which must be a regular file that Python does not have open, and whose
+ * attributes the kernel has correctly. The next open stores it, unless the file is open here. */
+void opens_offer(uint64_t inode, const char *content, uint32_t size)
+{
+	char *copy = malloc(size + 1); /* never NULL for an empty file */
+
+	if (!copy)
+		return;
+	memcpy(copy, content, size);
+	pthread_mutex_lock(&lock);
+	withdraw(inode);
+	clear_offer(next_offer);
+	offers[next_offer].inode = inode;
+	offers[next_offer].content = copy;
+	offers[next_offer].size = size;
+	next_offer = (next_offer + 1) % OFFERS;
+	pthread_mutex_unlock(&lock);
+}
+
+/* From now on nothing is stored into `inode`. Waits for a store under way, about 20 us. */
+void opens_withdraw(uint64_t inode)
+{
+	pthread_mutex_lock(&lock);
+	withdraw(inode);
+	pthread_mutex_unlock(&lock);
 }
 
 /* Calls opens_revoke for every inode that is not open. */
@@ -116,6 +186,8 @@ void opens_revoke_idle(void)
 /* Call this when the device thread has stopped: the next session starts with an empty table. */
 void opens_clear(void)
 {
+	for (uint32_t place = 0; place < OFFERS; place++)
+		clear_offer(place);
 	memset(table, 0, sizeof table);
 	used_slots = opened.count = released.count = 0;
 	memset(listings, 0, sizeof listings);
@@ -140,20 +212,39 @@ uint32_t opens_drain(uint64_t *out) { return drain(&opened, out); }
 /* The same for the handles of directories that were released. */
 uint32_t opens_released(uint64_t *out) { return drain(&released, out); }
 
+/* Stores the content that was offered for `inode`, unless the file is open. */
+static void take_offer(int device, uint64_t inode)
+{
+	uint32_t place = offer_of(inode), slot = slot_of(inode);
+	int is_open = table[slot].inode && table[slot].opens;
+
+	if (place == OFFERS)
+		return;
+	if (!is_open && reply_store(device, inode, offers[place].content, offers[place].size))
+		allow(inode);
+	clear_offer(place);
+}
+
 static int answer_open(int device, const struct fuse_in_header *request, const struct fuse_open_in *how)
 {
 	struct fuse_open_out answer = {.fh = ANSWERED_HERE | request->nodeid, .open_flags = FOPEN_KEEP_CACHE};
-	uint32_t slot = slot_of(request->nodeid);
+	uint32_t slot;
 	enum reply reply;
 
+	if (how->flags & WRITING)
+		return 0;
+	take_offer(device, request->nodeid);
+	slot = slot_of(request->nodeid);
+	if (!table[slot].inode || opened.count == UNDRAINED)
+		return 0;
 	if (request->opcode == FUSE_OPENDIR)
 		answer.open_flags |= FOPEN_CACHE_DIR;
-	if (how->flags & WRITING || !table[slot].inode || opened.count == UNDRAINED)
-		return 0;
 	reply = reply_send(device, request->unique, &answer, sizeof answer);
 	if (reply == REPLY_SENT) { /* only then will a RELEASE come */
 		table[slot].opens++;
 		opened.numbers[opened.count++] = request->nodeid;
+		if (opened.count == DRAIN_AT)
+			device_notify();
 	}
 	return reply != REPLY_FAILED;
 }

@@ -219,7 +219,9 @@ class Operations(pyfuse3.Operations):
 
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         with self._call(self.directories.opener(fh), "readdir", (fh, start_id)):
-            await self.directories.read(fh, start_id, token)
+            listed = await self.directories.read(fh, start_id, token)
+            if listed is not None:
+                self.files.listed(listed)
 
     async def releasedir(self, fh: FileHandleT) -> None:
         self.directories.release(fh)

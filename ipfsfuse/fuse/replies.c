@@ -83,6 +83,15 @@ enum reply reply_send(int device, uint64_t unique, const void *body, size_t size
 	return reply_send_parts(device, unique, &part, size > 0);
 }
 
+int reply_store(int device, uint64_t inode, const void *content, uint32_t size)
+{
+	struct fuse_notify_store_out store = {.nodeid = inode, .size = size};
+	struct fuse_out_header header = {.len = sizeof header + sizeof store + size, .error = FUSE_NOTIFY_STORE};
+	struct iovec parts[] = {{&header, sizeof header}, {&store, sizeof store}, {(void *)content, size}};
+
+	return write_parts(device, parts, 3, 0) >= 0;
+}
+
 void reply_prepare(int readahead, int passthrough)
 {
 	with_readahead = readahead;

@@ -245,7 +245,7 @@ async def serve(session: Session, *, task_status: trio.TaskStatus[bool] = trio.T
             log.warning(
                 "this kernel offers no parallel directory operations: a stalled lookup holds up its directory"
             )
-        nursery.start_soon(_interrupt, session)
+        nursery.start_soon(_heed_thread, session)
         nursery.start_soon(_prune, session)
         answers = True
         task_status.started(True)
@@ -253,9 +253,13 @@ async def serve(session: Session, *, task_status: trio.TaskStatus[bool] = trio.T
         task_status.started(False)
 
 
-async def _interrupt(session: Session) -> None:
-    async for number in session.device.interrupted():
-        session.operations.interrupt(number)
+async def _heed_thread(session: Session) -> None:
+    """Handles what the device's thread reports. Runs until it is cancelled."""
+    while True:
+        await session.device.notified()
+        for number in session.device.interrupted():
+            session.operations.interrupt(number)
+        session.operations.files.drain()
 
 
 async def _prune(session: Session) -> None:

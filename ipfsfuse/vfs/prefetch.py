@@ -13,7 +13,7 @@ Concurrency: on the event loop. At most FETCHED_TOGETHER blocks of one page are 
 """
 
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from itertools import count, repeat
 
 import trio
@@ -97,11 +97,6 @@ class ScanTracker:
             or self._goal - self._next >= min(PREFETCH_CHILDREN // 4, len(self.children) - self._next) > 0
         )
 
-    @property
-    def scanning(self) -> bool:
-        """Whether the reader has used children in order so far."""
-        return self._steps > 0
-
     def take(self) -> Cid | None:
         """The next child to fetch; None if enough are fetched ahead of the reader."""
         if self._next >= self._goal:
@@ -121,7 +116,7 @@ class ScanTracker:
 class SmallFileBuffer:
     """Small files that arrived with their directory and were not read yet.
 
-    Each is given away once: to the page cache when the reader comes near, or to the program that opens it. If
+    Each is given away once: to the kernel when the reader comes near, or to the program that opens it. If
     there are too many, the oldest are dropped."""
 
     def __init__(self) -> None:
@@ -141,13 +136,6 @@ class SmallFileBuffer:
         if content is not None:
             self._bytes -= len(content)
         return content
-
-    def take_all(self, wanted: Iterable[Cid]) -> Iterator[tuple[Cid, bytes]]:
-        """Removes and yields those of `wanted` that are here."""
-        for cid in wanted:
-            content = self.take(cid)
-            if content is not None:
-                yield cid, content
 
 
 class SubtreePrefetcher:
@@ -257,13 +245,14 @@ class DirectoryPrefetcher:
                     del self._positions[cid]
 
     def following(self, cid: Cid) -> Sequence[Cid]:
-        """The PREFETCH_CHILDREN children after `cid`, if a reader goes through them in order."""
+        """The PREFETCH_CHILDREN children after `cid` on its page."""
         page, index = self._positions.get(cid, (None, 0))
-        return (
-            page.children[index + 1 : index + 1 + PREFETCH_CHILDREN]
-            if page is not None and page.scanning
-            else ()
-        )
+        return page.children[index + 1 : index + 1 + PREFETCH_CHILDREN] if page is not None else ()
+
+    def first(self, directory: Cid) -> Sequence[Cid]:
+        """The first PREFETCH_CHILDREN children of `directory`."""
+        page = self._pages.get((directory, 0))
+        return page.children[:PREFETCH_CHILDREN] if page is not None else ()
 
     def used(self, cid: Cid) -> None:
         """Notes that a program used `cid`."""

@@ -307,12 +307,13 @@ class Tree:
         if not nodes.holds_values(file.cid):
             self.cache.opened(file)
 
-    def coming(self, cid: Cid) -> Iterable[tuple[Cid, bytes]]:
-        """The contents of the files after `cid` in its directory that have arrived, if a reader goes through
-        them in order."""
-        return (
-            self.small_files.take_all(self._prefetcher.following(cid)) if self._prefetcher is not None else ()
-        )
+    def following(self, cid: Cid) -> Sequence[Cid]:
+        """The next small files and directories after `cid` in its directory, if it was listed lately."""
+        return self._prefetcher.following(cid) if self._prefetcher is not None else ()
+
+    def first(self, directory: Cid) -> Sequence[Cid]:
+        """The first small files and directories in `directory`, if it was listed lately."""
+        return self._prefetcher.first(directory) if self._prefetcher is not None else ()
 
     def note_use(self, cid: Cid) -> None:
         """Tells the prefetcher that `cid` was used. For a directory, the kernel may have the listing

@@ -448,11 +448,10 @@ def serving(forest: Forest, known: int, bits: int, key: bytes) -> Iterator[Serve
             pyfuse3.init(operations, f"/dev/fd/{theirs.fileno()}", set())
             token = trio.lowlevel.current_trio_token()
             end.append(lambda: token.run_sync_soon(nursery.cancel_scope.cancel))
-            with operations.files.pushing():
-                for task in (pyfuse3.main, operations.files.run):
-                    nursery.start_soon(task)
-                ready.set()
-                await trio.sleep_forever()
+            for task in (pyfuse3.main, operations.files.run):
+                nursery.start_soon(task)
+            ready.set()
+            await trio.sleep_forever()
 
     def run() -> None:
         try:

@@ -17,6 +17,7 @@ from ipfsfuse.fuse import device
 
 OPEN, READ, RELEASE, INIT, OPENDIR, RELEASEDIR, BATCH_FORGET, READDIRPLUS = 14, 15, 18, 26, 27, 29, 42, 44
 KEEP_CACHE, CACHE_DIR = 2, 8
+NOTIFY_STORE = 4
 ANSWERED_IN_C = 1 << 63
 """The bit in the handles of opens that the device thread answered."""
 ALL_FLAGS = (1 << 20) - 1
@@ -63,8 +64,13 @@ class Kernel:
 
     def __init__(self, ours: socket.socket, operations: Operations) -> None:
         self.operations = operations
+        self.stored: list[tuple[int, bytes]] = []
+        """Inodes and contents that were stored into the page cache."""
         self._ours = ours
         self._unique = 2
+
+    async def initialize(self) -> None:
+        await self.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, ALL_FLAGS))
 
     async def ask(self, opcode: int, inode: int, body: bytes) -> bytes:
         number = self.send(opcode, inode, body)
@@ -74,11 +80,20 @@ class Kernel:
 
     async def answer(self) -> tuple[int, int, bytes]:
         """The next answer: the number of its request, the errno (negative, or 0), and the body."""
-        await trio.lowlevel.wait_readable(self._ours)
-        answer = self._ours.recv(1 << 16)
-        length, error, number = struct.unpack_from("<IiQ", answer)
-        assert length == len(answer)
-        return number, error, answer[16:]
+        while True:
+            await trio.lowlevel.wait_readable(self._ours)
+            answer = self._ours.recv(1 << 17)
+            length, error, number = struct.unpack_from("<IiQ", answer)
+            assert length == len(answer)
+            if number:
+                return number, error, answer[16:]
+            self._notified(error, answer[16:])
+
+    def _notified(self, code: int, body: bytes) -> None:
+        assert code == NOTIFY_STORE
+        inode, offset, size, _padding = struct.unpack_from("<QQII", body)
+        assert (offset, size) == (0, len(body) - 24)
+        self.stored.append((inode, body[24:]))
 
     async def open(self, inode: int, flags: int = os.O_RDONLY, directory: bool = False) -> tuple[int, bool]:
         """The handle, and whether Python was asked."""
@@ -150,7 +165,7 @@ async def uninitialized(readahead: bool = True) -> AsyncIterator[tuple[Kernel, d
 @asynccontextmanager
 async def kernel() -> AsyncIterator[Kernel]:
     async with uninitialized() as (fake_kernel, _reader):
-        await fake_kernel.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, ALL_FLAGS))
+        await fake_kernel.initialize()
         yield fake_kernel
 
 
@@ -159,12 +174,14 @@ async def interrupting(calls: Mapping[int, trio.CancelScope]) -> AsyncIterator[K
     """A session in which an INTERRUPT cancels the scope of the request that it names, if it is in `calls`."""
 
     async def deliver(reader: device.Device) -> None:
-        async for number in reader.interrupted():
-            if number in calls:
-                calls[number].cancel()
+        while True:
+            await reader.notified()
+            for number in reader.interrupted():
+                if number in calls:
+                    calls[number].cancel()
 
     async with uninitialized() as (fake_kernel, reader), trio.open_nursery() as nursery:
-        await fake_kernel.ask(INIT, 0, struct.pack("<IIII", 7, 31, 1 << 17, ALL_FLAGS))
+        await fake_kernel.initialize()
         await reader.initialized()
         nursery.start_soon(deliver, reader)
         yield fake_kernel

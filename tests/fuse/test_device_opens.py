@@ -1,4 +1,4 @@
-"""Which opens and releases reach Python, compared with a model."""
+"""Which opens and releases reach Python, and what is stored into the page cache, compared with a model."""
 
 import os
 import random
@@ -13,7 +13,10 @@ from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_directories import _Reply
 from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES
-from tests.fuse.kernel_side import ANSWERED_IN_C, PYTHON_HANDLE, Kernel, kernel
+from tests.fuse.kernel_side import ANSWERED_IN_C, PYTHON_HANDLE, Kernel, kernel, uninitialized
+
+UNDRAINED, DRAIN_AT, OFFERS = 256, 64, 256
+"""As in opens.c."""
 
 
 def neighbours(count: int) -> list[int]:
@@ -33,12 +36,17 @@ def is_directory(inode: int) -> bool:
 
 
 class Model:
-    """The inodes that should be allowed, open and not drained. Each step does the same in the device."""
+    """The inodes that should be allowed, open, offered and not drained. Each step does the same in the
+    device."""
 
     def __init__(self, fake_kernel: Kernel, dice: random.Random) -> None:
         self._fake_kernel, self._dice = fake_kernel, dice
         self.allowed: dict[int, int] = {}
         self._given = Counter[int]()
+        self._offered: dict[int, tuple[int, bytes]] = {}
+        """By inode: the number of the offer, and the content."""
+        self._offers = 0
+        self._stored: list[tuple[int, bytes]] = []
         self._undrained: list[int] = []
 
     async def allow(self, inode: int) -> None:
@@ -47,11 +55,18 @@ class Model:
 
     async def revoke(self, inode: int) -> None:
         assert device.revoke(inode) == self.allowed.pop(inode, 0)
+        self._offered.pop(inode, None)
 
-    async def closed(self, inode: int) -> None:
-        assert device.revoke_if_closed(inode) == (not self.allowed.get(inode))
-        if not self.allowed.get(inode):
-            self.allowed.pop(inode, None)
+    async def offer(self, inode: int) -> None:
+        if not is_directory(inode):
+            content = self._dice.randbytes(self._dice.choice([0, 1, 5000]))
+            self._offered[inode] = self._offers, content
+            self._offers += 1
+            device.offer(inode, content)
+
+    async def withdraw(self, inode: int) -> None:
+        device.withdraw(inode)
+        self._offered.pop(inode, None)
 
     async def idle(self, _inode: int) -> None:
         if self._dice.random() < 0.1:
@@ -59,8 +74,13 @@ class Model:
             self.allowed = {one: opens for one, opens in self.allowed.items() if opens}
 
     async def open(self, inode: int) -> None:
+        number, content = self._offered.pop(inode, (self._offers - OFFERS - 1, b""))
+        if self._offers - number <= OFFERS and not self.allowed.get(inode):
+            self._stored.append((inode, content))
+            self.allowed[inode] = 0
         handle, asked = await self._fake_kernel.open(inode, directory=is_directory(inode))
-        assert asked == (inode not in self.allowed or len(self._undrained) == 32)
+        assert self._fake_kernel.stored == self._stored
+        assert asked == (inode not in self.allowed or len(self._undrained) == UNDRAINED)
         assert handle == (PYTHON_HANDLE if asked else ANSWERED_IN_C | inode)
         if not asked:
             self.allowed[inode] += 1
@@ -84,7 +104,7 @@ class Model:
             self.allowed[inode] -= 1
 
     async def drain(self, _inode: int) -> None:
-        if self._dice.random() < 0.3 or len(self._undrained) == 32:
+        if self._dice.random() < 0.03 or len(self._undrained) == UNDRAINED:
             assert list(device.drain()) == self._undrained
             self._undrained.clear()
 
@@ -98,9 +118,9 @@ async def _opens_and_releases_match_a_model(dice: random.Random) -> None:
     inodes = neighbours(12)
     async with kernel() as fake_kernel:
         model = Model(fake_kernel, dice)
-        steps = [model.allow, model.revoke, model.closed, model.idle, model.open_for_writing, model.drain]
-        steps += [model.open] * 3 + [model.release] * 2
-        for _ in range(1500):
+        steps = [model.allow, model.revoke, model.idle, model.open_for_writing, model.drain, model.withdraw]
+        steps += [model.open] * 3 + [model.release] * 2 + [model.offer] * 2
+        for _ in range(2500):
             await dice.choice(steps)(dice.choice(inodes))
         for inode in inodes:
             await model.revoke(inode)
@@ -125,19 +145,61 @@ async def _open_files_stay_allowed_when_the_table_overflows() -> None:
         assert device.revoke(5) == 0
 
 
-def test_every_33rd_open_in_a_row_comes_to_python() -> None:
-    trio.run(_every_33rd_open_in_a_row_comes_to_python)
+def test_opens_that_are_never_drained_come_to_python_in_the_end() -> None:
+    trio.run(_opens_that_are_never_drained_come_to_python_in_the_end)
 
 
-async def _every_33rd_open_in_a_row_comes_to_python() -> None:
+async def _opens_that_are_never_drained_come_to_python_in_the_end() -> None:
     async with kernel() as fake_kernel:
         device.allow(9)
-        assert [(await fake_kernel.open(9))[1] for _ in range(34)] == [False] * 32 + [True] * 2, (
-            "Python is asked until it has drained"
-        )
-        assert list(device.drain()) == [9] * 32
+        asked = [(await fake_kernel.open(9))[1] for _ in range(UNDRAINED + 2)]
+        assert asked == [False] * UNDRAINED + [True] * 2
+        assert list(device.drain()) == [9] * UNDRAINED
         assert not (await fake_kernel.open(9))[1]
-        assert device.revoke(9) == 33
+        assert device.revoke(9) == UNDRAINED + 1
+
+
+def test_python_is_woken_to_drain_opens() -> None:
+    trio.run(_python_is_woken_to_drain_opens)
+
+
+async def _python_is_woken_to_drain_opens() -> None:
+    async with uninitialized() as (fake_kernel, reader):
+        await fake_kernel.initialize()
+        await reader.notified()  # of INIT
+        device.allow(9)
+        for _ in range(DRAIN_AT - 1):
+            await fake_kernel.open(9)
+        with trio.move_on_after(0.1) as waiting:
+            await reader.notified()
+        assert waiting.cancelled_caught, "there is little to drain"
+        await fake_kernel.open(9)
+        with trio.fail_after(60):
+            await reader.notified()
+        assert list(device.drain()) == [9] * DRAIN_AT
+
+
+def test_only_the_last_offers_are_kept() -> None:
+    trio.run(_only_the_last_offers_are_kept)
+
+
+async def _only_the_last_offers_are_kept() -> None:
+    async with kernel() as fake_kernel:
+        for inode in range(2, OFFERS + 3):
+            device.offer(inode, b"%d" % inode)
+        assert [(await fake_kernel.open(inode))[1] for inode in (2, 3, OFFERS + 2)] == [True, False, False]
+        assert fake_kernel.stored == [(3, b"3"), (OFFERS + 2, b"%d" % (OFFERS + 2))]
+
+
+def test_an_offer_ends_with_its_session() -> None:
+    async def one(offers: bool) -> None:
+        async with kernel() as fake_kernel:
+            assert (await fake_kernel.open(7))[1]
+            if offers:
+                device.offer(7, b"seven")
+
+    trio.run(one, True)
+    trio.run(one, False)
 
 
 def test_reads_behind_the_last_entry_of_a_listing_do_not_reach_python() -> None:
@@ -164,16 +226,19 @@ async def _reads_behind_the_last_entry_of_a_listing_do_not_reach_python() -> Non
         assert list(device.released_listings()) == [8 + 1024]
 
 
-def test_every_33rd_release_of_a_listing_in_a_row_comes_to_python() -> None:
-    trio.run(_every_33rd_release_of_a_listing_in_a_row_comes_to_python)
+def test_releases_of_listings_that_are_never_drained_come_to_python_in_the_end() -> None:
+    trio.run(_releases_of_listings_that_are_never_drained_come_to_python_in_the_end)
 
 
-async def _every_33rd_release_of_a_listing_in_a_row_comes_to_python() -> None:
+async def _releases_of_listings_that_are_never_drained_come_to_python_in_the_end() -> None:
+    handles = range(1, UNDRAINED + 2)
     async with kernel() as fake_kernel:
-        for handle in range(1, 34):
+        for handle in handles:
             device.listing_ends(handle, 2)
-        assert [await fake_kernel.release_listing(handle) for handle in range(1, 34)] == [False] * 32 + [True]
-        assert list(device.released_listings()) == list(range(1, 33))
+        assert [await fake_kernel.release_listing(handle) for handle in handles] == [False] * UNDRAINED + [
+            True
+        ]
+        assert list(device.released_listings()) == list(range(1, UNDRAINED + 1))
 
 
 def test_the_end_of_a_listing_is_forgotten_with_its_session() -> None:

@@ -40,3 +40,21 @@ def test_a_reply_whose_write_fails_is_tried_again_or_given_up(
     env = os.environ | build(tmp_path, number, failures) | {"PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", ONE_REPLY], env=env, capture_output=True, text=True)
     assert done.stdout.split() == [str(outcome), str(calls)], done.stderr
+
+
+ONE_STORE = """
+import ctypes, os
+from ipfsfuse.fuse.device import _LIBRARY
+_out, device = os.pipe()
+print(_LIBRARY.reply_store(device, ctypes.c_uint64(7), b"body", ctypes.c_uint32(4)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "outcome"), [(errno.EINTR, 1), (errno.ENOMEM, 0), (errno.ENOENT, 0), (errno.ENODEV, 0)]
+)
+def test_a_store_that_fails_is_given_up_at_once(tmp_path: Path, number: int, outcome: int) -> None:
+    """The open is then answered by Python, and the kernel asks for the bytes."""
+    env = os.environ | build(tmp_path, number, 1) | {"PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", ONE_STORE], env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [str(outcome)], done.stderr

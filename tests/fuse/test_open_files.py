@@ -1,11 +1,8 @@
-"""A file that was opened in C and is read by Python: once Python has taken it over, nothing may be stored
-into its page cache."""
+"""What `OpenFiles` offers to the C thread, and when it withdraws that: nothing may be stored into an open file."""
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
-import pyfuse3
 import pytest
 import trio
 
@@ -13,13 +10,20 @@ from ipfsfuse.cache.base import FileRef, LeafPart
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
-from ipfsfuse.fuse.inodes import Inodes
+from ipfsfuse.fuse.inodes import Inode, Inodes
 from ipfsfuse.fuse.open_files import OpenFiles
 from ipfsfuse.vfs.prefetch import SmallFileBuffer
-from ipfsfuse.vfs.tree import Tree, attributes_of
+from ipfsfuse.vfs.tree import Attributes, Tree, attributes_of
 from tests.sources.content import raw_blocks
 
-((CID, CONTENT),) = raw_blocks(95, 1).items()
+BLOCKS = raw_blocks(95, 3)
+FIRST, SECOND, THIRD = BLOCKS
+DIRECTORY = FIRST
+"""Stands for a directory: its listing is the three files."""
+
+
+def file_of(cid: Cid) -> File:
+    return File(cid, len(BLOCKS[cid]), len(BLOCKS[cid]))
 
 
 class Cache:
@@ -32,52 +36,164 @@ class Cache:
     async def part(
         self, file: FileRef, leaf: object, start: int, stop: int, *, early: bool = False
     ) -> LeafPart:
-        return LeafPart(CONTENT[start:stop], None)
+        return LeafPart(BLOCKS[file.cid][start:stop], None)
 
 
 class SmallTree:
-    """A tree of one small file."""
+    """A tree of one directory of three small files, whose contents have arrived."""
 
     use = None
 
     def __init__(self) -> None:
         self.cache, self.small_files = Cache(), SmallFileBuffer()
         self.opened = self.cache.opened
+        for cid, content in BLOCKS.items():
+            self.small_files.put(cid, content)
+
+    def file_at_hand(self, cid: Cid) -> File:
+        return file_of(cid)
 
     async def file(self, cid: Cid) -> File:
-        return File(cid, len(CONTENT), len(CONTENT))
+        return file_of(cid)
+
+    def known(self, cid: Cid) -> Attributes:
+        return attributes_of(file_of(cid))
+
+    def first(self, _directory: Cid) -> Sequence[Cid]:
+        return list(BLOCKS)
+
+    def following(self, cid: Cid) -> Sequence[Cid]:
+        return list(BLOCKS)[list(BLOCKS).index(cid) + 1 :]
+
+    def used(self, cid: Cid, size: int) -> None:
+        pass
 
 
-def test_nothing_is_stored_into_a_file_that_is_taken_over_from_c(monkeypatch: pytest.MonkeyPatch) -> None:
-    stored: list[int] = []
-    asked, may_answer = threading.Event(), threading.Event()
-    opens = 2
+class Thread:
+    """Takes the place of the C thread."""
 
-    def revoke_if_closed(_inode: int) -> bool:
-        asked.set()
-        may_answer.wait(60)
-        return opens == 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.offered: dict[int, bytes] = {}
+        self.opens: dict[int, int] = {}
+        self.drained: list[int] = []
+        monkeypatch.setattr(device, "offer", self.offered.__setitem__)
+        monkeypatch.setattr(device, "withdraw", lambda inode: self.offered.pop(inode, None))
+        monkeypatch.setattr(device, "revoke", self._revoke)
+        monkeypatch.setattr(device, "drain", self._drain)
 
-    def revoke(_inode: int) -> int:
-        nonlocal opens
-        before, opens = opens, 0
-        return before
+    def _revoke(self, inode: int) -> int:
+        self.offered.pop(inode, None)
+        return self.opens.pop(inode, 0)
 
-    monkeypatch.setattr(device, "revoke_if_closed", revoke_if_closed)
-    monkeypatch.setattr(device, "revoke", revoke)
-    monkeypatch.setattr(pyfuse3, "notify_store", lambda inode, _offset, _content: stored.append(inode))
-    inodes, tree = Inodes(bytes(32)), cast(Tree, SmallTree())
-    held = inodes.file(CID, attributes_of(File(CID, len(CONTENT), len(CONTENT))))
+    def _drain(self) -> Sequence[int]:
+        drained, self.drained = self.drained, []
+        return drained
+
+
+@pytest.fixture
+def thread(monkeypatch: pytest.MonkeyPatch) -> Thread:
+    return Thread(monkeypatch)
+
+
+class Listed:
+    """Open files, and the inodes of the three files, which the kernel has from a listing."""
+
+    def __init__(self) -> None:
+        self.inodes = Inodes(bytes(32))
+        self.files = OpenFiles(cast(Tree, SmallTree()), self.inodes, push=True)
+        self.held: dict[Cid, Inode] = {}
+        for cid in BLOCKS:
+            inode = self.inodes.file(cid, attributes_of(file_of(cid))._replace(exact=False))
+            self.inodes.refer(inode)
+            self.held[cid] = inode
+
+    def offers(self, *some: Cid) -> dict[int, bytes]:
+        return {self.held[cid].number: BLOCKS[cid] for cid in some}
+
+
+def test_the_contents_of_a_listed_directory_are_offered_once(thread: Thread) -> None:
+    listed = Listed()
+    listed.files.listed(DIRECTORY)
+    assert thread.offered == listed.offers(*BLOCKS)
+    assert all(inode.attributes.exact for inode in listed.held.values())
+    thread.offered.clear()
+    listed.files.listed(DIRECTORY)
+    assert not thread.offered
+
+
+def test_a_file_of_another_size_than_the_kernel_was_told_is_not_offered(thread: Thread) -> None:
+    listed = Listed()
+    lying = listed.held[SECOND]
+    lying.attributes = lying.attributes._replace(size=lying.attributes.size + 1)
+    listed.files.listed(DIRECTORY)
+    assert thread.offered == listed.offers(FIRST, THIRD)
+
+
+def test_a_file_that_the_kernel_has_not_listed_is_offered_later(thread: Thread) -> None:
+    listed = Listed()
+    listed.inodes.forget(listed.held[SECOND].number, 1)
+    listed.files.listed(DIRECTORY)
+    assert thread.offered == listed.offers(FIRST, THIRD)
+    listed.held[SECOND] = listed.inodes.file(SECOND, attributes_of(file_of(SECOND)))
+    thread.drained = [listed.held[FIRST].number]
+    listed.files.drain()
+    assert thread.offered == listed.offers(*BLOCKS)
+
+
+def test_nothing_is_offered_for_an_open_file(thread: Thread) -> None:
+    """An open withdraws the offer, and until the last release there is no other."""
 
     async def main() -> None:
-        files = OpenFiles(tree, inodes, push=True)
-        with files.pushing():
-            files._pusher.push([(held.number, CONTENT)])
-            await trio.to_thread.run_sync(asked.wait)
-            threading.Timer(0.1, may_answer.set).start()
-            handle = 1 << 63 | held.number
-            assert bytes(await (await files.take_over(handle)).file.read(0, 10)) == CONTENT[:10]
-            assert held.opens == 2
+        listed = Listed()
+        listed.files.listed(DIRECTORY)
+        handles = [await listed.files.open(listed.held[SECOND], 0) for _ in range(2)]
+        assert thread.offered == listed.offers(FIRST, THIRD)
+        small_files = listed.files._tree.small_files
+        for handle in handles:
+            small_files.put(SECOND, BLOCKS[SECOND])
+            listed.files.listed(DIRECTORY)
+            assert thread.offered == listed.offers(FIRST, THIRD)
+            listed.files.release(handle)
+        listed.files.listed(DIRECTORY)
+        assert thread.offered == listed.offers(*BLOCKS)
 
     trio.run(main)
-    assert stored == []
+
+
+def test_an_offer_is_withdrawn_before_an_open_waits_for_anything(thread: Thread) -> None:
+    async def main() -> None:
+        listed = Listed()
+        listed.files.listed(DIRECTORY)
+        opening = listed.files.open(listed.held[FIRST], 0)
+        listed.files._tree.file_at_hand = lambda _cid: None  # type: ignore[method-assign]
+
+        async def waits(_cid: Cid) -> File:
+            assert thread.offered == listed.offers(SECOND, THIRD)
+            return file_of(FIRST)
+
+        listed.files._tree.file = waits  # type: ignore[method-assign]
+        await opening
+
+    trio.run(main)
+
+
+def test_a_file_that_is_taken_over_from_c_counts_as_open(thread: Thread) -> None:
+    async def main() -> None:
+        listed = Listed()
+        held = listed.held[FIRST]
+        thread.opens[held.number] = 2
+        handle = 1 << 63 | held.number
+        taken = await listed.files.take_over(handle)
+        assert bytes(await taken.file.read(0, 10)) == BLOCKS[FIRST][:10]
+        assert held.opens == 2
+        listed.files.listed(DIRECTORY)
+        assert thread.offered == listed.offers(SECOND, THIRD)
+
+    trio.run(main)
+
+
+def test_forgotten_files_are_not_stored(thread: Thread) -> None:
+    listed = Listed()
+    listed.files.listed(DIRECTORY)
+    listed.files.forget(listed.held[FIRST].number, 1)
+    assert thread.offered == listed.offers(SECOND, THIRD)

@@ -82,8 +82,8 @@ class References(RuleBasedStateMachine):
 
     @rule(folder=st.sampled_from(FOLDERS), waits=st.booleans())
     def go_through(self, folder: tuple[bytes, ...], waits: bool) -> None:
-        """Opens the files of a directory in order, as `tar` does, or all at once. Meanwhile the next ones are
-        pushed into the page cache."""
+        """Opens the files of a directory in order, as `tar` does, or all at once. Each is stored into
+        the page cache before its open is answered."""
         go_through(self.kernel, folder, waits)
 
     @precondition(lambda self: self.kernel.files)
@@ -105,7 +105,7 @@ class References(RuleBasedStateMachine):
     @rule(path=st.sampled_from(FOLDERS), room=ROOM, seed=st.integers(0, 1 << 32))
     def list_while_memory_is_short(self, path: tuple[bytes, ...], room: int, seed: int) -> None:
         """The kernel forgets at once what it can't link. The number of entries to link depends on how much
-        was pushed by then, so Hypothesis does not draw each answer: it could not repeat them."""
+        was stored by then, so Hypothesis does not draw each answer: it could not repeat them."""
         memory = random.Random(seed)
         self.kernel.list_all(path, room, lambda: memory.random() < 0.7)
 
@@ -188,8 +188,8 @@ def test_each_path_is_right_after_everything_was_listed_forgotten_and_listed_aga
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_pushed_bytes_are_right_and_never_go_into_an_open_file(waits: bool) -> None:
-    """While a program goes through a directory, the next files are pushed. Here it makes no pause, so opens
+def test_stored_bytes_are_right_and_never_go_into_an_open_file(waits: bool) -> None:
+    """While a program goes through a directory, the next files are stored. Here it makes no pause, so opens
     and stores come at the same time."""
     stored = 0
     for _ in range(5):
@@ -200,7 +200,7 @@ def test_pushed_bytes_are_right_and_never_go_into_an_open_file(waits: bool) -> N
             stored += served.kernel.stored
             served.kernel.forget_everything()
             assert served.held() == 0
-    assert stored > 0, "files were pushed"
+    assert stored > 0, "files were stored"
 
 
 def test_attributes_seen_by_one_spelling_of_a_cid_are_known_by_another() -> None:
