@@ -94,6 +94,14 @@ class Cache(Protocol):
         Raises what the sources raise, and Unavailable after the deadline. A failure is remembered for 5 s."""
         ...
 
+    async def block_size(self, cid: Cid, *, early: bool = False) -> int:
+        """The size of a verified block. Works and raises as `block`, but copies nothing."""
+        ...
+
+    def arrived(self, cid: Cid) -> Content | None:
+        """The verified block, if it has just been fetched and is not staged yet."""
+        ...
+
     async def wait_until_staged(self) -> None:
         """Returns when all blocks that readers got so far are staged, or could not be staged."""
         ...

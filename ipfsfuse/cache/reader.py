@@ -224,6 +224,12 @@ class Reader:
     # -- blocks ----------------------------------------------------------------------------------------------
 
     async def block(self, cid: Cid, *, early: bool = False) -> bytes:
+        return bytes(await self._block(cid, early))
+
+    async def block_size(self, cid: Cid, *, early: bool = False) -> int:
+        return len(await self._block(cid, early))
+
+    async def _block(self, cid: Cid, early: bool) -> Content:
         carried = cids.inline_or_empty_block(cid)
         if carried is not None:
             return carried
@@ -234,7 +240,7 @@ class Reader:
         own = cids.canonical(cid)
         fetch = partial(self._bring, cid, None, early)
         result = await self._flights.join(block_key(cid), fetch, own, ended=not early)
-        return result.content if isinstance(result.content, bytes) else bytes(result.content)
+        return result.content
 
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
         """The verified block if it is staged as a block or as a raw file. Asks no source. `use`: as in
@@ -297,6 +303,10 @@ class Reader:
                 del self.store.arriving[own]
                 if self.store.pins.anywhere and not self.store.holds(own):  # it could not be staged
                     self.store.pins.remove(own)
+
+    def arrived(self, cid: Cid) -> Content | None:
+        result = self._flights.arrived(block_key(cid))
+        return None if result is None else result.content
 
     async def wait_until_staged(self) -> None:
         await self._flights.wait_until_staged()

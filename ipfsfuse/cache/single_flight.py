@@ -158,6 +158,11 @@ class SingleFlight(Generic[K, V]):
         finally:
             del late  # otherwise it and this frame would refer to each other
 
+    def arrived(self, key: K) -> V | None:
+        """The value of `key`, if its fetch has yielded it and has not ended."""
+        flight = self._flights.get(key)
+        return flight.result[0] if flight is not None and flight.result is not None else None
+
     async def wait_until_staged(self) -> None:
         """Returns when all fetches that have yielded their values have ended."""
         for flight in list(self._flights.values()):

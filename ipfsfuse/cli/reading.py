@@ -364,7 +364,7 @@ async def _blocks(
         async def get(wanted: Cid) -> bytes:
             try:
                 with trio.fail_after(BLOCK_DEADLINE):
-                    return (await pool.get(wanted)).block
+                    return bytes((await pool.get(wanted)).block)
             except (Unavailable, trio.TooSlowError) as exc:
                 block = await threads.run_sync(_from_mount, control, wanted, abandon_on_cancel=True)
                 if block is None:

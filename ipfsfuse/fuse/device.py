@@ -179,9 +179,9 @@ def revoke(inode: int) -> int:
 
 
 def offer(inode: int, content: bytes) -> None:
-    """Offers the whole content of `inode` to the thread. The next open stores it into the kernel's page
-    cache, and is answered by the thread. Must be called only for a regular file that is not open in Python,
-    and whose attributes the kernel has correctly. The last 256 offers are kept."""
+    """Offers the content of `inode`, or its beginning, to the thread. The next open stores it into the
+    kernel's page cache, and is answered by the thread. Must be called only for a regular file that is not
+    open in Python, and whose attributes the kernel has correctly. The last 256 offers are kept."""
     _WITH_LOCK.opens_offer(inode, content, len(content))
 
 

@@ -20,6 +20,7 @@ from pyfuse3 import InodeT
 
 from ipfsfuse.cache.passthrough import PassthroughFiles
 from ipfsfuse.cache.store.staging import StagingEntry
+from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.errors import MountFailed
@@ -30,6 +31,8 @@ from ipfsfuse.sources.base import Caller
 from ipfsfuse.vfs.open_file import BufferBudget, OpenFile
 from ipfsfuse.vfs.tree import Attributes, Tree, attributes_of
 
+OFFERED = 64 << 10
+"""Bytes of a file's beginning that are offered when its name is looked up: it is probably opened next."""
 DRAIN_SECONDS = 1.0
 """The longest time until the cache and the pins are told of an open in C."""
 
@@ -259,6 +262,14 @@ class OpenFiles:
                 self._tree.used(inode.cid, inode.attributes.size)
         if last is not None:
             self._offer(self._tree.following(last.cid))
+
+    def looked_up(self, inode: Inode) -> None:
+        """The kernel gets the attributes of `inode` in a reply. If they came from the content of a raw file,
+        which has just arrived, offers the beginning of the content."""
+        if self._push and inode.attributes.exact and not inode.opens and cids.codec(inode.cid) == cids.RAW:
+            content = self._tree.cache.arrived(inode.cid)
+            if content is not None:
+                device.offer(inode.number, bytes(content[:OFFERED]))
 
     def listed(self, directory: Cid) -> None:
         """The kernel has the listing of `directory`: offers the contents of its first files."""

@@ -148,7 +148,7 @@ uint32_t opens_revoke(uint64_t inode)
 	return opens;
 }
 
-/* Offers the whole content of `inode`, which must be a regular file that Python does not have open, and whose
+/* Offers the content of `inode`, or its beginning. It must be a regular file that Python does not have open, and whose
  * attributes the kernel has correctly. The next open stores it, unless the file is open here. */
 void opens_offer(uint64_t inode, const char *content, uint32_t size)
 {

@@ -152,6 +152,7 @@ class Operations(pyfuse3.Operations):
             try:
                 reply = self._replies.entry(inode)
                 self.inodes.refer(inode)  # from here on nothing fails
+                self.files.looked_up(inode)
                 return reply
             finally:
                 self.inodes.drop_unused(inode)

@@ -257,7 +257,7 @@ class Source(ABC):
 class Fetched:
     """A verified block, and the source that sent it."""
 
-    block: bytes
+    block: Block
     source: Source
 
 

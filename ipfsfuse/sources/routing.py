@@ -276,7 +276,7 @@ class Network(Source):
             finally:
                 self._remove_distrusted()
             self._note_used(fetched.source, 1)
-            return fetched.block
+            return bytes(fetched.block)
         return None
 
     async def send_leaves(self, wanted: LeafRange, send: Send[Delivery]) -> None:

@@ -48,11 +48,11 @@ class Hashed(NamedTuple):
     """A block and its SHA-256, computed while the block was read, so that reading and hashing overlap. The
     pool compares the digest."""
 
-    block: bytes
+    block: Block
     digest: bytes
 
 
-BlockBatch = Sequence[tuple[Cid, bytes | Hashed]]
+BlockBatch = Sequence[tuple[Cid, Block | Hashed]]
 """Unverified blocks with the CIDs that their source claims, parents before children."""
 
 

@@ -147,6 +147,11 @@ class Tree:
             self._remember(node, node.links.size + document.size if isinstance(node, Directory) else 0)
             return node
         inline = cids.inline_block(cid)
+        if inline is None and cids.codec(cid) == cids.RAW:
+            size = await self._size(cid)
+            node = File(cid, size, size)
+            self._remember(node, size)
+            return node
         block = await self._block(cid) if inline is None else inline
         if len(block) > nodes.MAX_PARSED_ON_LOOP and cids.codec(cid) == cids.DAG_PB:
             self._large.put(cid, True)
@@ -203,6 +208,11 @@ class Tree:
         if self.use is not None:
             self.use(cid, ahead=False)
         return await self.cache.block(cid, early=True)
+
+    async def _size(self, cid: Cid) -> int:
+        if self.use is not None:
+            self.use(cid, ahead=False)
+        return await self.cache.block_size(cid, early=True)
 
     async def attributes(self, cid: Cid) -> Attributes:
         """The attributes of `cid`, from memory if possible."""

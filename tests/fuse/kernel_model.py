@@ -376,6 +376,9 @@ class Memory:
             await trio.lowlevel.checkpoint()
         return self._blocks[cids.multihash(cid)]
 
+    async def block_size(self, cid: Cid, *, early: bool = False) -> int:
+        return len(await self.block(cid))
+
     async def part(
         self, file: FileRef, leaf: Leaf, start: int, stop: int, *, early: bool = False
     ) -> LeafPart:
@@ -403,6 +406,9 @@ class Memory:
         come = trio.Event()
         come.set()
         return come
+
+    def arrived(self, cid: Cid) -> bytes | None:
+        return self._blocks.get(cids.multihash(cid))
 
     def opened(self, file: FileRef) -> None: ...
 

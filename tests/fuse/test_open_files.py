@@ -1,5 +1,6 @@
 """What `OpenFiles` offers to the C thread, and when it withdraws that: nothing may be stored into an open file."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -7,11 +8,13 @@ import pytest
 import trio
 
 from ipfsfuse.cache.base import FileRef, LeafPart
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
-from ipfsfuse.fuse.open_files import OpenFiles
+from ipfsfuse.fuse.open_files import OFFERED, OpenFiles
 from ipfsfuse.vfs.prefetch import SmallFileBuffer
 from ipfsfuse.vfs.tree import Attributes, Tree, attributes_of
 from tests.sources.content import raw_blocks
@@ -22,11 +25,21 @@ DIRECTORY = FIRST
 """Stands for a directory: its listing is the three files."""
 
 
+def raw(content: bytes) -> Cid:
+    return cids.make(cids.RAW, multihashes.SHA2_256_PREFIX + hashlib.sha256(content).digest())
+
+
 def file_of(cid: Cid) -> File:
     return File(cid, len(BLOCKS[cid]), len(BLOCKS[cid]))
 
 
 class Cache:
+    def __init__(self) -> None:
+        self.fetched: dict[Cid, bytes] = {}
+
+    def arrived(self, cid: Cid) -> bytes | None:
+        return self.fetched.get(cid)
+
     def when_blocks_leave(self, call: Callable[[], None]) -> None:
         pass
 
@@ -158,6 +171,46 @@ def test_nothing_is_offered_for_an_open_file(thread: Thread) -> None:
         assert thread.offered == listed.offers(*BLOCKS)
 
     trio.run(main)
+
+
+def test_the_beginning_of_a_file_that_was_looked_up_is_offered(thread: Thread) -> None:
+    listed, large = Listed(), bytes(OFFERED + 1)
+    cid = raw(large)
+    fetched = cast(Cache, listed.files._tree.cache).fetched
+    fetched |= {FIRST: BLOCKS[FIRST], cid: large}
+    held = listed.inodes.file(cid, Attributes(0o100444, len(large), 0))
+    for inode in (held, *listed.held.values()):
+        listed.files.looked_up(inode)
+    assert thread.offered == {held.number: large[:OFFERED]}, "the other sizes are only claimed"
+    known = listed.held[FIRST]
+    known.attributes = known.attributes._replace(exact=True)
+    known.opens = 1
+    listed.files.looked_up(known)
+    assert known.number not in thread.offered
+    known.opens = 0
+    listed.files.looked_up(known)
+    assert thread.offered[known.number] == BLOCKS[FIRST]
+
+
+def test_the_block_of_a_directory_or_a_dag_pb_file_is_not_offered(thread: Thread) -> None:
+    """It is not the content."""
+    listed = Listed()
+    for kind in (0o040555, 0o100444):
+        cid = cids.make(cids.DAG_PB, cids.multihash(FIRST))
+        cast(Cache, listed.files._tree.cache).fetched[cid] = BLOCKS[FIRST]
+        listed.files.looked_up(listed.inodes.file(cid, Attributes(kind, 10, 0)))
+    assert not thread.offered
+
+
+def test_a_recording_mount_is_offered_nothing(thread: Thread) -> None:
+    listed = Listed()
+    cast(Cache, listed.files._tree.cache).fetched[FIRST] = BLOCKS[FIRST]
+    files = OpenFiles(listed.files._tree, listed.inodes, push=False)
+    known = listed.held[FIRST]
+    known.attributes = known.attributes._replace(exact=True)
+    files.looked_up(known)
+    files.listed(DIRECTORY)
+    assert not thread.offered
 
 
 def test_an_offer_is_withdrawn_before_an_open_waits_for_anything(thread: Thread) -> None:

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 
+from ipfsfuse.dag import cid as cids
+from ipfsfuse.fuse.open_files import OFFERED
 from tests.counting import Counted, counted
+from tests.dagging import Dag
+from tests.faults.gateway import Gateway
 from tests.mounting import Home
 
 FILES = 200
-MAX_OPENS = FILES // 32 + 2
-"""Every 33rd open in a row reaches Python. One more open may come from another program."""
+MAX_OPENS = 2
+"""Opens that may reach Python: another program may open a file, and Python may be late to drain."""
 
 
 @pytest.fixture
@@ -119,6 +123,26 @@ def test_many_threads_open_read_and_close_in_any_order(
     assert read_all(root, names) == {name: small[name] for name in names}
 
 
+def test_a_file_that_was_looked_up_is_opened_and_its_beginning_is_read_without_python(home: Home) -> None:
+    """Its block has just come from the source, because the kernel asked for its size."""
+    dag, dice = Dag(), random.Random(4)
+    sizes = (1, 4095, 4097, OFFERED - 1, OFFERED, OFFERED + 1, 300_001, 1 << 20)
+    contents = {f"{size:07}": dice.randbytes(size) for size in sizes}
+    cid = dag.directory({name.encode(): (dag.block(each), len(each)) for name, each in contents.items()})
+    with Gateway(dag.blocks).serving() as gateway, counted(home, gateway.url) as kernel:
+        root = home.mountpoint / cids.text(cid)
+        for name, content in contents.items():
+            before = kernel.now()
+            file = os.open(root / name, os.O_RDONLY)
+            assert os.pread(file, 1000, 0) == content[:1000]
+            asked = kernel.since(before)
+            assert (asked["lookup"] > 0, asked["open"], asked["read"]) == (True, 0, 0)
+            for at in (OFFERED - 10, 0, OFFERED):
+                assert os.pread(file, 1 << 20, at) == content[at:]
+            os.close(file)
+            assert (root / name).read_bytes() == content
+
+
 # -- directories ---------------------------------------------------------------------------------------------
 
 
@@ -141,14 +165,17 @@ def test_a_directory_that_was_listed_is_opened_again_without_python(
 ) -> None:
     root = home.mountpoint / home.add(home.folder / "folders")
     with counted(home, "library") as kernel:
-        for turn in range(3):
+        asked: list[tuple[int, bool]] = []
+        for _ in range(10):
             before = kernel.now()
             for folder, names in folders.items():
                 assert sorted(os.listdir(root / folder)) == names
-            asked = kernel.since(before)
-            assert (asked["opendir"], asked["readdir"] > 0) == (
-                (len(folders), True) if turn == 0 else (0, False)
-            )
+            counts = kernel.since(before)
+            asked.append((counts["opendir"], counts["readdir"] > 0))
+            if asked[-1] == (0, False):
+                break  # sooner or later: another test may make the kernel drop the listings
+        assert asked[0] == (len(folders), True)
+        assert asked[-1] == (0, False)
 
 
 def test_a_listing_that_the_kernel_dropped_is_read_through_an_open_without_python(

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import BlockTooLarge, SourceFailed, WrongBlock
-from ipfsfuse.fileio.flatfs import BlockFiles, Read
+from ipfsfuse.fileio.flatfs import LENT, BlockFiles, Read
 from ipfsfuse.sources.base import LeafRange, Subtree
 from ipfsfuse.sources.http import kubo
 from ipfsfuse.sources.http.client import HttpSettings
@@ -476,6 +477,29 @@ def test_a_block_that_is_hashed_while_it_is_read_is_refused_if_a_bit_is_wrong(
         await pool.aclose()
 
     trio.run(main)
+
+
+def test_large_blocks_that_are_read_at_the_same_time_do_not_share_memory(tmp_path: Path) -> None:
+    """There is memory for one large block, which is used again. What was returned stays as it is."""
+    files, folder, dice = BlockFiles(str(tmp_path), 2), Flatfs(tmp_path, 2), random.Random(8)
+    wanted: dict[bytes, bytes] = {}
+    for size in (128 << 10, (128 << 10) + 1, LENT - 1, LENT, 700_001, 1 << 20, 2 << 20):
+        block = dice.randbytes(size)
+        multihash = multihashes.SHA2_256_PREFIX + hashlib.sha256(block).digest()
+        path = Path(folder._path(cids.make(cids.RAW, multihash)))
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(block)
+        wanted[multihash[2:]] = block
+
+    def read(digest: bytes) -> tuple[bytes, Read | int]:
+        return digest, files.read(digest, cids.RAW)
+
+    with ThreadPoolExecutor(4) as readers:
+        got = list(readers.map(read, dice.choices(list(wanted), k=200)))
+    for digest, each in got:
+        assert isinstance(each, Read)
+        assert each.block == wanted[digest]
+        assert each.digest == digest
 
 
 @pytest.mark.parametrize("most", [4_096, 20_000, 1 << 20])

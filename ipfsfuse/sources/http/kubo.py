@@ -24,7 +24,7 @@ from ipfsfuse.sources.http.gateway import CONNECTIONS_HERE, Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin, repository
 from ipfsfuse.sources.http.settings import Headers, HttpSettings, kubo_authorization, kubo_token
 from ipfsfuse.sources.local.kubo_repo import Flatfs
-from ipfsfuse.sources.streams import Delivery, Hashed, Send
+from ipfsfuse.sources.streams import Block, Delivery, Hashed, Send
 
 NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
 """Failures of the gateway port (off, guarded, another program's). The RPC API may still have the block."""
@@ -54,9 +54,9 @@ class Kubo(Source):
 
     async def get(self, cid: Cid) -> bytes:
         block = await self.get_hashed(cid)
-        return block.block if isinstance(block, Hashed) else block
+        return bytes(block.block if isinstance(block, Hashed) else block)
 
-    async def get_hashed(self, cid: Cid) -> bytes | Hashed:
+    async def get_hashed(self, cid: Cid) -> Block | Hashed:
         """The block, with its hash if it was hashed while it was read from the repository."""
         if self.blocks is not None and (block := await self.blocks.get(cid)) is not None:
             return block

@@ -117,7 +117,7 @@ class Flatfs:
         self._segments = trio.Semaphore(SEGMENTS_IN_MEMORY)
         self._threads = trio.CapacityLimiter(REPO_THREADS)
 
-    async def get(self, cid: Cid) -> bytes | Hashed | None:
+    async def get(self, cid: Cid) -> Block | Hashed | None:
         """Reads a block as `read_hashed` does. Uses no thread for a block that was read ahead, or comes
         within READ_WAIT_SECONDS."""
         block = self.take_hashed(cid)
@@ -182,14 +182,14 @@ class Flatfs:
             os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted
         )
 
-    def read(self, cid: Cid) -> bytes | None:
+    def read(self, cid: Cid) -> Block | None:
         """Reads a block. None if it is missing or can't be read: then the node is to be asked.
 
         Raises BlockTooLarge."""
         found = self.read_hashed(cid)
         return found.block if isinstance(found, Hashed) else found
 
-    def read_hashed(self, cid: Cid) -> bytes | Hashed | None:
+    def read_hashed(self, cid: Cid) -> Block | Hashed | None:
         """Reads a block, and hashes it meanwhile if its CID uses SHA-256. None as for `read`.
 
         Raises BlockTooLarge."""
@@ -203,7 +203,7 @@ class Flatfs:
             raise cids.too_large("kubo", cid, size)
         return block
 
-    def take_hashed(self, cid: Cid) -> bytes | Hashed | None:
+    def take_hashed(self, cid: Cid) -> Block | Hashed | None:
         """The block if it was read ahead, or comes within READ_WAIT_SECONDS; for the event loop. None if a
         thread must look for denylists first."""
         multihash = cids.multihash(cid)
@@ -213,7 +213,7 @@ class Flatfs:
         read = self.files.take(multihash[2:], cids.codec(cid), READ_WAIT_SECONDS if sure else -1.0)
         return None if read is None else _block(cid, read)
 
-    def read_some(self, wanted: Sequence[Cid]) -> Sequence[bytes | Hashed | None]:
+    def read_some(self, wanted: Sequence[Cid]) -> Sequence[Block | Hashed | None]:
         """Reads the first blocks of `wanted`, as many as one call reads but at least one: for many small
         blocks. A block that is missing or too large is None."""
         if self._is_blocked():
@@ -257,14 +257,14 @@ class Flatfs:
         return f"{self._folder}/{name[-1 - self._characters : -1]}/{name}.data"
 
 
-def _block(cid: Cid, read: Read | int) -> bytes | Hashed | None:
+def _block(cid: Cid, read: Read | int) -> Block | Hashed | None:
     """Raises BlockTooLarge."""
     if isinstance(read, int) and read != MISSING:
         raise cids.too_large("kubo", cid, -read)
     return _hashed(read)
 
 
-def _hashed(read: Read | int) -> bytes | Hashed | None:
+def _hashed(read: Read | int) -> Block | Hashed | None:
     if isinstance(read, int):
         return None
     return read.block if read.digest is None else Hashed(read.block, read.digest)
@@ -352,7 +352,7 @@ BATCH_SECONDS = 0.03
 BATCH_BYTES = 1 << 20
 """Bytes after which a batch ends."""
 
-Find = Callable[[Sequence[Cid]], Sequence[bytes | Hashed | None]]
+Find = Callable[[Sequence[Cid]], Sequence[Block | Hashed | None]]
 """Reads the first of the CIDs, as many as it likes but at least one; None for a missing block."""
 
 
@@ -365,9 +365,9 @@ class RepoWalk:
         self.incomplete = False
         """Whether a block was missing."""
 
-    def next_blocks(self) -> Sequence[tuple[Cid, bytes | Hashed]]:
+    def next_blocks(self) -> Sequence[tuple[Cid, Block | Hashed]]:
         """The next few blocks; empty at the end."""
-        came: list[tuple[Cid, bytes | Hashed]] = []
+        came: list[tuple[Cid, Block | Hashed]] = []
         enough = max(self._left - BATCH_BYTES, 0)
         until = time.monotonic() + BATCH_SECONDS
         while self._left > enough and not (came and time.monotonic() >= until):
@@ -381,7 +381,7 @@ class RepoWalk:
             ]
             self.incomplete = self.incomplete or len(found) < len(blocks)
             for cid, read in reversed(found):
-                block = read.block if isinstance(read, Hashed) else read
+                block = bytes(read.block if isinstance(read, Hashed) else read)
                 self._left -= len(block)
                 self._walk.add(_below(cid, block), None)
             came += found

@@ -58,7 +58,7 @@ INLINE_BYTES = 64 * 1024
 and sha2-256 of 64 KiB 37 us. In a thread, hashlib lets other threads run."""
 
 
-async def check(cid: Cid, block: bytes | Hashed) -> bytes:
+async def check(cid: Cid, block: Block | Hashed) -> Block:
     """Verifies the block and returns it. Raises WrongBlock if it does not match `cid`, Unsupported for a hash
     function that is not allowed."""
     if isinstance(block, Hashed):
@@ -94,7 +94,7 @@ class ManagedSource:
     def __init__(self, source: Source, rng: random.Random, shared_by: int = 1) -> None:
         """`shared_by`: the number of sources that share RUNNING_TOTAL."""
         self.source = source
-        self._get: Callable[[Cid], Awaitable[bytes | Hashed]] = getattr(source, "get_hashed", source.get)
+        self._get: Callable[[Cid], Awaitable[Block | Hashed]] = getattr(source, "get_hashed", source.get)
         self.remote = not getattr(source, "local", True)
         slow = SLOW_REMOTE if self.remote else SLOW_LOCAL
         self.health = Health(rng, may_quarantine=self.remote, slow=slow, answered=source.in_place)
@@ -108,7 +108,7 @@ class ManagedSource:
 
     # -- asking ------------------------------------------------------------------------------------------
 
-    async def ask(self, cid: Cid, *, hedge: bool = False, retried: bool = False) -> bytes | Failure:
+    async def ask(self, cid: Cid, *, hedge: bool = False, retried: bool = False) -> Block | Failure:
         """The verified block, or why this source did not give it. Waits for a place, unless the source is in
         place.
 
@@ -116,7 +116,7 @@ class ManagedSource:
         first."""
         again = False
         while True:
-            answer: bytes | Failure | None = None
+            answer: Block | Failure | None = None
             turn = nullcontext() if self.source.in_place else self.limiter.permit(retried, again)
             async with turn as permit:
                 began = trio.current_time()
@@ -134,17 +134,17 @@ class ManagedSource:
                         self.health.record_cancelled()
                     if log.isEnabledFor(logging.DEBUG):
                         name, number = self.source.name, current_request.get().number
-                        outcomes = {bytes: "gave", NotHere: "lacks"}
+                        outcomes = {bytes: "gave", memoryview: "gave", NotHere: "lacks"}
                         outcome = outcomes.get(type(answer), "did not give")
                         line = "request %d: %s %s %s, after %.1f ms"
                         log.debug(line, number, name, outcome, cids.text(cid), seconds * 1e3)
                 if isinstance(answer, SourceFailed):
                     self.note(answer, began)
-                elif isinstance(answer, bytes | NotHere):
+                elif isinstance(answer, Block | NotHere):
                     self._answered = trio.current_time()
                     if permit is not None:
                         permit.answered = True
-                    if isinstance(answer, bytes):
+                    if isinstance(answer, Block):
                         self.health.record_success(seconds, len(answer))
                     else:
                         self.health.record_miss()

@@ -187,7 +187,7 @@ class SourcePool:
             for managed in self.in_place:
                 fetch.answers[managed.source.name] = f"{managed.source.name} has not answered"
                 answer = await managed.ask(cid)
-                if isinstance(answer, bytes):
+                if isinstance(answer, Block):
                     return Fetched(answer, managed.source)
                 fetch.note(managed, answer)
             with fetch.scope:
@@ -209,8 +209,8 @@ class SourcePool:
         fetch = HedgedFetch(self, cid)
         for managed in self.in_place:
             answer = await managed.ask(cid)
-            if isinstance(answer, bytes):
-                return answer
+            if isinstance(answer, Block):
+                return bytes(answer)
             fetch.note(managed, answer)
         return None
 
@@ -390,7 +390,7 @@ class HedgedFetch:
                     held = request.held - held if request is not None else 0.0
                     self._note_cancelled(managed, began, held)
                     raise
-                if isinstance(answer, bytes):
+                if isinstance(answer, Block):
                     self.found = Fetched(answer, managed.source)
                     return
                 self.note(managed, answer)
@@ -603,5 +603,5 @@ class SubtreeFetch:
                 continue
             managed.health.record_success(-1, len(block))
             right[cid] = Fetched(block, managed.source)
-            self._wanted.came(cid, block)
+            self._wanted.came(cid, bytes(block))
         return right, False
