@@ -186,34 +186,7 @@ def header_file(text: str) -> tuple[str, Path]:
     return url, Path(path).absolute()
 
 
-def run_daemon(arguments: argparse.Namespace, starter: Starter | None) -> None:
-    """Mounts and serves until the mount has ended. Raises the error that prevents it."""
-    if arguments.user is not None:
-        _at_home(arguments.user)
-    _check_name(arguments.mountpoint)
-    asked = config(arguments)
-    _refuse_below(asked)
-    if not asked.isolated:
-        _await_ending(asked.cache_dir)
-    _serve_mount(asked, arguments, starter)
-
-
-def _notes(asked: MountConfig, arguments: argparse.Namespace) -> Iterator[str]:
-    """What the user is told once the mount is up."""
-    _deadline, shortened = fitting_deadline(asked.deadline)  # the mount does the same, and logs it
-    if shortened:
-        yield shortened
-    if not arguments.json:
-        by_default = not arguments.sources
-        specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
-        remote = [text for text, spec in specs if is_remote(spec)]
-        if asked.offline and defaults.KUBO in asked.sources:  # its repository may name a node elsewhere
-            remote += [each.text for each in addresses_of_node()[:1] if not each.is_local]
-        yield defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
-    if asked.allow_other:
-        yield settings.ALLOW_OTHER
-    if any(not url for url, _path in asked.header_files):
-        yield "--header-file FILE is the old spelling, and will go: write --header-file URL=FILE"
+# -- checks before a mount -----------------------------------------------------------------------------------
 
 
 def _check_name(text: str) -> None:
@@ -255,6 +228,18 @@ def _await_ending(cache_dir: Path) -> None:
 
 INDEX_LOG_SECONDS = 5.0
 """Seconds between two log lines about the progress of an index."""
+
+
+def run_daemon(arguments: argparse.Namespace, starter: Starter | None) -> None:
+    """Mounts and serves until the mount has ended. Raises the error that prevents it."""
+    if arguments.user is not None:
+        _at_home(arguments.user)
+    _check_name(arguments.mountpoint)
+    asked = config(arguments)
+    _refuse_below(asked)
+    if not asked.isolated:
+        _await_ending(asked.cache_dir)
+    _serve_mount(asked, arguments, starter)
 
 
 def _serve_mount(asked: MountConfig, arguments: argparse.Namespace, starter: Starter | None) -> None:
@@ -322,6 +307,24 @@ def _serve_mount(asked: MountConfig, arguments: argparse.Namespace, starter: Sta
     hangup = None if starter is None and _has_terminal() else reload
     writes = [] if file is None else [file]
     mount.run(asked, ready, indexing, hangup, settings.candidates(), writes)
+
+
+def _notes(asked: MountConfig, arguments: argparse.Namespace) -> Iterator[str]:
+    """What the user is told once the mount is up."""
+    _deadline, shortened = fitting_deadline(asked.deadline)  # the mount does the same, and logs it
+    if shortened:
+        yield shortened
+    if not arguments.json:
+        by_default = not arguments.sources
+        specs = zip(asked.sources, parse_sources(asked.sources), strict=True)
+        remote = [text for text, spec in specs if is_remote(spec)]
+        if asked.offline and defaults.KUBO in asked.sources:  # its repository may name a node elsewhere
+            remote += [each.text for each in addresses_of_node()[:1] if not each.is_local]
+        yield defaults.described(asked.sources, by_default=by_default, offline=asked.offline, remote=remote)
+    if asked.allow_other:
+        yield settings.ALLOW_OTHER
+    if any(not url for url, _path in asked.header_files):
+        yield "--header-file FILE is the old spelling, and will go: write --header-file URL=FILE"
 
 
 def _has_terminal() -> bool:
