@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ipfsfuse.cache.base import Content as FileContent
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.cache.reader import Reader
@@ -31,6 +30,7 @@ from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings, SourceProgress, open_sources, with_headers
+from ipfsfuse.structures import Buffer
 
 if TYPE_CHECKING:
     from ipfsfuse.sources.names.record import KeyName
@@ -188,7 +188,7 @@ class WholeBlocks:
 
     async def _staged(self, file: FileRef, leaf: Leaf, fetch: bool) -> bytes | None:
         """The block of a leaf, made from its content. None if it is not a leaf, or has an unusual form."""
-        content: FileContent | None
+        content: Buffer | None
         try:
             content = await (
                 self._cache.leaf(file, leaf, early=True) if fetch else self._cache.store.leaf(file, leaf)

@@ -1,11 +1,14 @@
-"""Small data structures: a bounded dictionary, a histogram, and a limiter of log lines. Pure. Not for several
-threads."""
+"""Small data types: buffers, a bounded dictionary, a histogram, and a limiter of log lines. Pure. Not for
+several threads."""
 
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+Buffer = bytes | memoryview
+"""Bytes that are read and not changed. Large ones are memoryviews, so that they need not be copied."""
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")

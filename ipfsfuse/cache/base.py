@@ -13,6 +13,7 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.sources.base import Subtree
+from ipfsfuse.structures import Buffer
 
 
 class FileRef(NamedTuple):
@@ -24,11 +25,10 @@ class FileRef(NamedTuple):
     """Bytes of its content."""
 
 
-Content = bytes | memoryview
 Seen = Callable[[Cid, bytes], Iterable[Cid]]
 """Called on the event loop with each verified block that arrives. Returns the blocks that are wanted because
 of it."""
-Arrived = Callable[[Leaf, Content], None]
+Arrived = Callable[[Leaf, Buffer], None]
 """Called on the event loop with the verified content of each leaf that arrives."""
 
 
@@ -47,7 +47,7 @@ class Pieces(NamedTuple):
 class LeafPart(NamedTuple):
     """A part of a leaf."""
 
-    content: Content
+    content: Buffer
     pieces: Pieces | None
     """How the leaf may be read without the cache from now on. None if it is not staged, or was not verified
     recently."""
@@ -98,7 +98,7 @@ class Cache(Protocol):
         """The size of a verified block. Works and raises as `block`, but copies nothing."""
         ...
 
-    def arrived(self, cid: Cid) -> Content | None:
+    def arrived(self, cid: Cid) -> Buffer | None:
         """The verified block, if it has just been fetched and is not staged yet."""
         ...
 
@@ -106,7 +106,7 @@ class Cache(Protocol):
         """Returns when all blocks that readers got so far are staged, or could not be staged."""
         ...
 
-    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
+    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Buffer:
         """The verified content of one whole leaf, `leaf.size` bytes. It is read from its staging file,
         awaited if it is in flight, or fetched and staged.
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import trio
 
-from ipfsfuse.cache.base import Arrived, CacheItem, Content, FileRef, LeafPart, Seen
+from ipfsfuse.cache.base import Arrived, CacheItem, FileRef, LeafPart, Seen
 from ipfsfuse.cache.single_flight import Batch, SingleFlight
 from ipfsfuse.cache.store.store import MAX_PACKED, Store
 from ipfsfuse.dag import cid as cids
@@ -20,7 +20,8 @@ from ipfsfuse.dag.nodes import MAX_PARSED_ON_LOOP, Leaf, Node
 from ipfsfuse.errors import IpfsFuseError, StoreFailed
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import BlockFetcher, Fetched, LeafRange, Source, Subtree, Verified
-from ipfsfuse.sources.streams import Block, segments_of
+from ipfsfuse.sources.streams import segments_of
+from ipfsfuse.structures import Buffer
 
 T = TypeVar("T")
 
@@ -75,9 +76,9 @@ def spelled(key: bytes) -> str:
 class FetchResult(NamedTuple):
     """A block, or the content of a leaf, as all waiters get it. `source` is None if it was staged."""
 
-    content: Content
+    content: Buffer
     source: Source | None = None
-    block: Block = b""
+    block: Buffer = b""
     """The block as it arrived."""
     staged_at: tuple[Cid, int] | None = None
     """The file, and the offset in it, where the content is staged. None if it can't be in a staging file,
@@ -86,7 +87,7 @@ class FetchResult(NamedTuple):
     """Whether the block has children besides."""
 
 
-async def _parsed(parse: Callable[[], T], cid: Cid, block: Block) -> T:
+async def _parsed(parse: Callable[[], T], cid: Cid, block: Buffer) -> T:
     """The result of `parse` for `block`. Runs in a thread if the block is large: it may have 40,000 links."""
     if len(block) <= MAX_PARSED_ON_LOOP or file_layout.is_canonical(cid, block):
         return parse()
@@ -108,7 +109,7 @@ def result_of_block(cid: Cid, fetched: Fetched) -> FetchResult:
     return FetchResult(block, source, block, staged_at)
 
 
-async def result_of_leaf(file: FileRef, leaf: Leaf, block: Block, source: Source) -> FetchResult:
+async def result_of_leaf(file: FileRef, leaf: Leaf, block: Buffer, source: Source) -> FetchResult:
     """The result for the waiters of a leaf of `file`, from its block."""
     raw, interior = cids.codec(leaf.cid) == cids.RAW, False
     if raw:
@@ -229,7 +230,7 @@ class Reader:
     async def block_size(self, cid: Cid, *, early: bool = False) -> int:
         return len(await self._block(cid, early))
 
-    async def _block(self, cid: Cid, early: bool) -> Content:
+    async def _block(self, cid: Cid, early: bool) -> Buffer:
         carried = cids.inline_or_empty_block(cid)
         if carried is not None:
             return carried
@@ -245,14 +246,14 @@ class Reader:
     async def staged_block(self, cid: Cid, *, use: bool = True) -> bytes | None:
         """The verified block if it is staged as a block or as a raw file. Asks no source. `use`: as in
         `Packs.get`."""
-        found: Content | None = cids.inline_or_empty_block(cid)
+        found: Buffer | None = cids.inline_or_empty_block(cid)
         if found is None:
             found = await self.store.blocks.get(cid, use=use)
         if found is None:
             found = await self._raw_file(cid)
         return None if found is None else bytes(found)
 
-    async def _raw_file(self, cid: Cid) -> Content | None:
+    async def _raw_file(self, cid: Cid) -> Buffer | None:
         """The only block of a staged raw file."""
         own = cids.canonical(cid)
         entry = self.store.staging.find(own) if cids.codec(cid) == cids.RAW else None
@@ -304,7 +305,7 @@ class Reader:
                 if self.store.pins.anywhere and not self.store.holds(own):  # it could not be staged
                     self.store.pins.remove(own)
 
-    def arrived(self, cid: Cid) -> Content | None:
+    def arrived(self, cid: Cid) -> Buffer | None:
         result = self._flights.arrived(block_key(cid))
         return None if result is None else result.content
 
@@ -315,7 +316,7 @@ class Reader:
         """Stages what arrived together: adjacent leaves of a file in one write, small blocks in a few
         writes."""
         small: list[tuple[tuple[Cid, bytes], FileRef]] = []
-        runs: list[tuple[FileRef, str, list[Leaf], list[Content]]] = []
+        runs: list[tuple[FileRef, str, list[Leaf], list[Buffer]]] = []
         for file, leaf, result in arrived:
             if result.source is None or result.source.in_place:
                 continue
@@ -377,7 +378,7 @@ class Reader:
 
     # -- leaves ----------------------------------------------------------------------------------------------
 
-    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Content:
+    async def leaf(self, file: FileRef, leaf: Leaf, *, early: bool = False) -> Buffer:
         return (await self.part(file, leaf, 0, leaf.size, early=early)).content
 
     async def part(
@@ -395,7 +396,7 @@ class Reader:
         elif cids.codec(leaf.cid) != cids.RAW:
             block = await self.store.blocks.get(leaf.cid)
             self.hits += block is not None
-        content: Content = b""
+        content: Buffer = b""
         if block is None:
             fetch = partial(self._bring, leaf.cid, (file, leaf), early)
             result = await self._flights.join(cids.canonical(leaf.cid), fetch, ended=not early)
@@ -486,7 +487,7 @@ class Reader:
         for leaf in leaves:  # a file may hold one leaf many times: it is fetched once
             by_key.setdefault(cids.canonical(leaf.cid), []).append(leaf)
 
-        async def clone(wanted: Sequence[Leaf], files: Sequence[str], source: str) -> Sequence[Block]:
+        async def clone(wanted: Sequence[Leaf], files: Sequence[str], source: str) -> Sequence[Buffer]:
             if self._unwritten.is_stuck:
                 return []
             found = await self.store.clone_leaves(file, wanted, files, source)

@@ -14,9 +14,9 @@ from ipfsfuse.dag import dagpb, hamt, unixfs
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.multihash import SHA2_256_PREFIX
 from ipfsfuse.dag.nodes import MURMUR3, Link, prefix_length
-from ipfsfuse.dag.protobuf import Buffer
 from ipfsfuse.dag.unixfs import Type, UnixFS
 from ipfsfuse.errors import Unsupported
+from ipfsfuse.structures import Buffer
 
 Sink = Callable[[Cid, Buffer], object]
 

@@ -19,6 +19,7 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import multihash, varint
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import Malformed, NotACid
+from ipfsfuse.structures import Buffer
 
 MAX_HEADER = 8 << 20
 """Bytes of the largest header of a file: 200,000 roots. To parse it takes a second, in a worker thread."""
@@ -129,7 +130,7 @@ def encode_v2(header: V2Header) -> bytes:
 # -- sections ------------------------------------------------------------------------------------------------
 
 
-def section_length(data: bytes | memoryview, at: int = 0, base: int = 0) -> int:
+def section_length(data: Buffer, at: int = 0, base: int = 0) -> int:
     """The size of the section that begins at `at`. Its first 9 bytes suffice. `base` as for `section`.
 
     Raises Malformed."""
@@ -144,7 +145,7 @@ def section_length(data: bytes | memoryview, at: int = 0, base: int = 0) -> int:
     return head - at + length
 
 
-def section(data: bytes | memoryview, at: int, base: int = 0) -> Section:
+def section(data: Buffer, at: int, base: int = 0) -> Section:
     """The section that begins at index `at` of `data`. Its first HEAD_BYTES suffice.
 
     `base` is added to the returned offsets. Raises Malformed.

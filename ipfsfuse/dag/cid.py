@@ -12,6 +12,7 @@ import libipld
 from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag import varint
 from ipfsfuse.errors import BlockTooLarge, Malformed, NotACid, WrongBlock
+from ipfsfuse.structures import Buffer
 
 Cid = NewType("Cid", bytes)
 """A checked binary CID: version 0 is 34 bytes `12 20 <digest>`; version 1 is varints version, codec, then a
@@ -64,7 +65,7 @@ def decode(data: bytes) -> Cid:
     return Cid(data)
 
 
-def decode_prefix(data: bytes | memoryview, start: int = 0) -> tuple[Cid, int]:
+def decode_prefix(data: Buffer, start: int = 0) -> tuple[Cid, int]:
     """The CID that begins at `start` (as in a CAR section), and the index after it. Raises NotACid."""
     head = bytes(data[start : start + MAX_CID_BYTES])
     if head[:2] == _V0_PREFIX:
@@ -242,7 +243,7 @@ def too_large(name: str, cid: Cid, size: int | None = None) -> BlockTooLarge:
     return BlockTooLarge(f"{name} has {text(cid)} as {what}: blocks of over {MAX_BLOCK:,} bytes are not read")
 
 
-def verify(cid: Cid, block: bytes | memoryview) -> None:
+def verify(cid: Cid, block: Buffer) -> None:
     """Raises WrongBlock if `block` does not match `cid`, Unsupported for a hash that is not allowed.
 
     Other threads run meanwhile. Verify blocks of more than some KiB in a worker thread.

@@ -31,6 +31,7 @@ from ipfsfuse.dag.nodes import File, Leaf, Node
 from ipfsfuse.dag.traversal import Frontier, Unexpanded, Walk, expand, ready
 from ipfsfuse.dag.unixfs import Type
 from ipfsfuse.errors import Malformed, NotALeaf, Unsupported
+from ipfsfuse.structures import Buffer
 
 LEAVES_PER_CALL = 4096
 """The most leaves that one call returns. A file of tiny chunks has a million of them in a MiB."""
@@ -120,8 +121,6 @@ def _parts(file: File, base: int, level: int, span: tuple[int, int], sure: bool)
 # A staging file holds only a file's content. The content of a raw leaf is its block. A dag-pb leaf has an
 # envelope of a few bytes around the content, in one of the few forms that importers write. So staged content
 # can be verified again without its block: by its own hash, or by the hash of the content in an envelope.
-
-Buffer = bytes | bytearray | memoryview
 
 
 def leaf_content(leaf: Leaf, block: bytes) -> memoryview:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from ipfsfuse import extras
 from ipfsfuse.dag import varint
 from ipfsfuse.errors import Malformed, NotACid, Unsupported
+from ipfsfuse.structures import Buffer
 
 IDENTITY = 0x00
 SHA2_256 = 0x12
@@ -18,7 +19,6 @@ SHA2_256_PREFIX = b"\x12\x20"
 MIN_DIGEST = 20
 MAX_DIGEST = 128
 
-Buffer = bytes | bytearray | memoryview
 Hash = Callable[[Buffer, int], bytes]
 """(data, wanted length in bytes) -> digest, of at least that length if the function can make it."""
 

@@ -6,8 +6,7 @@ not be in their shortest form, and have up to 10 bytes; those of multiformats di
 """
 
 from ipfsfuse.errors import Malformed
-
-Buffer = bytes | memoryview
+from ipfsfuse.structures import Buffer
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 

@@ -13,6 +13,7 @@ from ipfsfuse.dag import protobuf, varint
 from ipfsfuse.dag.dagpb import MAX_LINKS
 from ipfsfuse.dag.protobuf import BYTES, FIXED32, VARINT
 from ipfsfuse.errors import Malformed
+from ipfsfuse.structures import Buffer
 
 
 class Type(IntEnum):
@@ -45,7 +46,7 @@ class UnixFS:
     stored."""
 
     type: Type
-    data: bytes | memoryview | None = None
+    data: Buffer | None = None
     filesize: int | None = None
     blocksizes: Sequence[int] = ()
     hash_type: int | None = None
@@ -54,12 +55,12 @@ class UnixFS:
     mtime: int | None = None
 
 
-def decode(message: bytes | memoryview) -> UnixFS:
+def decode(message: Buffer) -> UnixFS:
     """Decodes `message`. `data` is a slice of it, so the data of a memoryview is not copied.
 
     Raises Malformed."""
     kind: Type | None = None
-    data: bytes | memoryview | None = None
+    data: Buffer | None = None
     mtime: int | None = None
     numbers: dict[int, int] = {}
     sizes: list[int] = []
@@ -92,7 +93,7 @@ def decode(message: bytes | memoryview) -> UnixFS:
     return UnixFS(kind, data, numbers.get(3), sizes, numbers.get(5), numbers.get(6), mode, mtime)
 
 
-def _blocksizes(message: bytes | memoryview, at: int, wire: int, sizes: list[int]) -> int:
+def _blocksizes(message: Buffer, at: int, wire: int, sizes: list[int]) -> int:
     """Reads a packed list, or a run of unpacked values: a file node has thousands of them."""
     end = len(message)
     packed = wire == BYTES
@@ -112,7 +113,7 @@ def _blocksizes(message: bytes | memoryview, at: int, wire: int, sizes: list[int
     raise Malformed("UnixFS: a block size is cut short")
 
 
-def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
+def _timestamp(message: Buffer, at: int, end: int) -> int:
     """An IPFSTimestamp in nanoseconds since 1970. Its fields are a required int64 seconds = 1 and an optional
     fixed32 nanos = 2."""
     seconds: int | None = None
@@ -138,7 +139,7 @@ def _timestamp(message: bytes | memoryview, at: int, end: int) -> int:
 
 def encode(message: UnixFS) -> bytes:
     """The canonical bytes of `message`."""
-    parts: list[bytes | memoryview] = [b"\x08", varint.put(message.type)]
+    parts: list[Buffer] = [b"\x08", varint.put(message.type)]
     if message.data is not None:
         parts += (b"\x12", varint.put(len(message.data)), message.data)
     if message.filesize is not None:

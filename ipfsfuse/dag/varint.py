@@ -2,9 +2,10 @@
 form."""
 
 from ipfsfuse.errors import Malformed
+from ipfsfuse.structures import Buffer
 
 
-def get(data: bytes | memoryview, at: int) -> tuple[int, int]:
+def get(data: Buffer, at: int) -> tuple[int, int]:
     """The value at index `at`, and the index after it. Raises Malformed."""
     if at < len(data) and data[at] < 0x80:  # nearly all
         return data[at], at + 1

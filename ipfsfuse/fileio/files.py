@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ipfsfuse.errors import IpfsFuseError
+from ipfsfuse.structures import Buffer
 
 
 def load_library(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL:
@@ -60,7 +61,7 @@ class Closing:
         os.close(self._file)
 
 
-def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
+def write_all(file: int, data: Buffer, offset: int) -> None:
     """Writes all of `data` at `offset`, with as many calls as needed. Raises OSError."""
     view = memoryview(data)
     while view:
@@ -159,7 +160,7 @@ class Direct:
         if self._call(os.preadv, file, parts, offset) is None:
             os.preadv(file, parts, offset)
 
-    def write(self, file: int, parts: Sequence[bytes | memoryview], offset: int) -> None:
+    def write(self, file: int, parts: Sequence[Buffer], offset: int) -> None:
         """Writes `parts`, at most 1,024, one after the other from `offset` on. Raises OSError."""
         done: int | None = None
         if self._buffered_writes:
@@ -183,7 +184,7 @@ class Direct:
         self,
         call: Callable[[int, Any, int], int],
         file: int,
-        parts: Sequence[bytes | memoryview],
+        parts: Sequence[Buffer],
         offset: int,
     ) -> int | None:
         """The result of `call(file, parts, offset)` with O_DIRECT. None if that can't be done."""

@@ -11,9 +11,9 @@ import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ipfsfuse.dag.protobuf import Buffer
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import load_library
+from ipfsfuse.structures import Buffer
 
 MISSING = -1
 LENT = 256 << 10

@@ -23,12 +23,12 @@ from typing import Any
 
 import trio
 
-from ipfsfuse.cache.base import Content
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import MountFailed
 from ipfsfuse.fileio import tags
 from ipfsfuse.fileio.files import load_library
+from ipfsfuse.structures import Buffer
 
 NAME_ONLY = (1 << 64) - 1
 """The generation of a directory entry that is sent with node id 0. As in `replies.c`."""
@@ -149,7 +149,7 @@ class ReadWindows:
         """`inode` is that of the file `cid` while it is open."""
         _WITH_LOCK.pieces_open(inode, cids.text(cids.canonical(cid)).encode())
         self.expect: Callable[[int, int], None] = partial(_WITH_LOCK.reads_expect, handle)
-        self.add: Callable[[int, Content, bool], None] = partial(_WITH_LOCK.reads_add, handle)
+        self.add: Callable[[int, Buffer, bool], None] = partial(_WITH_LOCK.reads_add, handle)
         self.remove: Callable[[int], None] = partial(_WITH_LOCK.reads_remove, handle)
         self.allow: Callable[[int, bytes, int, int, bytes], None] = partial(_WITH_LOCK.pieces_allow, inode)
 

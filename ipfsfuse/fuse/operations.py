@@ -28,7 +28,6 @@ from pyfuse3 import (
 )
 
 from ipfsfuse import errors
-from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fuse import device, replies
 from ipfsfuse.fuse.errnos import fuse_error, translated
@@ -36,7 +35,7 @@ from ipfsfuse.fuse.inodes import ROOT_INODE, Inode, Inodes
 from ipfsfuse.fuse.open_directories import OpenDirectories
 from ipfsfuse.fuse.open_files import OpenFiles, Passthrough
 from ipfsfuse.sources.base import Caller, Request, current_request
-from ipfsfuse.structures import Histogram
+from ipfsfuse.structures import Buffer, Histogram
 from ipfsfuse.vfs.tree import Attributes, Roots, Tree
 
 log = logging.getLogger("ipfsfuse.fuse")
@@ -192,7 +191,7 @@ class Operations(pyfuse3.Operations):
             handle = await self.files.open(self.inodes.get(inode), ctx.uid)
             return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
-    async def read(self, fh: FileHandleT, off: int, size: int) -> Content:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
+    async def read(self, fh: FileHandleT, off: int, size: int) -> Buffer:  # type: ignore[override]  # pyfuse3 takes any buffer, its annotation only bytes
         handle = self.files.handles.get(fh)
         with self._call(handle.opener if handle else None, "read", (fh, off, size)):
             if handle is None:

@@ -32,11 +32,11 @@ from ipfsfuse.dag.builder import (
     symlink,
 )
 from ipfsfuse.dag.cid import Cid
-from ipfsfuse.dag.protobuf import Buffer
 from ipfsfuse.errors import AddFailed, UsageError
 from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import Closing
 from ipfsfuse.sources.local.library import Library, NewRoot
+from ipfsfuse.structures import Buffer
 
 # -- walking local files -------------------------------------------------------------------------------------
 

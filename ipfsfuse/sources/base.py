@@ -21,7 +21,8 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.sources import streams
-from ipfsfuse.sources.streams import Block, Delivery, Send, Stream, streaming
+from ipfsfuse.sources.streams import Delivery, Send, Stream, streaming
+from ipfsfuse.structures import Buffer
 
 Caller = int | None
 """The user id of a call; None for work of our own, and if the kernel does not say."""
@@ -162,7 +163,7 @@ def held_back() -> AbstractContextManager[None]:
     return nullcontext() if request is None else request.held_back()
 
 
-Clone = Callable[[Sequence[Leaf], Sequence[str], str], Awaitable[Sequence[Block]]]
+Clone = Callable[[Sequence[Leaf], Sequence[str], str], Awaitable[Sequence[Buffer]]]
 """Called with consecutive leaves, the files that hold their blocks, and the source's name. Makes the cache
 share these files' extents (reflinks), and returns the blocks of the first leaves, as many as can be shared,
 as it reads them from the cache."""
@@ -257,7 +258,7 @@ class Source(ABC):
 class Fetched:
     """A verified block, and the source that sent it."""
 
-    block: Block
+    block: Buffer
     source: Source
 
 
@@ -265,7 +266,7 @@ class Verified(NamedTuple):
     """A `Delivery` of verified blocks, and the source that sent them."""
 
     first: int
-    blocks: Sequence[Block]
+    blocks: Sequence[Buffer]
     source: Source
     release: Callable[[], None]
 

@@ -21,11 +21,11 @@ from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import NotHere
+from ipfsfuse.structures import Buffer
 
 T = TypeVar("T")
 
-Block = bytes | memoryview
-B = TypeVar("B", bound=Block)
+B = TypeVar("B", bound=Buffer)
 
 
 def nothing() -> None:
@@ -38,7 +38,7 @@ class Delivery(NamedTuple):
 
     first: int
     """The index of the first of them in `LeafRange.leaves`."""
-    blocks: Sequence[Block]
+    blocks: Sequence[Buffer]
     release: Callable[[], None] = nothing
     """Must be called when the blocks are no longer needed: until then their source may wait. If it was not
     called, the end of the stream does the same."""
@@ -48,11 +48,11 @@ class Hashed(NamedTuple):
     """A block and its SHA-256, computed while the block was read, so that reading and hashing overlap. The
     pool compares the digest."""
 
-    block: Block
+    block: Buffer
     digest: bytes
 
 
-BlockBatch = Sequence[tuple[Cid, Block | Hashed]]
+BlockBatch = Sequence[tuple[Cid, Buffer | Hashed]]
 """Unverified blocks with the CIDs that their source claims, parents before children."""
 
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import trio
 
-from ipfsfuse.cache.base import Content, FileRef
+from ipfsfuse.cache.base import FileRef
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout, nodes, traversal
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.dag.nodes import Directory, File, Leaf, Node, Shard
 from ipfsfuse.dag.traversal import BlockWalk
 from ipfsfuse.errors import NotALeaf
+from ipfsfuse.structures import Buffer
 from ipfsfuse.vfs.tree import Tree
 
 FILES_TOGETHER = 8
@@ -129,7 +130,7 @@ class _Job:
     async def _window(self, ref: FileRef, window: list[Leaf]) -> None:
         came: set[Leaf] = set()
 
-        def arrived(leaf: Leaf, content: Content) -> None:
+        def arrived(leaf: Leaf, content: Buffer) -> None:
             came.add(leaf)
             self.totals.bytes += len(content)
 

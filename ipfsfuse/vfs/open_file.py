@@ -11,12 +11,13 @@ from typing import NamedTuple, Protocol
 
 import trio
 
-from ipfsfuse.cache.base import Content, FileRef
+from ipfsfuse.cache.base import FileRef
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import file_layout, nodes, traversal
 from ipfsfuse.dag.nodes import File, Leaf
 from ipfsfuse.errors import IpfsFuseError, NotALeaf
 from ipfsfuse.sources.base import current_request
+from ipfsfuse.structures import Buffer
 from ipfsfuse.vfs.tree import Tree
 
 RECENT = 64
@@ -98,7 +99,7 @@ class ReadWindows(Protocol):
         """What is there is soon added or removed. For a moment, a read of it waits for that."""
         ...
 
-    def add(self, offset: int, content: Content, notify: bool) -> None:
+    def add(self, offset: int, content: Buffer, notify: bool) -> None:
         """Adds bytes at `offset`. With `notify`, the read of the last byte still calls Python."""
         ...
 
@@ -124,7 +125,7 @@ class PrefetchBuffer:
         self._size = size
         self._windows = windows
         self._closed = False
-        self.leaves: dict[int, Content] = {}
+        self.leaves: dict[int, Buffer] = {}
         """The leaves by offset. Changed only by `put` and `drop`."""
         self._starts: list[int] = []
         """The offsets, sorted."""
@@ -146,7 +147,7 @@ class PrefetchBuffer:
                 if leaf.offset not in self.leaves:
                     self._windows.remove(leaf.offset)
 
-    def put(self, offset: int, content: Content) -> None:
+    def put(self, offset: int, content: Buffer) -> None:
         """Adds a leaf for the reader, if the budget allows it."""
         if offset in self.leaves or self._closed:
             return
@@ -164,7 +165,7 @@ class PrefetchBuffer:
         """Whether the read of the last byte of the leaf there calls Python."""
         return offset // UNSEEN != (offset + size) // UNSEEN or offset + size == self._size
 
-    def read(self, offset: int, size: int) -> Content | None:
+    def read(self, offset: int, size: int) -> Buffer | None:
         """The bytes of a sequential read, if all of them are here. Drops leaves whose last byte was read, or
         that are too far behind the reader."""
         parts: list[memoryview] = []
@@ -249,7 +250,7 @@ class OpenFile:
             scope.cancel()
         self._buffer.close()
 
-    async def read(self, offset: int, size: int) -> Content:
+    async def read(self, offset: int, size: int) -> Buffer:
         """`size` bytes of the content from `offset`; fewer only at the file's end."""
         size = min(size, self._file.size - offset)
         if size <= 0:
@@ -265,7 +266,7 @@ class OpenFile:
             if buffered is not None:
                 return buffered
         cache, sequential = self._tree.cache, self._ahead.sequential
-        parts: list[Content] = []
+        parts: list[Buffer] = []
         end, walked_again = offset + size, False
         while offset < end:
             leaves: Sequence[Leaf] = ()

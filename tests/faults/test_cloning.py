@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from ipfsfuse.cache.base import Content as Bytes
 from ipfsfuse.cache.base import FileRef
 from ipfsfuse.cache.pinset import PinsetCache
 from ipfsfuse.dag import cid as cids
@@ -21,6 +20,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.sources.base import LeafRange, Verified
 from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.streams import Delivery, Send
+from ipfsfuse.structures import Buffer
 from tests.cache.standin import Chain
 from tests.dagging import Dag
 from tests.faults.test_harm import repository
@@ -181,7 +181,7 @@ def test_cloned_leaves_stay_in_memory_only_while_they_are_in_flight(disk: Path) 
     buffers: list[weakref.ref[object]] = []
     most = 0
 
-    def arrived(leaf: Leaf, content_of_leaf: Bytes) -> None:
+    def arrived(leaf: Leaf, content_of_leaf: Buffer) -> None:
         nonlocal most
         assert content_of_leaf == content.leaves[leaf.offset // MIB]
         buffers.append(weakref.ref(memoryview(content_of_leaf).obj))

@@ -16,7 +16,7 @@ from ipfsfuse.errors import NotHere
 from ipfsfuse.sources.base import LeafRange
 from ipfsfuse.sources.local.car_writer import RecordSorter
 from ipfsfuse.sources.local.in_place import CarSource
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.sources.cars import FIXTURES, SampleCar, index, need_fixtures, offsets, pairs, sections, v2
 from tests.sources.streamed import give_each
 
@@ -104,9 +104,9 @@ def test_a_range_is_delivered_in_order_without_missing_blocks(tmp_path: Path) ->
     sample = SampleCar(tmp_path, sections(stored[1000:] + stored[:1000]))
     wanted = [*stored[:700], *pairs(3, 10, seed=4), *stored[700:]]
     leaves = [Leaf(cid, 0, len(block)) for cid, block in wanted]
-    got: list[tuple[int, Block]] = []
+    got: list[tuple[int, Buffer]] = []
 
-    async def deliver(number: int, blocks: Sequence[Block]) -> None:
+    async def deliver(number: int, blocks: Sequence[Buffer]) -> None:
         got.extend(enumerate(blocks, number))
 
     async def main() -> None:
@@ -122,7 +122,7 @@ def test_an_error_of_the_receiver_ends_the_stream_and_is_raised(tmp_path: Path) 
     blocks = pairs(3000)
     sample = SampleCar(tmp_path, sections(blocks))
 
-    async def deliver(_number: int, _blocks: Sequence[Block]) -> None:
+    async def deliver(_number: int, _blocks: Sequence[Buffer]) -> None:
         raise LookupError("enough")
 
     async def main() -> None:

@@ -20,7 +20,7 @@ from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.in_place import CarSource, LibrarySource
 from ipfsfuse.sources.local.library import Library, NewRoot
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
 from tests.sources.servers import Ask, Server, answer_well
@@ -153,9 +153,9 @@ def test_an_absent_block_is_not_here(source: Open) -> None:
 @pytest.mark.parametrize("file", FILES, ids=["raw", "dag-pb", "large", "repeated", "long"])
 def test_a_range_brings_every_leaf_once(source: Open, file: SampleFile) -> None:
     async def main() -> None:
-        got: dict[int, Block] = {}
+        got: dict[int, Buffer] = {}
 
-        async def deliver(index: int, blocks: Sequence[Block]) -> None:
+        async def deliver(index: int, blocks: Sequence[Buffer]) -> None:
             assert got.keys().isdisjoint(range(index, index + len(blocks)))
             got.update(enumerate(blocks, index))
 
@@ -191,7 +191,7 @@ def test_a_cancelled_range_leaves_the_source_usable(source: Open) -> None:
         async with source() as opened:
             with trio.CancelScope() as scope:
 
-                async def deliver(_index: int, _blocks: Sequence[Block]) -> None:
+                async def deliver(_index: int, _blocks: Sequence[Buffer]) -> None:
                     scope.cancel()
                     await trio.sleep_forever()
 

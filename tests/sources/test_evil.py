@@ -16,7 +16,7 @@ from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.sources import evil
 from tests.sources.content import encode_car, raw_blocks, sample
 from tests.sources.listening import Listening
@@ -277,9 +277,9 @@ def test_a_range_is_right_whatever_car_comes(behave: Behaviour) -> None:
     async def main() -> None:
         with Server(file.blocks, behave) as server:
             pool = SourcePool([gateway(server)])
-            got: dict[int, Block] = {}
+            got: dict[int, Buffer] = {}
 
-            async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+            async def deliver(index: int, blocks: Sequence[Buffer], _source: Source) -> None:
                 assert got.keys().isdisjoint(range(index, index + len(blocks)))
                 got.update(enumerate(blocks, index))
 

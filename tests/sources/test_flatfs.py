@@ -30,7 +30,8 @@ from ipfsfuse.sources.local import kubo_repo
 from ipfsfuse.sources.local.kubo_repo import Flatfs
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings, open_source, parse_sources
-from ipfsfuse.sources.streams import Block, Delivery, Hashed, Send
+from ipfsfuse.sources.streams import Delivery, Hashed, Send
+from ipfsfuse.structures import Buffer
 from tests.kubo.node import Node
 from tests.mounting import NOBODY, Home, command_of, wait_until
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, trees
@@ -220,7 +221,7 @@ def put(node: Node, file: SampleFile) -> Flatfs:
 async def streamed(source: Kubo, file: SampleFile) -> dict[int, bytes]:
     got: dict[int, bytes] = {}
 
-    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+    async def deliver(index: int, blocks: Sequence[Buffer]) -> None:
         assert not got.keys() & set(range(index, index + len(blocks))), "a leaf came twice"
         got.update((index + at, bytes(block)) for at, block in enumerate(blocks))
 
@@ -284,7 +285,7 @@ def test_leaves_are_read_in_the_repository_up_to_the_first_that_it_lacks(
             path.write_bytes(file.blocks[leaf.cid] + b"more" * (number == 9))
     got: dict[int, bytes] = {}
 
-    async def deliver(index: int, some: Sequence[Block]) -> None:
+    async def deliver(index: int, some: Sequence[Buffer]) -> None:
         got.update((index + at, bytes(block)) for at, block in enumerate(some))
 
     async def main() -> None:

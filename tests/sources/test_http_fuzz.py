@@ -21,7 +21,7 @@ from ipfsfuse.sources.http.client import Http, HttpSettings
 from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.sources.content import raw_blocks, sample, trees
 from tests.sources.servers import CAR, RAW, Ask, Server
 from tests.sources.streamed import give_each
@@ -220,9 +220,9 @@ async def read_block(pool: SourcePool, chance: random.Random) -> None:
 
 
 async def read_range(pool: SourcePool, _chance: random.Random) -> None:
-    got: dict[int, Block] = {}
+    got: dict[int, Buffer] = {}
 
-    async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+    async def deliver(index: int, blocks: Sequence[Buffer], _source: Source) -> None:
         assert got.keys().isdisjoint(range(index, index + len(blocks)))
         got.update({index + at: bytes(block) for at, block in enumerate(blocks)})
 

@@ -15,7 +15,7 @@ from ipfsfuse.sources.http.client import HttpSettings
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.dag.blocks import Blocks
 from tests.kubo.node import Node
 from tests.sources.content import SampleFile, encode_car, raw_blocks, sample, tree
@@ -53,9 +53,9 @@ def test_offline_never_makes_the_node_look_on_the_network(
                         await source.get(cid)
                 with pytest.raises(Unavailable), trio.fail_after(10):
                     await pool.get(file.root)
-                got = dict[int, Block]()
+                got = dict[int, Buffer]()
 
-                async def deliver(index: int, blocks: Sequence[Block], got: dict[int, Block] = got) -> None:
+                async def deliver(index: int, blocks: Sequence[Buffer], got: dict[int, Buffer] = got) -> None:
                     got.update(enumerate(blocks, index))
 
                 async def deliver_blocks(blocks: Sequence[tuple[Cid, bytes]]) -> None:

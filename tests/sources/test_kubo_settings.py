@@ -14,7 +14,7 @@ from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import unix_origin
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.spec import OpenSettings, open_sources
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.kubo.fixtures import need_kubo
 from tests.kubo.node import Node
 from tests.sources import evil
@@ -31,9 +31,9 @@ async def check_all_blocks(source: Source, file: SampleFile) -> None:
     """Checks every block of `file` one by one, and its leaves as one range."""
     for cid, block in file.blocks.items():
         assert await source.get(cid) == block
-    got: dict[int, Block] = {}
+    got: dict[int, Buffer] = {}
 
-    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+    async def deliver(index: int, blocks: Sequence[Buffer]) -> None:
         got.update(enumerate(blocks, index))
 
     await give_each(source.stream(file.run), deliver)

@@ -21,7 +21,7 @@ from ipfsfuse.sources.base import LeafRange
 from ipfsfuse.sources.local import library_compaction
 from ipfsfuse.sources.local.in_place import LibrarySource
 from ipfsfuse.sources.local.library import Library, NewRoot
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.sources.libraries import add, dag, multihash, packs, parent, raw
 from tests.sources.streamed import give_each
 
@@ -137,9 +137,9 @@ def test_the_source_gets_blocks_and_streams_ranges(library: Library) -> None:
         Leaf(cid, index, len(block))
         for index, (cid, block) in enumerate([*small[:-1], raw(9999), *large[:-1]])
     ]
-    got: dict[int, Block] = {}
+    got: dict[int, Buffer] = {}
 
-    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+    async def deliver(index: int, blocks: Sequence[Buffer]) -> None:
         assert got.keys().isdisjoint(range(index, index + len(blocks)))
         got.update(enumerate(blocks, index))
 
@@ -400,7 +400,7 @@ def test_a_block_that_is_too_large_is_named_and_left_out_of_ranges(library: Libr
     ]
     got: list[int] = []
 
-    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+    async def deliver(index: int, blocks: Sequence[Buffer]) -> None:
         got.extend(range(index, index + len(blocks)))
 
     async def main() -> None:

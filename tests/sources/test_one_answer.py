@@ -20,7 +20,7 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.kubo.node import free_port
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Behaviour, Server, answer_well
@@ -65,10 +65,10 @@ async def directory_of(gateway: Gateway, subtree: Subtree = SUBTREE) -> dict[Cid
     return got
 
 
-async def streamed(gateway: Gateway, of: LeafRange = FILE.run) -> dict[int, Block]:
-    got: dict[int, Block] = {}
+async def streamed(gateway: Gateway, of: LeafRange = FILE.run) -> dict[int, Buffer]:
+    got: dict[int, Buffer] = {}
 
-    async def deliver(index: int, blocks: Sequence[Block]) -> None:
+    async def deliver(index: int, blocks: Sequence[Buffer]) -> None:
         got.update(enumerate(blocks, index))
 
     await give_each(gateway.stream(of), deliver)
@@ -267,7 +267,7 @@ def test_a_delivery_that_fails_ends_the_stream_and_its_bytes_are_no_longer_count
     with Server({}, files=(FILE,)) as server:
 
         async def main(gateway: Gateway) -> None:
-            async def deliver(index: int, blocks: Sequence[Block]) -> None:
+            async def deliver(index: int, blocks: Sequence[Buffer]) -> None:
                 if index == 1:
                     raise SourceFailed("no room", "reader")
 

@@ -8,7 +8,7 @@ import trio
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources.base import Source, Subtree
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.sources.content import sample, trees
 from tests.sources.streamed import give_each
 from tests.sources.timed import BLOCKS, CID, InPlace, Takes, Timed, after, fails, never, pool_of, run
@@ -53,9 +53,9 @@ def test_a_range_that_stalls_is_completed_by_another_source_within_the_deadline(
             return FILE.blocks[cid] if cid == FILE.leaves[0].cid else await never(cid)
 
         pool = pool_of(Timed("stalls", some), Timed("good", blocks=FILE.blocks), deadline=deadline)
-        got: dict[int, Block] = {}
+        got: dict[int, Buffer] = {}
 
-        async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+        async def deliver(index: int, blocks: Sequence[Buffer], _source: Source) -> None:
             got.update((index + at, block) for at, block in enumerate(blocks))
 
         with trio.fail_after(deadline / 2):
@@ -78,7 +78,7 @@ def test_a_range_that_stalls_at_the_only_source_is_broken_off_after_half_the_dea
                 await trio.sleep_forever()
             return FILE.blocks[cid]
 
-        async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
+        async def deliver(_index: int, _blocks: Sequence[Buffer], _source: Source) -> None:
             pass
 
         with trio.fail_after(deadline * 0.6):
@@ -170,9 +170,9 @@ def test_a_range_that_is_refused_as_too_many_requests_is_fetched_leaf_by_leaf() 
 
         source = Busy("one", blocks=FILE.blocks)
         pool = pool_of(source)
-        got: dict[int, Block] = {}
+        got: dict[int, Buffer] = {}
 
-        async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+        async def deliver(index: int, blocks: Sequence[Buffer], _source: Source) -> None:
             got.update((index + at, block) for at, block in enumerate(blocks))
 
         with trio.fail_after(5):

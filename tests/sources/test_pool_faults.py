@@ -16,7 +16,8 @@ from ipfsfuse.sources.http.gateway import Gateway
 from ipfsfuse.sources.http.origin import parse_origin
 from ipfsfuse.sources.pool.managed_source import FAULT, LOG_EVERY
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Block, BlockBatch, Delivery, Send
+from ipfsfuse.sources.streams import BlockBatch, Delivery, Send
+from ipfsfuse.structures import Buffer
 from tests.sources.content import sample, trees
 from tests.sources.servers import Ask, Server
 from tests.sources.streamed import give_each
@@ -106,9 +107,9 @@ def test_any_exception_of_one_source_leaves_the_block_to_the_next(kind: str) -> 
 def test_any_exception_in_a_range_or_a_directory_counts_as_a_failure_of_the_source(kind: str) -> None:
     async def main() -> None:
         pool = pool_of(Faulty("bad", ANSWERS[kind]), Timed("good", blocks=FILE.blocks | TREE.blocks))
-        got: dict[int, Block] = {}
+        got: dict[int, Buffer] = {}
 
-        async def deliver(index: int, blocks: Sequence[Block], _source: Source) -> None:
+        async def deliver(index: int, blocks: Sequence[Buffer], _source: Source) -> None:
             got.update((index + at, block) for at, block in enumerate(blocks))
 
         await give_each(pool.stream(FILE.run), deliver)

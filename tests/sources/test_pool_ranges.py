@@ -9,7 +9,7 @@ from ipfsfuse.dag.cid import Cid
 from ipfsfuse.errors import SourceFailed
 from ipfsfuse.sources.base import Source
 from ipfsfuse.sources.pool.pool import SourcePool
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.sources.content import SampleFile, sample
 from tests.sources.streamed import give_each
 from tests.sources.timed import Timed, never, pool_of, run
@@ -34,10 +34,10 @@ def test_a_range_is_completed_by_a_source_that_has_the_rest(wrong: bool) -> None
     run(main)
 
 
-async def collect(pool: SourcePool, file: SampleFile) -> dict[int, tuple[Block, Source]]:
-    got: dict[int, tuple[Block, Source]] = {}
+async def collect(pool: SourcePool, file: SampleFile) -> dict[int, tuple[Buffer, Source]]:
+    got: dict[int, tuple[Buffer, Source]] = {}
 
-    async def deliver(index: int, blocks: Sequence[Block], source: Source) -> None:
+    async def deliver(index: int, blocks: Sequence[Buffer], source: Source) -> None:
         assert got.keys().isdisjoint(range(index, index + len(blocks)))
         got.update((index + at, (block, source)) for at, block in enumerate(blocks))
 
@@ -67,7 +67,7 @@ def test_a_slow_reader_of_a_range_does_not_count_as_a_stalled_source() -> None:
         source = Timed("one", blocks=file.blocks)
         pool = pool_of(source)
 
-        async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
+        async def deliver(_index: int, _blocks: Sequence[Buffer], _source: Source) -> None:
             await trio.sleep(100)
 
         await give_each(pool.stream(file.run), deliver)
@@ -82,7 +82,7 @@ def test_a_failure_of_the_reader_does_not_count_against_the_source() -> None:
     async def main() -> None:
         pool = pool_of(Timed("one", blocks=file.blocks))
 
-        async def deliver(_index: int, _blocks: Sequence[Block], _source: Source) -> None:
+        async def deliver(_index: int, _blocks: Sequence[Buffer], _source: Source) -> None:
             raise SourceFailed("the reader's trouble", "reader")
 
         with pytest.raises(SourceFailed, match="reader's trouble"):

@@ -20,7 +20,7 @@ from ipfsfuse.sources.http.settings import HttpSettings
 from ipfsfuse.sources.pool.pool import SourcePool
 from ipfsfuse.sources.routing import MAX_ROUTER_ANSWER, Network, Router, provider_origin
 from ipfsfuse.sources.spec import OpenSettings, open_sources
-from ipfsfuse.sources.streams import Block
+from ipfsfuse.structures import Buffer
 from tests.kubo.node import Node
 from tests.mounting import Home
 from tests.sources import evil
@@ -102,7 +102,7 @@ def test_a_provider_gives_blocks_ranges_and_directories(
                     assert await source.get(cid) == block
                 got: dict[int, bytes] = {}
 
-                async def deliver(index: int, blocks: Sequence[Block]) -> None:
+                async def deliver(index: int, blocks: Sequence[Buffer]) -> None:
                     got.update({index + at: bytes(block) for at, block in enumerate(blocks)})
 
                 await give_each(source.stream(LeafRange(FILE.root, len(FILE.data), FILE.leaves)), deliver)

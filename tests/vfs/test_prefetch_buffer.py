@@ -1,7 +1,7 @@
 """Leaves that wait in memory for a reader: how long they stay, and which reads C may answer from them."""
 
-from ipfsfuse.cache.base import Content
 from ipfsfuse.dag.nodes import Leaf
+from ipfsfuse.structures import Buffer
 from ipfsfuse.vfs.open_file import BEHIND, UNSEEN, BufferBudget, PrefetchBuffer
 from tests.sources.content import raw_blocks
 
@@ -19,7 +19,7 @@ class Windows:
     def expect(self, offset: int, _size: int) -> None:
         self.expected.add(offset)
 
-    def add(self, offset: int, content: Content, notify: bool) -> None:
+    def add(self, offset: int, content: Buffer, notify: bool) -> None:
         assert offset not in self.held
         self.held[offset] = len(content), notify
         self.expected.discard(offset)

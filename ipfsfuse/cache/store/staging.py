@@ -42,6 +42,7 @@ from ipfsfuse.fileio.files import (
     share_extents,
 )
 from ipfsfuse.fileio.tags import TAG_BYTES, tags_of
+from ipfsfuse.structures import Buffer
 
 # -- times of use, by a clock that can't be set
 
@@ -415,9 +416,7 @@ class Staging:
                 self.shares = False
         return self.shares
 
-    def write(
-        self, entry: StagingEntry, offset: int, parts: Sequence[bytes | memoryview]
-    ) -> tuple[int, OSError | None]:
+    def write(self, entry: StagingEntry, offset: int, parts: Sequence[Buffer]) -> tuple[int, OSError | None]:
         """Writes `parts` from `offset` on. Returns by how many bytes the file grew on disk, and the error if
         not everything could be written. Raises Removed."""
         with entry.lock:
@@ -566,7 +565,7 @@ def _recognise(name: str, info: os.stat_result | Status) -> StagingEntry | None:
     )  # fmt: skip
 
 
-def _proves(leaf: Leaf, data: bytes | memoryview) -> bool:
+def _proves(leaf: Leaf, data: Buffer) -> bool:
     try:
         return file_layout.proves(leaf.cid, data)
     except Unsupported:

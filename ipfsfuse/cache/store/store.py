@@ -17,7 +17,7 @@ from typing import TypeVar, TypeVarTuple
 
 import trio
 
-from ipfsfuse.cache.base import CacheItem, Content, FileRef, LeafPart, NoPins, Pieces, Pins
+from ipfsfuse.cache.base import CacheItem, FileRef, LeafPart, NoPins, Pieces, Pins
 from ipfsfuse.cache.budget import Budget, FreeSpace, Key, WriteBackoff, disk_usage
 from ipfsfuse.cache.store import staging
 from ipfsfuse.cache.store.folder import INDEX, PACKS, PINNED_FOLDER, STAGING
@@ -31,7 +31,7 @@ from ipfsfuse.dag.nodes import Leaf
 from ipfsfuse.errors import UsageError
 from ipfsfuse.fileio import threads
 from ipfsfuse.sources.base import current_request
-from ipfsfuse.structures import Lru
+from ipfsfuse.structures import Buffer, Lru
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -225,7 +225,7 @@ class Store:
             await self.budget.evict(entry.cid)
 
     async def put_leaves(
-        self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Content], source: str
+        self, file: FileRef, leaves: Sequence[Leaf], contents: Sequence[Buffer], source: str
     ) -> bool:
         """Stages adjacent leaves, at least one. Returns whether they are staged now."""
         start, end = leaves[0].offset, leaves[-1].offset + leaves[-1].size

@@ -24,7 +24,8 @@ from ipfsfuse.sources.http.gateway import CONNECTIONS_HERE, Gateway
 from ipfsfuse.sources.http.origin import Origin, parse_multiaddr, read_origin, repository
 from ipfsfuse.sources.http.settings import Headers, HttpSettings, kubo_authorization, kubo_token
 from ipfsfuse.sources.local.kubo_repo import Flatfs
-from ipfsfuse.sources.streams import Block, Delivery, Hashed, Send
+from ipfsfuse.sources.streams import Delivery, Hashed, Send
+from ipfsfuse.structures import Buffer
 
 NO_GATEWAY = frozenset((CONNECT, REFUSED, PAGE, PROTOCOL))
 """Failures of the gateway port (off, guarded, another program's). The RPC API may still have the block."""
@@ -44,10 +45,9 @@ class Kubo(Source):
         offline: bool = False,
     ) -> None:
         kubo_authorization()  # reports an unusable secret at once
-        self.name = name
+        self.name, self.blocks = name, blocks
         self._settings, self._api, self._offline = settings, api, offline
         self._repository = repository()
-        self.blocks = blocks
         self._rpc: Rpc | None = None
         self._gateway: Gateway | None = None
         self._asked_for_gateway = False
@@ -56,7 +56,7 @@ class Kubo(Source):
         block = await self.get_hashed(cid)
         return bytes(block.block if isinstance(block, Hashed) else block)
 
-    async def get_hashed(self, cid: Cid) -> Block | Hashed:
+    async def get_hashed(self, cid: Cid) -> Buffer | Hashed:
         """The block, with its hash if it was hashed while it was read from the repository."""
         if self.blocks is not None and (block := await self.blocks.get(cid)) is not None:
             return block

@@ -20,6 +20,7 @@ from ipfsfuse.dag import multihash as multihashes
 from ipfsfuse.dag.cid import Cid
 from ipfsfuse.fileio.buffers import in_huge_pages
 from ipfsfuse.fileio.files import Direct, write_all
+from ipfsfuse.structures import Buffer
 
 _MAX_HELD = 250_000
 _READ = 64 << 10
@@ -46,7 +47,7 @@ class SequentialWriter:
         self._offset = 0
         """Where the buffer begins in the file."""
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: Buffer) -> None:
         """Raises OSError, also that of an earlier write."""
         while len(data) >= (room := self.BUFFER - self._filled):
             self._buffer[self._filled :] = data[:room]
@@ -190,7 +191,7 @@ class CarWriter:
         """Bytes of CAR data so far."""
         return self._end
 
-    def add(self, cid: Cid, block: bytes | memoryview) -> None:
+    def add(self, cid: Cid, block: Buffer) -> None:
         head = car.section_head(cid, len(block))
         self._out.write(head)
         self._out.write(block)

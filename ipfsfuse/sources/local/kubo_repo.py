@@ -32,17 +32,8 @@ from ipfsfuse.fileio.buffers import lend
 from ipfsfuse.fileio.files import Direct, read_file, regular, size_of
 from ipfsfuse.fileio.flatfs import MISSING, BlockFiles, Read
 from ipfsfuse.sources.base import LeafRange, Subtree, has_claimed_size
-from ipfsfuse.sources.streams import (
-    Block,
-    BlockBatch,
-    Delivery,
-    Hashed,
-    JobOrder,
-    Leases,
-    Send,
-    all_of,
-    segments_of,
-)
+from ipfsfuse.sources.streams import BlockBatch, Delivery, Hashed, JobOrder, Leases, Send, all_of, segments_of
+from ipfsfuse.structures import Buffer
 
 log = logging.getLogger("ipfsfuse.sources")
 
@@ -117,7 +108,7 @@ class Flatfs:
         self._segments = trio.Semaphore(SEGMENTS_IN_MEMORY)
         self._threads = trio.CapacityLimiter(REPO_THREADS)
 
-    async def get(self, cid: Cid) -> Block | Hashed | None:
+    async def get(self, cid: Cid) -> Buffer | Hashed | None:
         """Reads a block as `read_hashed` does. Uses no thread for a block that was read ahead, or comes
         within READ_WAIT_SECONDS."""
         block = self.take_hashed(cid)
@@ -141,7 +132,7 @@ class Flatfs:
                 slot = order.take()
                 await self._segments.acquire()  # in order, since each segment waits for those before it
                 release = leases.take(1)
-                blocks: list[Block] = []
+                blocks: list[Buffer] = []
                 if wanted.clone is not None and not self._is_blocked():
                     blocks += await wanted.clone(segment, [self._path(leaf.cid) for leaf in segment], name)
                 if rest := segment[len(blocks) :]:
@@ -182,14 +173,14 @@ class Flatfs:
             os.access(self._path(cid), os.R_OK, effective_ids=True) for cid in wanted
         )
 
-    def read(self, cid: Cid) -> Block | None:
+    def read(self, cid: Cid) -> Buffer | None:
         """Reads a block. None if it is missing or can't be read: then the node is to be asked.
 
         Raises BlockTooLarge."""
         found = self.read_hashed(cid)
         return found.block if isinstance(found, Hashed) else found
 
-    def read_hashed(self, cid: Cid) -> Block | Hashed | None:
+    def read_hashed(self, cid: Cid) -> Buffer | Hashed | None:
         """Reads a block, and hashes it meanwhile if its CID uses SHA-256. None as for `read`.
 
         Raises BlockTooLarge."""
@@ -203,7 +194,7 @@ class Flatfs:
             raise cids.too_large("kubo", cid, size)
         return block
 
-    def take_hashed(self, cid: Cid) -> Block | Hashed | None:
+    def take_hashed(self, cid: Cid) -> Buffer | Hashed | None:
         """The block if it was read ahead, or comes within READ_WAIT_SECONDS; for the event loop. None if a
         thread must look for denylists first."""
         multihash = cids.multihash(cid)
@@ -213,7 +204,7 @@ class Flatfs:
         read = self.files.take(multihash[2:], cids.codec(cid), READ_WAIT_SECONDS if sure else -1.0)
         return None if read is None else _block(cid, read)
 
-    def read_some(self, wanted: Sequence[Cid]) -> Sequence[Block | Hashed | None]:
+    def read_some(self, wanted: Sequence[Cid]) -> Sequence[Buffer | Hashed | None]:
         """Reads the first blocks of `wanted`, as many as one call reads but at least one: for many small
         blocks. A block that is missing or too large is None."""
         if self._is_blocked():
@@ -227,9 +218,9 @@ class Flatfs:
             return [_hashed(read) for read in self.files.read_many(digests, cids.MAX_BLOCK)]
         return [read_file(self._path(wanted[0]), cids.MAX_BLOCK)]
 
-    def read_each(self, leaves: Sequence[Leaf]) -> Sequence[Block]:
+    def read_each(self, leaves: Sequence[Leaf]) -> Sequence[Buffer]:
         """The blocks of `leaves` in order, up to the first that is missing or does not fit."""
-        blocks: list[Block] = []
+        blocks: list[Buffer] = []
         for leaf in () if self._is_blocked() else leaves:
             block = self._into_buffer(leaf)
             if block is None:
@@ -257,14 +248,14 @@ class Flatfs:
         return f"{self._folder}/{name[-1 - self._characters : -1]}/{name}.data"
 
 
-def _block(cid: Cid, read: Read | int) -> Block | Hashed | None:
+def _block(cid: Cid, read: Read | int) -> Buffer | Hashed | None:
     """Raises BlockTooLarge."""
     if isinstance(read, int) and read != MISSING:
         raise cids.too_large("kubo", cid, -read)
     return _hashed(read)
 
 
-def _hashed(read: Read | int) -> Block | Hashed | None:
+def _hashed(read: Read | int) -> Buffer | Hashed | None:
     if isinstance(read, int):
         return None
     return read.block if read.digest is None else Hashed(read.block, read.digest)
@@ -352,7 +343,7 @@ BATCH_SECONDS = 0.03
 BATCH_BYTES = 1 << 20
 """Bytes after which a batch ends."""
 
-Find = Callable[[Sequence[Cid]], Sequence[Block | Hashed | None]]
+Find = Callable[[Sequence[Cid]], Sequence[Buffer | Hashed | None]]
 """Reads the first of the CIDs, as many as it likes but at least one; None for a missing block."""
 
 
@@ -365,9 +356,9 @@ class RepoWalk:
         self.incomplete = False
         """Whether a block was missing."""
 
-    def next_blocks(self) -> Sequence[tuple[Cid, Block | Hashed]]:
+    def next_blocks(self) -> Sequence[tuple[Cid, Buffer | Hashed]]:
         """The next few blocks; empty at the end."""
-        came: list[tuple[Cid, Block | Hashed]] = []
+        came: list[tuple[Cid, Buffer | Hashed]] = []
         enough = max(self._left - BATCH_BYTES, 0)
         until = time.monotonic() + BATCH_SECONDS
         while self._left > enough and not (came and time.monotonic() >= until):

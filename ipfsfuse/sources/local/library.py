@@ -36,6 +36,7 @@ from ipfsfuse.sources.local.library_folder import (
     sync_folder,
     write_root,
 )
+from ipfsfuse.structures import Buffer
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +173,7 @@ class LibraryWriter:
     def __exit__(self, *_exc: object) -> None:
         self.abort()
 
-    def put(self, cid: Cid, block: bytes | memoryview) -> bool:
+    def put(self, cid: Cid, block: Buffer) -> bool:
         """Adds a block. False if the library has it already. A damaged copy in the library is repaired.
 
         Raises StoreFailed."""
@@ -198,7 +199,7 @@ class LibraryWriter:
             del self._seen[next(iter(self._seen))]
         return found is None
 
-    def _found(self, multihash: bytes, block: bytes | memoryview, refresh: bool) -> Found | None:
+    def _found(self, multihash: bytes, block: Buffer, refresh: bool) -> Found | None:
         """Where the block is in a pack. Repairs wrong bytes there. None if no pack has the block, or the copy
         can't be used."""
         try:

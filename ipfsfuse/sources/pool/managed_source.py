@@ -24,8 +24,8 @@ from ipfsfuse.sources.base import Source, current_request
 from ipfsfuse.sources.http.kubo import Kubo
 from ipfsfuse.sources.pool.health import Health, Statistics
 from ipfsfuse.sources.pool.limiter import ConcurrencyLimiter
-from ipfsfuse.sources.streams import Block, Hashed
-from ipfsfuse.structures import LogLimiter
+from ipfsfuse.sources.streams import Hashed
+from ipfsfuse.structures import Buffer, LogLimiter
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ INLINE_BYTES = 64 * 1024
 and sha2-256 of 64 KiB 37 us. In a thread, hashlib lets other threads run."""
 
 
-async def check(cid: Cid, block: Block | Hashed) -> Block:
+async def check(cid: Cid, block: Buffer | Hashed) -> Buffer:
     """Verifies the block and returns it. Raises WrongBlock if it does not match `cid`, Unsupported for a hash
     function that is not allowed."""
     if isinstance(block, Hashed):
@@ -76,7 +76,7 @@ async def check(cid: Cid, block: Block | Hashed) -> Block:
     return block
 
 
-async def check_each(wanted: Sequence[Cid], blocks: Sequence[Block]) -> Sequence[bool]:
+async def check_each(wanted: Sequence[Cid], blocks: Sequence[Buffer]) -> Sequence[bool]:
     """For each of `blocks`, whether it matches its CID in `wanted`. Raises Unsupported, as `check` does."""
 
     def run() -> Sequence[bool]:
@@ -94,7 +94,7 @@ class ManagedSource:
     def __init__(self, source: Source, rng: random.Random, shared_by: int = 1) -> None:
         """`shared_by`: the number of sources that share RUNNING_TOTAL."""
         self.source = source
-        self._get: Callable[[Cid], Awaitable[Block | Hashed]] = getattr(source, "get_hashed", source.get)
+        self._get: Callable[[Cid], Awaitable[Buffer | Hashed]] = getattr(source, "get_hashed", source.get)
         self.remote = not getattr(source, "local", True)
         slow = SLOW_REMOTE if self.remote else SLOW_LOCAL
         self.health = Health(rng, may_quarantine=self.remote, slow=slow, answered=source.in_place)
@@ -108,7 +108,7 @@ class ManagedSource:
 
     # -- asking ------------------------------------------------------------------------------------------
 
-    async def ask(self, cid: Cid, *, hedge: bool = False, retried: bool = False) -> Block | Failure:
+    async def ask(self, cid: Cid, *, hedge: bool = False, retried: bool = False) -> Buffer | Failure:
         """The verified block, or why this source did not give it. Waits for a place, unless the source is in
         place.
 
@@ -116,7 +116,7 @@ class ManagedSource:
         first."""
         again = False
         while True:
-            answer: Block | Failure | None = None
+            answer: Buffer | Failure | None = None
             turn = nullcontext() if self.source.in_place else self.limiter.permit(retried, again)
             async with turn as permit:
                 began = trio.current_time()
@@ -140,11 +140,11 @@ class ManagedSource:
                         log.debug(line, number, name, outcome, cids.text(cid), seconds * 1e3)
                 if isinstance(answer, SourceFailed):
                     self.note(answer, began)
-                elif isinstance(answer, Block | NotHere):
+                elif isinstance(answer, Buffer | NotHere):
                     self._answered = trio.current_time()
                     if permit is not None:
                         permit.answered = True
-                    if isinstance(answer, Block):
+                    if isinstance(answer, Buffer):
                         self.health.record_success(seconds, len(answer))
                     else:
                         self.health.record_miss()

@@ -47,8 +47,8 @@ from ipfsfuse.sources.base import (
 from ipfsfuse.sources.pool.health import HedgeBudget, Statistics
 from ipfsfuse.sources.pool.limiter import Permit
 from ipfsfuse.sources.pool.managed_source import Failure, ManagedSource, check, check_each
-from ipfsfuse.sources.streams import Block, Delivery, Receive, Send, Stream, all_of, streaming
-from ipfsfuse.structures import Histogram
+from ipfsfuse.sources.streams import Delivery, Receive, Send, Stream, all_of, streaming
+from ipfsfuse.structures import Buffer, Histogram
 
 log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class SourcePool:
             for managed in self.in_place:
                 fetch.answers[managed.source.name] = f"{managed.source.name} has not answered"
                 answer = await managed.ask(cid)
-                if isinstance(answer, Block):
+                if isinstance(answer, Buffer):
                     return Fetched(answer, managed.source)
                 fetch.note(managed, answer)
             with fetch.scope:
@@ -209,7 +209,7 @@ class SourcePool:
         fetch = HedgedFetch(self, cid)
         for managed in self.in_place:
             answer = await managed.ask(cid)
-            if isinstance(answer, Block):
+            if isinstance(answer, Buffer):
                 return bytes(answer)
             fetch.note(managed, answer)
         return None
@@ -390,7 +390,7 @@ class HedgedFetch:
                     held = request.held - held if request is not None else 0.0
                     self._note_cancelled(managed, began, held)
                     raise
-                if isinstance(answer, Block):
+                if isinstance(answer, Buffer):
                     self.found = Fetched(answer, managed.source)
                     return
                 self.note(managed, answer)
@@ -508,7 +508,7 @@ class RangeFetch:
         send: Send[Verified],
     ) -> None:
         """Sends the correct blocks of a delivery; consecutive leaves are sent together."""
-        good: list[tuple[int, Block]] = []
+        good: list[tuple[int, Buffer]] = []
         for index, block, is_right in zip(indexes, delivery.blocks, right, strict=True):
             if not is_right:
                 self._pool.wrong(managed, self._wanted.leaves[index].cid)
