@@ -137,7 +137,7 @@ static void populate(char *bytes, int64_t size)
 	madvise((void *)first, ((uintptr_t)bytes + size - first) & -page, POPULATE_WRITE);
 }
 
-/* Memory for a block. A large block gets memory that is mapped already: in a virtual machine, mapping
+/* Memory for a block. One large block at a time gets memory that is mapped already: in a virtual machine, mapping
  * takes up to 0.5 ms for 1 MiB. */
 static char *room_for(struct repo *repo, int64_t size)
 {

@@ -40,7 +40,7 @@ _ANSWERED_HERE = 1 << 63
 _UNDRAINED = 256
 """Both as in `opens.c`."""
 
-_Drained = ctypes.c_uint64 * _UNDRAINED
+_Numbers, _Users = ctypes.c_uint64 * _UNDRAINED, ctypes.c_uint32 * _UNDRAINED
 
 _LIBRARY = load_library("ipfsfuse.fuse._native", ctypes.RTLD_GLOBAL)
 _WITH_LOCK = ctypes.PyDLL(_LIBRARY._name)
@@ -63,9 +63,10 @@ _SIGNATURES_WITH_LOCK: dict[str, Sequence[Any]] = {
     "opens_offer": (None, _NUMBER, _TEXT, ctypes.c_uint32),
     "opens_withdraw": (None, _NUMBER),
     "opens_revoke_idle": (None,),
-    "opens_drain": (ctypes.c_uint32, _Drained),
+    "opens_drain": (ctypes.c_uint32, _Numbers, _Users),
     "opens_end": (None, _NUMBER, _NUMBER),
-    "opens_released": (ctypes.c_uint32, _Drained),
+    "opens_released": (ctypes.c_uint32, _Numbers, _Users),
+    "opens_release": (None, _NUMBER),
     "reads_expect": (None, _NUMBER, _NUMBER, _NUMBER),
     "reads_add": (None, _NUMBER, _NUMBER, _OBJECT, _INT),
     "reads_remove": (None, _NUMBER, _NUMBER),
@@ -121,7 +122,7 @@ class Device:
         return bool(result & _INIT_PARALLEL)
 
     async def notified(self) -> None:
-        """Waits until a request was interrupted, or there are many opens to drain."""
+        """Waits until INIT is answered, a request was interrupted, or there are many opens to drain."""
         await trio.lowlevel.wait_readable(self._notify_fd)
         os.eventfd_read(self._notify_fd)
 
@@ -195,9 +196,14 @@ def revoke_idle() -> None:
     _WITH_LOCK.opens_revoke_idle()
 
 
-def drain() -> Sequence[int]:
-    """The inodes that the thread has opened since the last call, in order."""
+def drain() -> Sequence[tuple[int, int]]:
+    """The inodes that the thread has opened since the last call, in order, and the user who opened each."""
     return _drained(_WITH_LOCK.opens_drain)
+
+
+def release(handle: int) -> None:
+    """Counts the release of a handle that the thread gave, if the thread could not answer it."""
+    _WITH_LOCK.opens_release(handle & ~_ANSWERED_HERE)
 
 
 def listing_ends(handle: int, offset: int) -> None:
@@ -208,12 +214,13 @@ def listing_ends(handle: int, offset: int) -> None:
 
 def released_listings() -> Sequence[int]:
     """The handles of directories whose release the thread has answered since the last call."""
-    return _drained(_WITH_LOCK.opens_released)
+    return [handle for handle, _user in _drained(_WITH_LOCK.opens_released)]
 
 
-def _drained(write: Callable[[ctypes.Array[ctypes.c_uint64]], int]) -> Sequence[int]:
-    numbers = _Drained()
-    return numbers[: write(numbers)]
+def _drained(write: Callable[..., int]) -> Sequence[tuple[int, int]]:
+    numbers, users = _Numbers(), _Users()
+    count = write(numbers, users)
+    return list(zip(numbers[:count], users[:count], strict=True))
 
 
 def inode_of(handle: int) -> int | None:

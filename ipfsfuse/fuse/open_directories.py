@@ -280,7 +280,9 @@ class OpenDirectories:
         shared = self._shared.get(handle)
         if shared is not None:
             shared.opens -= 1
-            if shared.opens < 1:  # the C thread may have counted a release that it could not answer
+            if not shared.opens:
                 del self._shared[handle]
+        elif device.inode_of(handle) is not None:
+            device.release(handle)
         self._listings.pop(handle, None)
         self._openers.pop(handle, None)

@@ -1,6 +1,6 @@
-"""Open files, and the state of a file in the kernel between the listing that names it and its FORGET:
+"""Open files, and the state of a file in the kernel between the reply that names it and its FORGET:
 
-    listed -> offered to the C thread -> stored in the page cache and open -> released -> forgotten
+    named -> offered to the C thread -> stored in the page cache and open -> released -> forgotten
 
 The content of a small file is offered to the C thread before a program opens it (`device.offer`). That thread
 then stores it in the kernel's page cache and answers the open without Python, and `drain` tells Python later.
@@ -27,14 +27,14 @@ from ipfsfuse.errors import MountFailed
 from ipfsfuse.fileio.files import Closing
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
-from ipfsfuse.sources.base import Caller
+from ipfsfuse.sources.base import Caller, request_of
 from ipfsfuse.vfs.open_file import BufferBudget, OpenFile
 from ipfsfuse.vfs.tree import Attributes, Tree, attributes_of
 
 OFFERED = 64 << 10
 """Bytes of a file's beginning that are offered when its name is looked up: it is probably opened next."""
 DRAIN_SECONDS = 1.0
-"""The longest time until the cache and the pins are told of an open in C."""
+"""The longest time until the cache and the pins are told of an open in C, while the event loop runs."""
 
 
 # -- passthrough: files whose staging files the kernel reads itself -----------------------------------------
@@ -160,19 +160,22 @@ class OpenFiles:
             tree.cache.when_blocks_leave(device.revoke_idle)
 
     async def run(self) -> None:
-        """Drains every DRAIN_SECONDS, until it is cancelled."""
-        while True:
-            await trio.sleep(DRAIN_SECONDS)
+        """Drains every DRAIN_SECONDS, until it is cancelled, and then once more."""
+        try:
+            while True:
+                await trio.sleep(DRAIN_SECONDS)
+                self.drain()
+        finally:
             self.drain()
 
     # -- what the kernel asks --------------------------------------------------------------------------------
 
     async def open(self, inode: Inode, opener: Caller) -> int:
         """A handle for reading `inode`, for the user `opener`. Raises what the walk of its blocks raises."""
-        self.drain()  # first, so that earlier opens count as earlier uses
+        inode.opens += 1  # from here on nothing is offered for it
         device.withdraw(inode.number)
-        inode.opens += 1
         try:
+            self.drain()  # first, so that earlier opens count as earlier uses
             file = self._tree.file_at_hand(inode.cid) or await self._tree.file(inode.cid)
         except BaseException:
             inode.opens -= 1
@@ -228,12 +231,13 @@ class OpenFiles:
             return
         found = self.handles.get(handle)
         if found is None and device.inode_of(handle) is not None:
-            return  # the C thread has counted the release, but could not answer it
+            device.release(handle)
+            return
         if found is None:
             raise KeyError(f"a release of handle {handle}, which is not open")
         found.inode.opens -= 1
         found.opens -= 1
-        if found.opens < 1:  # the C thread may have counted a release that it could not answer
+        if not found.opens:
             del self.handles[handle]
             found.inode.cached_opens -= not found.in_one_block
             found.file.close()
@@ -241,6 +245,7 @@ class OpenFiles:
     def forget(self, number: int, count: int) -> None:
         """The kernel returns `count` references to an inode. After the last one, removes everything about
         it."""
+        self.drain()  # while the inode is known
         if self._inodes.forget(number, count) is not None:
             device.revoke(number)
 
@@ -251,15 +256,16 @@ class OpenFiles:
         if not self._push:
             return
         last = None
-        for number in device.drain():
+        for number, user in device.drain():
             inode = self._inodes.known(number)
             if inode is None:
                 continue
-            if inode.attributes.is_directory:
-                self._tree.note_use(inode.cid)
-            else:
-                last = inode
-                self._tree.used(inode.cid, inode.attributes.size)
+            with request_of(user):
+                if inode.attributes.is_directory:
+                    self._tree.note_use(inode.cid)
+                else:
+                    last = inode
+                    self._tree.used(inode.cid, inode.attributes.size)
         if last is not None:
             self._offer(self._tree.following(last.cid))
 

@@ -1,4 +1,4 @@
-/* Answers opens for reading, and releases, of inodes that Python allowed (device.py). Also answers the last
+/* Answers opens for reading, and releases, of inodes that Python allowed or offered (device.py). Also answers the last
  * two requests of a directory's reader after Python has given the last entry: whether there are more entries,
  * and the release.
  *
@@ -35,8 +35,8 @@
 static struct { uint64_t inode; uint32_t opens; } table[SLOTS];
 static uint32_t used_slots;
 static struct { uint64_t handle, end; } listings[LISTINGS]; /* listings with a known end, at handle % LISTINGS */
-static struct undrained { uint64_t numbers[UNDRAINED]; uint32_t count; }
-	opened,   /* inodes that were opened here, and that Python has not drained */
+static struct undrained { uint64_t numbers[UNDRAINED]; uint32_t users[UNDRAINED], count; }
+	opened,   /* inodes that were opened here, and by whom, and that Python has not drained */
 	released; /* handles of directories that were released here, and that Python has not drained */
 static struct { uint64_t inode; char *content; uint32_t size; } offers[OFFERS]; /* `inode` is 0 for no offer */
 static uint32_t next_offer;
@@ -104,6 +104,12 @@ static void clear_offer(uint32_t place)
 	offers[place].inode = 0;
 }
 
+static void clear_offers(void)
+{
+	for (uint32_t place = 0; place < OFFERS; place++)
+		clear_offer(place);
+}
+
 /* The place of the offer of `inode`, or OFFERS if there is none. */
 static uint32_t offer_of(uint64_t inode)
 {
@@ -167,7 +173,7 @@ void opens_offer(uint64_t inode, const char *content, uint32_t size)
 	pthread_mutex_unlock(&lock);
 }
 
-/* From now on nothing is stored into `inode`. Waits for a store under way, about 20 us. */
+/* From now on nothing is stored into `inode`. Waits while another request is answered here, mostly about 20 us. */
 void opens_withdraw(uint64_t inode)
 {
 	pthread_mutex_lock(&lock);
@@ -175,42 +181,61 @@ void opens_withdraw(uint64_t inode)
 	pthread_mutex_unlock(&lock);
 }
 
-/* Calls opens_revoke for every inode that is not open. */
+/* Calls opens_revoke for every inode that is not open, and withdraws all offers. */
 void opens_revoke_idle(void)
 {
 	pthread_mutex_lock(&lock);
 	drop_idle();
+	clear_offers();
 	pthread_mutex_unlock(&lock);
 }
 
 /* Call this when the device thread has stopped: the next session starts with an empty table. */
 void opens_clear(void)
 {
-	for (uint32_t place = 0; place < OFFERS; place++)
-		clear_offer(place);
+	clear_offers();
 	memset(table, 0, sizeof table);
 	used_slots = opened.count = released.count = 0;
 	memset(listings, 0, sizeof listings);
 }
 
-static uint32_t drain(struct undrained *list, uint64_t *out)
+static uint32_t drain(struct undrained *list, uint64_t *numbers, uint32_t *users)
 {
 	uint32_t count;
 
 	pthread_mutex_lock(&lock);
 	count = list->count;
-	memcpy(out, list->numbers, count * sizeof *out);
+	memcpy(numbers, list->numbers, count * sizeof *numbers);
+	memcpy(users, list->users, count * sizeof *users);
 	list->count = 0;
 	pthread_mutex_unlock(&lock);
 	return count;
 }
 
-/* Writes the inodes that were opened since the last call to `out`, which has room for UNDRAINED. Returns
- * their number. */
-uint32_t opens_drain(uint64_t *out) { return drain(&opened, out); }
+/* Writes the inodes that were opened since the last call, and the ids of the users who opened them. Both have room
+ * for UNDRAINED. Returns their number. */
+uint32_t opens_drain(uint64_t *inodes, uint32_t *users) { return drain(&opened, inodes, users); }
 
 /* The same for the handles of directories that were released. */
-uint32_t opens_released(uint64_t *out) { return drain(&released, out); }
+uint32_t opens_released(uint64_t *handles, uint32_t *users) { return drain(&released, handles, users); }
+
+static void note(struct undrained *list, uint64_t number, uint32_t user)
+{
+	list->numbers[list->count] = number;
+	list->users[list->count++] = user;
+}
+
+/* Counts a release that could not be answered here, and that Python has got. */
+void opens_release(uint64_t inode)
+{
+	uint32_t slot;
+
+	pthread_mutex_lock(&lock);
+	slot = slot_of(inode);
+	if (table[slot].inode && table[slot].opens)
+		table[slot].opens--;
+	pthread_mutex_unlock(&lock);
+}
 
 /* Stores the content that was offered for `inode`, unless the file is open. */
 static void take_offer(int device, uint64_t inode)
@@ -242,7 +267,7 @@ static int answer_open(int device, const struct fuse_in_header *request, const s
 	reply = reply_send(device, request->unique, &answer, sizeof answer);
 	if (reply == REPLY_SENT) { /* only then will a RELEASE come */
 		table[slot].opens++;
-		opened.numbers[opened.count++] = request->nodeid;
+		note(&opened, request->nodeid, request->uid);
 		if (opened.count == DRAIN_AT)
 			device_notify();
 	}
@@ -255,8 +280,10 @@ static int answer_release(int device, const struct fuse_in_header *request, cons
 
 	if (!(what->fh & ANSWERED_HERE) || !table[slot].inode || !table[slot].opens)
 		return 0;
-	table[slot].opens--; /* the file is closed, even if the reply fails */
-	return reply_send(device, request->unique, NULL, 0) != REPLY_FAILED;
+	if (reply_send(device, request->unique, NULL, 0) == REPLY_FAILED)
+		return 0; /* Python counts it, by opens_release if it has not taken the file over */
+	table[slot].opens--;
+	return 1;
 }
 
 /* The last entry of the open directory `handle` has the offset `end`. Another handle may overwrite this. */
@@ -287,7 +314,7 @@ static int answer_releasedir(int device, const struct fuse_in_header *request, c
 	if (reply_send(device, request->unique, NULL, 0) == REPLY_FAILED)
 		return 0;
 	listings[place].handle = 0;
-	released.numbers[released.count++] = what->fh;
+	note(&released, what->fh, request->uid);
 	return 1;
 }
 

@@ -150,8 +150,8 @@ class Operations(pyfuse3.Operations):
             inode = self._inode(parent_inode, name, cid, found)
             try:
                 reply = self._replies.entry(inode)
-                self.inodes.refer(inode)  # from here on nothing fails
                 self.files.looked_up(inode)
+                self.inodes.refer(inode)  # from here on nothing fails
                 return reply
             finally:
                 self.inodes.drop_unused(inode)

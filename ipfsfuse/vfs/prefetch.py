@@ -116,7 +116,7 @@ class ScanTracker:
 class SmallFileBuffer:
     """Small files that arrived with their directory and were not read yet.
 
-    Each is given away once: to the kernel when the reader comes near, or to the program that opens it. If
+    Each is given away once: to the C thread when the reader comes near, or to the program that opens it. If
     there are too many, the oldest are dropped."""
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import struct
 from collections import Counter
 from typing import Any
 
@@ -13,7 +14,7 @@ from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inodes
 from ipfsfuse.fuse.open_directories import _Reply
 from ipfsfuse.vfs.tree import ROOT_ATTRIBUTES
-from tests.fuse.kernel_side import ANSWERED_IN_C, PYTHON_HANDLE, Kernel, kernel, uninitialized
+from tests.fuse.kernel_side import ANSWERED_IN_C, OPEN, PYTHON_HANDLE, Kernel, kernel, uninitialized
 
 UNDRAINED, DRAIN_AT, OFFERS = 256, 64, 256
 """As in opens.c."""
@@ -72,6 +73,7 @@ class Model:
         if self._dice.random() < 0.1:
             device.revoke_idle()
             self.allowed = {one: opens for one, opens in self.allowed.items() if opens}
+            self._offered.clear()
 
     async def open(self, inode: int) -> None:
         number, content = self._offered.pop(inode, (self._offers - OFFERS - 1, b""))
@@ -105,7 +107,7 @@ class Model:
 
     async def drain(self, _inode: int) -> None:
         if self._dice.random() < 0.03 or len(self._undrained) == UNDRAINED:
-            assert list(device.drain()) == self._undrained
+            assert [inode for inode, _user in device.drain()] == self._undrained
             self._undrained.clear()
 
 
@@ -154,9 +156,41 @@ async def _opens_that_are_never_drained_come_to_python_in_the_end() -> None:
         device.allow(9)
         asked = [(await fake_kernel.open(9))[1] for _ in range(UNDRAINED + 2)]
         assert asked == [False] * UNDRAINED + [True] * 2
-        assert list(device.drain()) == [9] * UNDRAINED
+        assert list(device.drain()) == [(9, 0)] * UNDRAINED
         assert not (await fake_kernel.open(9))[1]
         assert device.revoke(9) == UNDRAINED + 1
+
+
+def test_drained_opens_say_who_opened() -> None:
+    async def main() -> None:
+        async with kernel() as fake_kernel:
+            device.allow(9)
+            for user in (1000, 0, 1001):
+                fake_kernel.send(OPEN, 9, struct.pack("<II", os.O_RDONLY, 0), user)
+                await fake_kernel.answer()
+            assert list(device.drain()) == [(9, 1000), (9, 0), (9, 1001)]
+
+    trio.run(main)
+
+
+def test_a_file_whose_release_python_has_counted_is_closed() -> None:
+    async def main() -> None:
+        async with kernel() as fake_kernel:
+            device.allow(8)
+            handle, _asked = await fake_kernel.open(8)
+            device.offer(8, b"first")
+            await fake_kernel.open(8)
+            assert not fake_kernel.stored, "it is open"
+            for _ in range(2):
+                device.release(handle)
+            device.offer(8, b"second")
+            await fake_kernel.open(8)
+            assert fake_kernel.stored == [(8, b"second")]
+            for _ in range(3):
+                device.release(handle)
+            assert device.revoke(8) == 0
+
+    trio.run(main)
 
 
 def test_python_is_woken_to_drain_opens() -> None:
@@ -176,7 +210,7 @@ async def _python_is_woken_to_drain_opens() -> None:
         await fake_kernel.open(9)
         with trio.fail_after(60):
             await reader.notified()
-        assert list(device.drain()) == [9] * DRAIN_AT
+        assert list(device.drain()) == [(9, 0)] * DRAIN_AT
 
 
 def test_only_the_last_offers_are_kept() -> None:

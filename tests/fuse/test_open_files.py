@@ -6,6 +6,7 @@ from typing import cast
 
 import pytest
 import trio
+import trio.testing
 
 from ipfsfuse.cache.base import FileRef, LeafPart
 from ipfsfuse.dag import cid as cids
@@ -15,6 +16,7 @@ from ipfsfuse.dag.nodes import File
 from ipfsfuse.fuse import device
 from ipfsfuse.fuse.inodes import Inode, Inodes
 from ipfsfuse.fuse.open_files import OFFERED, OpenFiles
+from ipfsfuse.sources.base import Caller, current_request, request_of
 from ipfsfuse.vfs.prefetch import SmallFileBuffer
 from ipfsfuse.vfs.tree import Attributes, Tree, attributes_of
 from tests.sources.content import raw_blocks
@@ -60,6 +62,8 @@ class SmallTree:
     def __init__(self) -> None:
         self.cache, self.small_files = Cache(), SmallFileBuffer()
         self.opened = self.cache.opened
+        self.uses: list[tuple[Cid, Caller]] = []
+        """What was used, and to whom that was charged."""
         for cid, content in BLOCKS.items():
             self.small_files.put(cid, content)
 
@@ -79,7 +83,7 @@ class SmallTree:
         return list(BLOCKS)[list(BLOCKS).index(cid) + 1 :]
 
     def used(self, cid: Cid, size: int) -> None:
-        pass
+        self.uses.append((cid, current_request.get().caller))
 
 
 class Thread:
@@ -88,17 +92,21 @@ class Thread:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.offered: dict[int, bytes] = {}
         self.opens: dict[int, int] = {}
-        self.drained: list[int] = []
+        self.drained: list[tuple[int, int]] = []
+        self.released: list[int] = []
         monkeypatch.setattr(device, "offer", self.offered.__setitem__)
         monkeypatch.setattr(device, "withdraw", lambda inode: self.offered.pop(inode, None))
         monkeypatch.setattr(device, "revoke", self._revoke)
         monkeypatch.setattr(device, "drain", self._drain)
+        monkeypatch.setattr(device, "release", self.released.append)
+        monkeypatch.setattr(device, "allow", lambda _inode: None)
+        monkeypatch.setattr(device, "ReadWindows", lambda *_arguments: None)
 
     def _revoke(self, inode: int) -> int:
         self.offered.pop(inode, None)
         return self.opens.pop(inode, 0)
 
-    def _drain(self) -> Sequence[int]:
+    def _drain(self) -> Sequence[tuple[int, int]]:
         drained, self.drained = self.drained, []
         return drained
 
@@ -148,7 +156,7 @@ def test_a_file_that_the_kernel_has_not_listed_is_offered_later(thread: Thread) 
     listed.files.listed(DIRECTORY)
     assert thread.offered == listed.offers(FIRST, THIRD)
     listed.held[SECOND] = listed.inodes.file(SECOND, attributes_of(file_of(SECOND)))
-    thread.drained = [listed.held[FIRST].number]
+    thread.drained = [(listed.held[FIRST].number, 0)]
     listed.files.drain()
     assert thread.offered == listed.offers(*BLOCKS)
 
@@ -241,6 +249,56 @@ def test_a_file_that_is_taken_over_from_c_counts_as_open(thread: Thread) -> None
         assert held.opens == 2
         listed.files.listed(DIRECTORY)
         assert thread.offered == listed.offers(SECOND, THIRD)
+
+    trio.run(main)
+
+
+def test_a_release_that_c_could_not_answer_is_counted_once(thread: Thread) -> None:
+    async def main() -> None:
+        listed = Listed()
+        held = listed.held[FIRST]
+        handle = 1 << 63 | held.number
+        listed.files.release(handle)
+        assert thread.released == [handle]
+        thread.opens[held.number] = 2
+        await listed.files.take_over(handle)
+        for opens in (1, 0):
+            listed.files.release(handle)
+            assert held.opens == opens
+        assert thread.released == [handle]
+
+    trio.run(main)
+
+
+def test_an_open_in_c_is_charged_to_the_user_who_opened_it(thread: Thread) -> None:
+    async def main() -> None:
+        listed = Listed()
+        thread.drained = [(listed.held[FIRST].number, 1000), (listed.held[SECOND].number, 1001)]
+        with request_of(1002):
+            await listed.files.open(listed.held[THIRD], 1002)
+            assert current_request.get().caller == 1002
+        uses = cast(SmallTree, listed.files._tree).uses
+        assert uses == [(FIRST, 1000), (SECOND, 1001)]
+
+    trio.run(main)
+
+
+def test_an_open_in_c_is_counted_though_the_kernel_forgets_the_file_at_once(thread: Thread) -> None:
+    listed = Listed()
+    thread.drained = [(listed.held[FIRST].number, 1000)]
+    listed.files.forget(listed.held[FIRST].number, 1)
+    assert cast(SmallTree, listed.files._tree).uses == [(FIRST, 1000)]
+
+
+def test_the_last_opens_in_c_are_counted_when_the_mount_ends(thread: Thread) -> None:
+    async def main() -> None:
+        listed = Listed()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listed.files.run)
+            await trio.testing.wait_all_tasks_blocked()
+            thread.drained = [(listed.held[FIRST].number, 1000)]
+            nursery.cancel_scope.cancel()
+        assert cast(SmallTree, listed.files._tree).uses == [(FIRST, 1000)]
 
     trio.run(main)
 
