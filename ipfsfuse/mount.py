@@ -202,6 +202,7 @@ async def _main(
                 nursery.start_soon(notifier.run, commands.in_one_line)
                 nursery.start_soon(commands.measure_lag)
         log.info("unmounted")
+        operations.files.drain()
         notifier.send("STOPPING=1")
         nursery.cancel_scope.cancel()
 

@@ -192,7 +192,8 @@ def withdraw(inode: int) -> None:
 
 
 def revoke_idle() -> None:
-    """Makes opens go to Python again for every inode that the thread does not have open."""
+    """Makes opens go to Python again for every inode that the thread does not have open, and withdraws all
+    offers."""
     _WITH_LOCK.opens_revoke_idle()
 
 
@@ -202,7 +203,8 @@ def drain() -> Sequence[tuple[int, int]]:
 
 
 def release(handle: int) -> None:
-    """Counts the release of a handle that the thread gave, if the thread could not answer it."""
+    """Counts the release of a handle that the thread gave and could not answer. Not for a file that Python
+    has taken over."""
     _WITH_LOCK.opens_release(handle & ~_ANSWERED_HERE)
 
 

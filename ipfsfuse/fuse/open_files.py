@@ -142,7 +142,7 @@ class Handle:
     """The user who opened it, which a read request does not contain; None if the C thread opened it."""
     opens: int = 1
     """More than one only for a handle that the C thread gave: all opens of an inode there have the same
-    handle."""
+    handle. The thread counts later ones itself."""
     in_one_block: bool = True
 
 
@@ -160,12 +160,9 @@ class OpenFiles:
             tree.cache.when_blocks_leave(device.revoke_idle)
 
     async def run(self) -> None:
-        """Drains every DRAIN_SECONDS, until it is cancelled, and then once more."""
-        try:
-            while True:
-                await trio.sleep(DRAIN_SECONDS)
-                self.drain()
-        finally:
+        """Drains every DRAIN_SECONDS, until it is cancelled."""
+        while True:
+            await trio.sleep(DRAIN_SECONDS)
             self.drain()
 
     # -- what the kernel asks --------------------------------------------------------------------------------
@@ -220,9 +217,10 @@ class OpenFiles:
         inode = self._inodes.get(number)
         file = await self._tree.file(inode.cid)
         if handle not in self.handles:  # unless another read has made it meanwhile
+            opened = self._open_file(file, handle, inode)
             opens = device.revoke(number)
             inode.opens += opens
-            self.handles[handle] = Handle(self._open_file(file, handle, inode), inode, opens=opens)
+            self.handles[handle] = Handle(opened, inode, opens=opens)
         return self.handles[handle]
 
     def release(self, handle: int) -> None:
@@ -244,8 +242,7 @@ class OpenFiles:
 
     def forget(self, number: int, count: int) -> None:
         """The kernel returns `count` references to an inode. After the last one, removes everything about
-        it."""
-        self.drain()  # while the inode is known
+        it. Drain first: an open of an inode that is not known any more is not counted."""
         if self._inodes.forget(number, count) is not None:
             device.revoke(number)
 

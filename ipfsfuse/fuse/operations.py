@@ -162,6 +162,7 @@ class Operations(pyfuse3.Operations):
         return self.inodes.file(cid, found)
 
     async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        self.files.drain()
         for number, count in inode_list:
             self.files.forget(number, count)
 

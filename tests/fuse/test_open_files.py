@@ -6,7 +6,6 @@ from typing import cast
 
 import pytest
 import trio
-import trio.testing
 
 from ipfsfuse.cache.base import FileRef, LeafPart
 from ipfsfuse.dag import cid as cids
@@ -279,26 +278,6 @@ def test_an_open_in_c_is_charged_to_the_user_who_opened_it(thread: Thread) -> No
             assert current_request.get().caller == 1002
         uses = cast(SmallTree, listed.files._tree).uses
         assert uses == [(FIRST, 1000), (SECOND, 1001)]
-
-    trio.run(main)
-
-
-def test_an_open_in_c_is_counted_though_the_kernel_forgets_the_file_at_once(thread: Thread) -> None:
-    listed = Listed()
-    thread.drained = [(listed.held[FIRST].number, 1000)]
-    listed.files.forget(listed.held[FIRST].number, 1)
-    assert cast(SmallTree, listed.files._tree).uses == [(FIRST, 1000)]
-
-
-def test_the_last_opens_in_c_are_counted_when_the_mount_ends(thread: Thread) -> None:
-    async def main() -> None:
-        listed = Listed()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(listed.files.run)
-            await trio.testing.wait_all_tasks_blocked()
-            thread.drained = [(listed.held[FIRST].number, 1000)]
-            nursery.cancel_scope.cancel()
-        assert cast(SmallTree, listed.files._tree).uses == [(FIRST, 1000)]
 
     trio.run(main)
 

@@ -13,6 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from ipfsfuse.dag import cid as cids
 from ipfsfuse.dag import hamt, nodes
+from ipfsfuse.dag.cid import Cid
+from ipfsfuse.vfs.tree import Tree
 from tests.dag.blocks import Blocks
 from tests.fuse.forest import BAD, DIRECTORY, FILE, LINK, Expected, Forest, forest
 from tests.fuse.kernel_model import Kernel, Served, serving
@@ -201,6 +203,30 @@ def test_stored_bytes_are_right_and_never_go_into_an_open_file(waits: bool) -> N
             served.kernel.forget_everything()
             assert served.held() == 0
     assert stored > 0, "files were stored"
+
+
+def test_an_open_without_python_is_counted_though_the_kernel_forgets_the_file_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uses: list[Cid] = []
+    real = Tree.used
+
+    def used(tree: Tree, cid: Cid, size: int) -> None:
+        uses.append(cids.canonical(cid))
+        real(tree, cid, size)
+
+    monkeypatch.setattr(Tree, "used", used)
+    opened: list[Cid] = []
+    with serving(FOREST, 1000, 63, bytes(32)) as served:
+        for path in ALL:
+            if FOREST.expected[path].kind == FILE:
+                file = served.kernel.open(path)
+                if file.handle >> 63:
+                    opened.append(cids.canonical(FOREST.expected[path].cid))
+                served.kernel.forget_everything()
+                assert served.held() == 0
+    assert uses == opened
+    assert opened
 
 
 def test_attributes_seen_by_one_spelling_of_a_cid_are_known_by_another() -> None:

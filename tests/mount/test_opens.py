@@ -143,6 +143,30 @@ def test_a_file_that_was_looked_up_is_opened_and_its_beginning_is_read_without_p
             assert (root / name).read_bytes() == content
 
 
+USES = """
+import os
+from ipfsfuse.vfs.tree import Tree
+real = Tree.used
+uses = open(os.environ["COUNTED"], "a", buffering=1)
+def used(tree, *arguments):
+    uses.write("used\\n")
+    real(tree, *arguments)
+Tree.used = used
+"""
+
+
+def test_each_open_without_python_just_before_the_end_is_counted_as_a_use(
+    home: Home, root: Path, small: dict[str, bytes]
+) -> None:
+    names = list(small)[:30]
+    with counted(home, "library", USES) as kernel:
+        read_all(root, names)
+        before = kernel.now()
+        assert read_all(root, names) == {name: small[name] for name in names}
+    since = kernel.since(before)
+    assert since["used"] + since["open"] == len(names)
+
+
 # -- directories ---------------------------------------------------------------------------------------------
 
 
