@@ -26,7 +26,8 @@ def test_a_buffer_has_the_size_that_was_asked_for_and_begins_on_a_page() -> None
 @pytest.mark.parametrize("size", [256 << 10, 512 << 10, 1 << 20, 2 << 20])
 def test_large_buffers_are_parts_of_huge_pages(size: int) -> None:
     parts = buffers.HUGE_PAGE // size
-    buffers._unused[size].clear()  # other parts of their pages may be lent to what an earlier test left behind
+    # other parts of unused buffers' pages may be lent to what an earlier test left behind
+    buffers._unused[size].clear()
     lent = [buffers.lend(size) for _ in range(4 * parts)]
     starts = [address(each) for each in [*lent, *(each.pages for each in buffers._unused[size])]]
     assert {start % size for start in starts} == {0}
